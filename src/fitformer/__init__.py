@@ -1,0 +1,29 @@
+"""FIT, Far-reaching Interleaved Transformers (Chen and Li, arXiv 2305.12689), in PyTorch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fitformer.decoder import FITDecoder
+    from fitformer.denoiser import FITDenoiser
+    from fitformer.encoder import FITEncoder, FITImageEncoder
+
+__version__ = "0.1.0"
+__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageEncoder"]
+
+_HOMES = {
+    "FITDecoder": "fitformer.decoder",
+    "FITDenoiser": "fitformer.denoiser",
+    "FITEncoder": "fitformer.encoder",
+    "FITImageEncoder": "fitformer.encoder",
+}
+_ROOMS = {"decoder", "denoiser", "diffusion", "encoder", "execution", "generation", "grouping", "official", "trunk"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import; the command line's --help must not wait for it.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"fitformer.{name}")
+    raise AttributeError(f"module 'fitformer' has no attribute {name!r}")

@@ -1,0 +1,28 @@
+"""What goes wrong for a reason the user can mend. Anything else that is raised is a bug of ours."""
+
+import importlib
+from types import ModuleType
+
+
+class InputError(ValueError):
+    """Bad input: the message says what is wrong, with both numbers, and the way out."""
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message says which extra brings it."""
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which extra installs it.
+
+    Raises:
+        MissingExtra: `package` is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        # A broken installation of the package itself must not be mistaken for an absent one.
+        if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
+            raise
+        name = package.split(".")[0]
+        raise MissingExtra(f"this needs the package {name!r}: pip install 'fitformer[{extra}]'") from error
