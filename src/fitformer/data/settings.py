@@ -1,0 +1,106 @@
+"""What a recipe says about its data: plain frozen numbers and words, nothing imported that is slow.
+
+Every field has a default; `fitformer.data.build` checks them together and turns them into a dataset.
+A field that the chosen source does not read gives a warning when it is set (see `READ_BY`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays"]
+ByteSource = Literal["python-sources", "python-docs", "files"]
+Augmentation = Literal["none", "light", "crop", "crop-flip"]
+Resize = Literal["crop", "stretch", "pad"]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images, with or without classes.
+
+    Attributes:
+        source: `digits` (scikit-learn's, embedded), `idx` (MNIST family, a folder of idx files, gzip or not), `folder`
+            (a class per subfolder, or flat and without classes), `manifest` (CSV or Parquet table of paths),
+            `huggingface` (a name on the Hub, or a local folder that `datasets` reads), `arrays` (one .npz file with
+            `images` (k, H, W[, ch]) uint8 and, for classes, `labels` and `categories`).
+        path: folder, file or Hub name; `digits` needs none.
+        subset: the configuration of a Hub dataset that has several.
+        image_size: side, or (rows, columns), of the images handed out, in pixels.
+        resize: how an image of another shape gets there: `crop` (scale the shorter side, cut the centre), `stretch`,
+            or `pad` (scale the longer side, white round it).
+        channels: 1 grey, 3 colour, 4 colour and alpha; images are converted. None keeps what the files have,
+            which must then be the same in all of them.
+        levels: number of pixel values; images then hold 0 .. levels-1 instead of 0 .. 255. 17 gives back the
+            digits' own values exactly (at image_size 8).
+        classes: names in the order of their numbers; a label outside them is an error. Empty takes what is there.
+        image_column, label_column, split_column: of a manifest or Hub dataset; None finds them by name or type.
+        train_part, val_part, test_part: the source's own parts, where it has them.
+        holdout: share of the examples held out as the test part, where a source has none of its own.
+        validation: share of the training part set aside for validation, where a source has no such part;
+            at 0 validation uses the test part.
+        split_seed: which examples these are.
+        augmentation: of training images only. `light`: shift, turn and scale a little (digits); `crop`: random resized
+            crop; `crop-flip`: the same and a horizontal flip.
+        max_unreadable: number of files that may be unreadable before it is an error; each is logged and replaced.
+        num_workers: processes that read ahead.
+    """
+
+    source: ImageSource = "digits"
+    path: str | None = None
+    subset: str | None = None
+    image_size: int | tuple[int, int] = 32
+    resize: Resize = "crop"
+    channels: int | None = None
+    levels: int | None = None
+    classes: tuple[str, ...] = ()
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    train_part: str = "train"
+    val_part: str | None = None
+    test_part: str | None = None
+    holdout: float = 0.2
+    validation: float = 0.0
+    split_seed: int = 0
+    augmentation: Augmentation = "none"
+    max_unreadable: int = 10
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class ByteData:
+    """Bytes: text or anything else, 256 tokens.
+
+    Attributes:
+        source: `python-sources` (the running Python's standard library), `python-docs` (its language reference, English)
+            or `files`.
+        path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
+        glob: pattern below the folder, e.g. `**/*.txt`.
+        length: tokens of one example.
+        holdout: share of the bytes held out: whole files where there are several, else the tail of the one file.
+        split_seed: which files these are.
+        num_workers: processes that read ahead.
+    """
+
+    source: ByteSource = "python-sources"
+    path: str | None = None
+    glob: str = "**/*"
+    length: int = 1024
+    holdout: float = 0.1
+    split_seed: int = 0
+    num_workers: int = 0
+
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "path": ("idx", "folder", "manifest", "huggingface", "arrays", "files"),
+    "subset": ("huggingface",),
+    "glob": ("files",),
+    "classes": ("folder", "manifest", "huggingface", "arrays"),
+    "image_column": ("manifest", "huggingface"),
+    "label_column": ("manifest", "huggingface"),
+    "split_column": ("manifest",),
+    "train_part": ("folder", "manifest", "huggingface"),
+    "val_part": ("folder", "manifest", "huggingface"),
+    "test_part": ("folder", "manifest", "huggingface"),
+    "max_unreadable": ("folder", "manifest", "huggingface"),
+}
+"""Which sources read an option that not all of them read."""
