@@ -1,0 +1,255 @@
+"""FIT as an encoder: of grouped tokens (spec section 5), and of images with feature maps and a classification head."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fitformer.errors import InputError
+from fitformer.execution import plain
+from fitformer.grouping import ImageGroups
+from fitformer.layers import layer_norm, linear
+from fitformer.pretrained import Pretrained
+from fitformer.trunk import Trunk
+
+MASKS = {None: "none", "none": "none", "causal": "global"}
+
+
+def causal_of(mask: str | None) -> str:
+    """Translate the reference's `mask` into the trunk's `causal`.
+
+    Raises:
+        InputError: an unknown mask.
+    """
+    if mask not in MASKS:
+        raise InputError(f"unknown mask {mask!r}; known are 'none' and 'causal'")
+    return MASKS[mask]
+
+
+class Stem(nn.Module):
+    """Linear projection of raw tokens and LayerNorm: `(..., channels) -> (..., width)`."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.projection, self.norm = linear(channels, width), layer_norm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed tokens `(..., channels)`.
+
+        Raises:
+            InputError: the tokens have another number of channels.
+        """
+        if x.shape[-1] != self.projection.in_features:
+            raise InputError(
+                f"tokens of {x.shape[-1]} channels given to a model built for {self.projection.in_features}"
+            )
+        return self.norm(self.projection(x))
+
+
+def check_grouped(x: Tensor, tokens_per_group: int, axes: str) -> None:
+    """Refuse an input that is not grouped as the model was built.
+
+    Raises:
+        InputError: another number of axes, or of tokens in a group.
+    """
+    if x.ndim != len(axes.split()):
+        raise InputError(f"expected a tensor ({', '.join(axes.split())}), got one of shape {tuple(x.shape)}")
+    if x.shape[2] != tokens_per_group:
+        raise InputError(f"groups of {x.shape[2]} tokens given to a model built for {tokens_per_group} in a group")
+
+
+class FITEncoder(Pretrained, nn.Module):
+    """FIT encoder of grouped tokens (paper section 3.1).
+
+    Args:
+        layers: layer string such as `"(2)4(2)4"`; ends in global layers to answer in latents, in `)` for tokens.
+        num_groups: t. tokens_per_group: n. latents_per_group: m.
+        in_channels: channels of a raw token, for images patch height * width * channels.
+        dim: c. latent_dim: d. heads, latent_heads: of local and of global attention.
+        y_channels: channels of the extra tokens `y` that a group may be given, none by default.
+        mask: `"causal"` lets a latent see only latents of its own and of earlier groups.
+        position: `"learned"`, `"sin_cos"` or `"sin_cos2d"`. latent_position: `"learned"` or `"sin_cos"`.
+        mlp_ratio, drop_path, drop_units, drop_att: as in `Trunk`.
+
+    Raises:
+        InputError: arguments that do not fit together, see `Trunk`.
+    """
+
+    ends_local = False
+
+    def __init__(
+        self,
+        layers: str,
+        num_groups: int,
+        tokens_per_group: int,
+        latents_per_group: int,
+        in_channels: int,
+        dim: int,
+        latent_dim: int,
+        heads: int,
+        latent_heads: int,
+        *,
+        y_channels: int | None = None,
+        mask: str | None = None,
+        position: str = "learned",
+        latent_position: str = "learned",
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        drop_units: float = 0.0,
+        drop_att: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
+        self.stem = Stem(in_channels, dim)
+        self.stem_y = Stem(y_channels, dim) if y_channels else None
+        self.trunk = Trunk(
+            layers,
+            num_groups,
+            tokens_per_group,
+            latents_per_group,
+            dim,
+            latent_dim,
+            heads,
+            latent_heads,
+            position=position,
+            latent_position=latent_position,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            drop_units=drop_units,
+            drop_att=drop_att,
+            causal=causal_of(mask),
+        )
+        self.norm, self.latent_norm = layer_norm(dim), layer_norm(latent_dim)
+        self.run = plain
+
+    def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Stem: raw tokens `x (b, t, n, channels)` and extra ones `y (b, t, k, y_channels)` to `(b, t, k+n, c)`.
+
+        Raises:
+            InputError: shapes that the model was not built for, or `y` given without `y_channels` (or not given with).
+        """
+        check_grouped(x, self.tokens_per_group, "b t n channels")
+        if (y is None) != (self.stem_y is None):
+            raise InputError(
+                f"extra tokens y are {'missing' if y is None else 'given'}, and the encoder was built "
+                f"with{'out' if self.stem_y is None else ''} y_channels"
+            )
+        x = self.stem(x) + self.trunk.position()
+        if self.stem_y is None:
+            return x
+        return torch.cat([self.stem_y(y), x], dim=2)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode raw tokens `x (b, t, n, channels)`, `y (b, t, k, y_channels)`.
+
+        Returns:
+            normalised data tokens `(b, t, k+n, c)` and latents `(b, t, m, d)`; use the latents downstream where the
+            layer string ends in global layers, else the data tokens.
+        """
+        x = self.embed(x, y)
+        x, latents = self.run(self.trunk, x, self.trunk.initial_latents(*x.shape[:2]))
+        return self.norm(x), self.latent_norm(latents)
+
+
+class FITImageEncoder(Pretrained, nn.Module):
+    """FIT encoder of images: the cut into groups of patches, a `FITEncoder`, and an optional classification head.
+
+    Args:
+        layers: layer string.
+        image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
+        latents_per_group, dim, latent_dim, heads, latent_heads: as in `FITEncoder`.
+        channels: of the images.
+        num_classes: classes of the head; 0 for none. The head is one linear map of the mean over latents if the
+            layer string ends in global layers, over data tokens if not.
+        position: `"sin_cos2d"` follows rows and columns of a square group of patches.
+        mask, latent_position, mlp_ratio, drop_path, drop_units, drop_att: as in `FITEncoder`.
+
+    Raises:
+        InputError: sizes that do not divide (names the nearest that do), or what `FITEncoder` refuses.
+    """
+
+    ends_local = False
+
+    def __init__(
+        self,
+        layers: str,
+        image_size: int | Sequence[int],
+        group_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        latents_per_group: int,
+        dim: int,
+        latent_dim: int,
+        heads: int,
+        latent_heads: int,
+        *,
+        channels: int = 3,
+        num_classes: int = 0,
+        mask: str | None = None,
+        position: str = "learned",
+        latent_position: str = "learned",
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        drop_units: float = 0.0,
+        drop_att: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.groups = ImageGroups(image_size, group_size, patch_size, channels)
+        self.encoder = FITEncoder(
+            layers,
+            self.groups.num_groups,
+            self.groups.tokens_per_group,
+            latents_per_group,
+            self.groups.token_dim,
+            dim,
+            latent_dim,
+            heads,
+            latent_heads,
+            mask=mask,
+            position=position,
+            latent_position=latent_position,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            drop_units=drop_units,
+            drop_att=drop_att,
+        )
+        self.ends_in_latents = self.encoder.trunk.plan[-1][1] > 0
+        self.head = linear(latent_dim if self.ends_in_latents else dim, num_classes) if num_classes else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(b, num_classes)` of images `(b, H, W, channels)`, or without a head the pooled features.
+
+        Raises:
+            InputError: images of another size or number of channels.
+        """
+        x, latents = self.encoder(self.groups.group(images))
+        pooled = (latents if self.ends_in_latents else x).mean(dim=(1, 2))
+        return pooled if self.head is None else self.head(pooled)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised data tokens of images `(b, H, W, channels)` as a map `(b, c, H/p, W/p)`.
+
+        In an encoder that ends in global layers, the tokens are those read last: what the latents learned after
+        is in the latents alone. Give such a trunk a closing local block, `"(2)4(2)4(2)"`, for dense features.
+        """
+        return self.groups.map(self.encoder(self.groups.group(images))[0])
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Data tokens after the local layers of each block (or of blocks `indices`) as maps `(b, c, H/p, W/p)`.
+
+        All pass the final norm, so the last one is `forward_features`.
+
+        Raises:
+            InputError: a block that is not there.
+        """
+        trunk, maps = self.encoder.trunk, []
+        blocks = range(len(trunk.plan))
+        wanted = [range(len(blocks))[i] if -len(blocks) <= i < len(blocks) else i for i in indices or blocks]
+        if absent := [i for i in wanted if i not in blocks]:
+            raise InputError(f"no block {absent[0]}: the layer string has {len(blocks)}, counted from 0")
+        x = self.encoder.embed(self.groups.group(images))
+        latents = trunk.initial_latents(*x.shape[:2])
+        for i in blocks:
+            x, latents = trunk.group_phase(i, x, latents, trunk.write_source(latents))
+            latents = trunk.global_phase(i, latents)
+            maps.append(self.groups.map(self.encoder.norm(x)))
+        return [maps[i] for i in wanted]

@@ -1,0 +1,172 @@
+"""The standard transformer parts that FIT is made of (paper section 2; spec: LayerNorm 1e-6, exact GELU, biases).
+
+Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `e` width of a head.
+Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fitformer.errors import InputError
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm over the last axis with the reference's epsilon, scale and shift."""
+    return nn.LayerNorm(width, eps=NORM_EPS)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Linear projection with bias; Glorot-uniform weights and zero bias, the defaults of the reference."""
+    projection = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    return projection
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch, per row of the batch, with probability `rate`; the kept rows are scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the branch `x (r, ...)` with whole rows zeroed in training, `x` itself otherwise."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        kept = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept.to(x.dtype) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Show the rate in `print(model)`."""
+        return f"rate={self.rate}"
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `width // heads` channels a head, from queries of width `dim` to a context.
+
+    Args:
+        dim: width of the queries, and of the output.
+        heads: number of heads.
+        context_dim: width of the context tokens; `dim` by default (self-attention).
+        width: width of the attention itself, all heads together; `dim` by default.
+        dropout: dropout of the attention weights in training.
+
+    Raises:
+        InputError: `heads` does not divide `width`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, width: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        context_dim, width = context_dim or dim, width or dim
+        if heads < 1 or width % heads:
+            near = [h for h in range(1, width + 1) if width % h == 0]
+            raise InputError(
+                f"{heads} attention heads do not divide a width of {width}; "
+                f"the nearest that does is {min(near, key=lambda h: abs(h - heads))} heads"
+            )
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
+        self.output = linear(width, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
+
+        `mask`, boolean and broadcastable to `(r, h, q, k)`, is true where a query may look; `causal` is the
+        usual triangle over tokens. Returns `(r, q, dim)`.
+        """
+        query, key, value = (
+            rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
+            for tokens in (self.query(x), self.key(context), self.value(context))
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.output(rearrange(out, "r h s e -> r s (h e)"))
+
+
+class FeedForward(nn.Module):
+    """Pre-norm branch of two linear maps with GELU between them, `dim -> ratio * dim -> dim`."""
+
+    def __init__(self, dim: int, ratio: float = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.inner, self.outer = linear(dim, int(ratio * dim)), linear(int(ratio * dim), dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the branch of `x (..., dim)`, without the residual."""
+        return self.outer(self.dropout(F.gelu(self.inner(self.norm(x)))))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward, each a residual branch (paper figure 2: local and global layers).
+
+    `self_attention=False` keeps only the feed-forward half. The other arguments are those of the parts.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4,
+        self_attention: bool = True,
+        drop_path: float = 0.0,
+        drop_units: float = 0.0,
+        drop_att: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = layer_norm(dim) if self_attention else None
+        self.attention = Attention(dim, heads, dropout=drop_att) if self_attention else None
+        self.ffn = FeedForward(dim, mlp_ratio, drop_units)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Transform tokens `x (r, s, dim)`; `mask` and `causal` as in `Attention`."""
+        if self.norm is not None and self.attention is not None:
+            normed = self.norm(x)
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal))
+        return x + self.drop_path(self.ffn(x))
+
+
+class CrossLayer(nn.Module):
+    """Residual pre-norm cross-attention: read, write, and the look at the condition (spec section 3).
+
+    Args:
+        dim: width of the tokens that look.
+        context_dim: width of the tokens looked at.
+        width: width of the attention; `heads` must divide it.
+        heads: number of heads.
+        context_norm: normalise the context first (`xattn_enc_ln`).
+        mlp_ratio: width of a feed-forward branch after the attention (`xattn_with_mlp`), none by default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        width: int,
+        heads: int,
+        *,
+        context_norm: bool = True,
+        mlp_ratio: float | None = None,
+        drop_units: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.context_norm = layer_norm(context_dim) if context_norm else None
+        self.attention = Attention(dim, heads, context_dim, width)
+        self.ffn = FeedForward(dim, mlp_ratio, drop_units) if mlp_ratio else None
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return tokens `x (r, q, dim)` having looked at `context (r, k, context_dim)`."""
+        if self.context_norm is not None:
+            context = self.context_norm(context)
+        x = x + self.attention(self.norm(x), context)
+        return x if self.ffn is None else x + self.ffn(x)
