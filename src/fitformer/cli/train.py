@@ -1,0 +1,52 @@
+"""Train a model from a recipe. The same command again continues where the run stopped.
+
+Any key of a recipe can be overridden: `fitformer train digits-classify --trainer.steps=200 --optimizer.lr 3e-4`.
+"""
+
+import argparse
+from pathlib import Path
+
+from fitformer import config
+from fitformer.errors import InputError
+
+OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fitformer train`."""
+    parser.add_argument("recipe", nargs="?", help="name of a packaged recipe (see --list), or path of a YAML file")
+    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<recipe>)")
+    parser.add_argument("--list", action="store_true", help="show the packaged recipes")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.epilog = "--SECTION.KEY=VALUE overrides a key of the recipe; --dry-run shows them all."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, list or print."""
+    if arguments.list:
+        return _list()
+    if arguments.recipe is None:
+        raise InputError("name a recipe; `fitformer train --list` shows those there are")
+    recipe = config.load(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        print(config.dump(recipe), end="")
+        return 0
+    # Here torch and Lightning come in, which takes seconds; everything above answers at once.
+    from fitformer.training import train
+
+    run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
+    return 0 if train(recipe, run_dir) else 130
+
+
+def _list() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("task", no_wrap=True)
+    table.add_column("what it is")
+    for row in config.listing():
+        table.add_row(*row)
+    Console().print(table)
+    return 0

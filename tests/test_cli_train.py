@@ -1,0 +1,53 @@
+"""The command line up to the point where training starts: help, lists, dry runs, errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fitformer import cli, config
+
+
+def test_help_imports_nothing_slow():
+    code = (
+        "import sys\nfrom fitformer import cli\n"
+        "for words in (['--help'], ['train', '--help']):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit: pass\n"
+        "cli.main(['train', '--list'])\ncli.main(['train', 'digits-classify', '--dry-run', '--trainer.steps=3'])\n"
+        "print({'torch', 'lightning', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+    for verb in cli.VERBS:
+        assert verb in done.stdout
+
+
+def test_list_shows_every_recipe(capsys):
+    assert cli.main(["train", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in config.names())
+
+
+def test_dry_run_prints_the_resolved_recipe(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "digits-diffuse", "--trainer.steps", "3", "--dry-run"]) == 0
+    assert config.parse(capsys.readouterr().out) == config.load("digits-diffuse", ["--trainer.steps=3"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "no verb 'trian'; did you mean 'train'?"),
+        (["train"], "name a recipe"),
+        (["train", "digits-classfy"], "did you mean 'digits-classify'?"),
+        (["train", "digits-classify", "--trainer.step=3"], "did you mean 'trainer.steps'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, message, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fitformer: error: ")
+    assert message in error
+    assert error.count("\n") == 1
