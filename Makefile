@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs, in .venv, from this project's own files.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test slow lint types setup clean
+
+demo: $(READY)
+	$(VENV)/bin/python examples/demo.py --output demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+slow: $(READY)
+	$(VENV)/bin/python -m pytest --slow -m slow
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(READY)
+	$(VENV)/bin/mypy
+
+setup: $(READY)
+
+# torch first: what depends on it must find the pinned build, not choose one.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitformer needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache
