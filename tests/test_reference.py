@@ -33,10 +33,10 @@ ANY_ROLE = {
     "more-local-heads": {"x_num_heads": 8, "latent_num_heads": 2},
     "mlp-ratio": {"mlp_ratio": 2},
     "sin-cos": {"x_pos_encoding": "sin_cos", "latent_pos_encoding": "sin_cos"},
-    "sin-cos-lines": {"x_pos_encoding": "sin_cos", "latent_pos_encoding": "sin_cos", "latents_per_group": 1, "x_size": 9},
+    "sin-cos-lines": {
+        "x_pos_encoding": "sin_cos",
         "latent_pos_encoding": "sin_cos",
         "latents_per_group": 1,
-        "x_pos_encoding": "sin_cos",
         "x_size": 9,
     },
     "sin-cos-one-group": {"latent_pos_encoding": "sin_cos", "num_groups": 1, "latents_per_group": 5},

@@ -16,7 +16,8 @@ def sin_cos_1d(position: Tensor, width: int) -> Tensor:
     Angle i is `position / 10000^(2*(i//2)/width)`; even ones give the sines, odd ones the cosines.
     """
     index = torch.arange(width, device=position.device)
-    rates = 10000.0 ** (-2.0 * (index // 2) / width)
+    # Angles reach 1000, where float32 leaves 3e-5: dividing in the reference's order keeps its very rounding.
+    rates = 1 / 10000.0 ** (2 * (index // 2) / width)
     angles = position[..., None].float() * rates
     return torch.cat([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1)
 
