@@ -71,7 +71,7 @@ class ByteData:
     """Bytes: text or anything else, 256 tokens.
 
     Attributes:
-        source: `python-sources` (the running Python's standard library), `python-docs` (its language reference, English)
+        source: `python-sources` (the running Python's standard library), `python-docs` (its reference, English)
             or `files`.
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
