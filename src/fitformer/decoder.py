@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fitformer.encoder import check_grouped
 from fitformer.errors import InputError
 from fitformer.execution import plain
-from fitformer.layers import layer_norm
+from fitformer.layers import check_sizes, layer_norm
 from fitformer.pretrained import Pretrained
 from fitformer.trunk import Trunk
 
@@ -51,8 +51,7 @@ class FITDecoder(Pretrained, nn.Module):
         drop_att: float = 0.0,
     ) -> None:
         super().__init__()
-        if vocab_size < 1:
-            raise InputError(f"vocab_size is {vocab_size}; it must be at least 1")
+        check_sizes(vocab_size=vocab_size, dim=dim)
         self.num_groups, self.tokens_per_group, self.vocab_size = num_groups, tokens_per_group, vocab_size
         self.embedding = nn.Embedding(vocab_size, dim)
         self.output_embedding = None if shared_embedding else nn.Embedding(vocab_size, dim)
@@ -85,11 +84,11 @@ class FITDecoder(Pretrained, nn.Module):
         Fewer groups than the model was built for are the first ones.
 
         Raises:
-            InputError: groups of another length, or a token outside the vocabulary.
+            InputError: groups of another length, tokens that are no whole numbers, or one outside the vocabulary.
         """
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
-        x = self.embedding(tokens) + self.trunk.position()
+        x = self.embedding(tokens.long()) + self.trunk.position()
         x, _ = self.run(self.trunk, x, self.trunk.initial_latents(*x.shape[:2]))
         return nn.functional.linear(self.norm(x), (self.output_embedding or self.embedding).weight, self.output_bias)
 
@@ -101,8 +100,10 @@ def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
     being traced has no values to look at.
 
     Raises:
-        InputError: a token outside, which one and where.
+        InputError: a token outside, or tokens that are no whole numbers.
     """
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise InputError(f"tokens are {tokens.dtype}; they are whole numbers below {vocab_size}")
     if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
         return
     low, high = (int(end) for end in torch.aminmax(tokens))

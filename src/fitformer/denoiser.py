@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fitformer.encoder import Stem, causal_of, check_grouped
 from fitformer.errors import InputError
 from fitformer.execution import plain
-from fitformer.layers import FeedForward, layer_norm, linear
+from fitformer.layers import FeedForward, check_sizes, layer_norm, linear
 from fitformer.positions import sin_cos_1d
 from fitformer.pretrained import Pretrained
 from fitformer.trunk import Trunk
@@ -16,10 +16,16 @@ SELF_CONDITIONING = ("none", "latent")
 
 
 class TimeEmbedding(nn.Module):
-    """Embedding of the noise level and of `extra` more scalars as one token of width d (spec section 5)."""
+    """Embedding of the noise level and of `extra` more scalars as one token of width d (spec section 5).
+
+    Raises:
+        InputError: d is below 8, where the code of width d / 4 has no spread to standardise.
+    """
 
     def __init__(self, latent_dim: int, extra: int = 0) -> None:
         super().__init__()
+        if latent_dim < 8:
+            raise InputError(f"latent_dim is {latent_dim}; a denoiser needs at least 8 to tell noise levels apart")
         self.code_width = latent_dim // 4
         self.inner, self.outer = linear(self.code_width, latent_dim), linear(latent_dim + extra, latent_dim)
 
@@ -30,10 +36,10 @@ class TimeEmbedding(nn.Module):
             InputError: another number of scalars.
         """
         scalars = time[:, None] if time.ndim == 1 else time
-        if scalars.shape[1] + self.outer.out_features - 1 != self.outer.in_features:
-            wanted = self.outer.in_features - self.outer.out_features
-            raise InputError(f"time has {scalars.shape[1] - 1} extra scalars, the denoiser was built for {wanted}")
-        code = sin_cos_1d(1000.0 * scalars[:, 0], self.code_width)
+        wanted = 1 + self.outer.in_features - self.outer.out_features
+        if scalars.ndim != 2 or scalars.shape[1] != wanted:
+            raise InputError(f"time has shape {tuple(time.shape)}, the denoiser was built for (b, {wanted})")
+        code = sin_cos_1d(1000.0 * scalars[:, 0].float(), self.code_width)
         code = (code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)
         hidden = F.silu(self.inner(code.to(self.inner.weight.dtype)))
         return self.outer(torch.cat([hidden, scalars[:, 1:].to(hidden.dtype)], dim=-1))
@@ -102,11 +108,11 @@ class FITDenoiser(Pretrained, nn.Module):
         super().__init__()
         if self_cond not in SELF_CONDITIONING:
             raise InputError(f"unknown self_cond {self_cond!r}; known are {', '.join(SELF_CONDITIONING)}")
+        check_sizes(cond_dim=1 if cond_dim is None else cond_dim)
         if cond_dim is not None and not cond_proj and cond_dim != latent_dim:
             raise InputError(f"cond_proj=False needs cond_dim equal to latent_dim, not {cond_dim} and {latent_dim}")
         self.num_groups, self.tokens_per_group, self.cond_dim = num_groups, tokens_per_group, cond_dim
-        self.stem = Stem(out_dim, dim)
-        self.time = TimeEmbedding(latent_dim, extra_time)
+        self.stem, self.time = Stem(out_dim, dim), TimeEmbedding(latent_dim, extra_time)
         self.cond_proj = linear(cond_dim, latent_dim) if cond_dim is not None and cond_proj else None
         self.self_conditioning = LatentSelfConditioning(latent_dim, mlp_ratio) if self_cond == "latent" else None
         self.trunk = Trunk(
@@ -133,12 +139,16 @@ class FITDenoiser(Pretrained, nn.Module):
         self.norm, self.output = layer_norm(dim), linear(dim, out_dim)
         self.run = plain
 
-    def condition(self, time: Tensor, cond: Tensor | None) -> Tensor:
+    def condition(self, batch: int, time: Tensor, cond: Tensor | None) -> Tensor:
         """Condition tokens `(b, 1 + s, d)`: the time, then `cond (b, e)` or `(b, s, e)`.
 
         Raises:
-            InputError: a condition given, not given, or of a width other than the model was built for.
+            InputError: a condition given, not given, or of a width other than the model was built for; times or
+                conditions of another number of examples.
         """
+        for name, tensor in {"time": time, "cond": cond}.items():
+            if tensor is not None and (tensor.ndim == 0 or tensor.shape[0] != batch):
+                raise InputError(f"{name} {tuple(tensor.shape)} needs one row for each of the {batch} examples of x")
         given = None if cond is None else cond.shape[-1]
         if given != self.cond_dim:
             raise InputError(f"a condition of width {given} given to a denoiser built with cond_dim={self.cond_dim}")
@@ -178,7 +188,7 @@ class FITDenoiser(Pretrained, nn.Module):
             the prediction `(b, t, n, out_dim)` and the latents `(b, t, m, d)`, not normalised.
         """
         check_grouped(x, self.tokens_per_group, "b t n out_dim")
-        latents = self.initial_latents(*x.shape[:2], latents_prev)
+        latents = self.initial_latents(x.shape[0], x.shape[1], latents_prev)
         x = self.stem(x) + self.trunk.position()
-        x, latents = self.run(self.trunk, x, latents, self.condition(time, cond))
+        x, latents = self.run(self.trunk, x, latents, self.condition(x.shape[0], time, cond))
         return self.output(self.norm(x)), latents

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fitformer.errors import InputError
 from fitformer.execution import plain
 from fitformer.grouping import ImageGroups
-from fitformer.layers import layer_norm, linear
+from fitformer.layers import check_sizes, layer_norm, linear
 from fitformer.pretrained import Pretrained
 from fitformer.trunk import Trunk
 
@@ -31,14 +31,17 @@ class Stem(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
+        check_sizes(channels=channels, dim=width)
         self.projection, self.norm = linear(channels, width), layer_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed tokens `(..., channels)`.
 
         Raises:
-            InputError: the tokens have another number of channels.
+            InputError: the tokens have another number of channels, or are whole numbers.
         """
+        if not x.is_floating_point():
+            raise InputError(f"tokens are {x.dtype}; turn pixels into floats first, for example x.float() / 255")
         if x.shape[-1] != self.projection.in_features:
             raise InputError(
                 f"tokens of {x.shape[-1]} channels given to a model built for {self.projection.in_features}"
@@ -101,7 +104,7 @@ class FITEncoder(Pretrained, nn.Module):
         super().__init__()
         self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
         self.stem = Stem(in_channels, dim)
-        self.stem_y = Stem(y_channels, dim) if y_channels else None
+        self.stem_y = Stem(y_channels, dim) if y_channels is not None else None
         self.trunk = Trunk(
             layers,
             num_groups,
@@ -135,8 +138,10 @@ class FITEncoder(Pretrained, nn.Module):
                 f"with{'out' if self.stem_y is None else ''} y_channels"
             )
         x = self.stem(x) + self.trunk.position()
-        if self.stem_y is None:
+        if self.stem_y is None or y is None:
             return x
+        if y.ndim != 4 or y.shape[:2] != x.shape[:2]:
+            raise InputError(f"extra tokens y {tuple(y.shape)} do not belong to the groups of x {tuple(x.shape)}")
         return torch.cat([self.stem_y(y), x], dim=2)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -213,6 +218,7 @@ class FITImageEncoder(Pretrained, nn.Module):
             drop_att=drop_att,
         )
         self.ends_in_latents = self.encoder.trunk.plan[-1][1] > 0
+        check_sizes(num_classes=num_classes or 1)  # 0 is no head
         self.head = linear(latent_dim if self.ends_in_latents else dim, num_classes) if num_classes else None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -242,13 +248,13 @@ class FITImageEncoder(Pretrained, nn.Module):
             InputError: a block that is not there.
         """
         trunk, maps = self.encoder.trunk, []
-        blocks = range(len(trunk.plan))
-        wanted = [range(len(blocks))[i] if -len(blocks) <= i < len(blocks) else i for i in indices or blocks]
-        if absent := [i for i in wanted if i not in blocks]:
-            raise InputError(f"no block {absent[0]}: the layer string has {len(blocks)}, counted from 0")
+        count = len(trunk.plan)
+        wanted = range(count) if indices is None else indices
+        if absent := [i for i in wanted if not -count <= i < count]:
+            raise InputError(f"no block {absent[0]}: the layer string has {count}, counted from 0")
         x = self.encoder.embed(self.groups.group(images))
         latents = trunk.initial_latents(*x.shape[:2])
-        for i in blocks:
+        for i in range(count):
             x, latents = trunk.group_phase(i, x, latents, trunk.write_source(latents))
             latents = trunk.global_phase(i, latents)
             maps.append(self.groups.map(self.encoder.norm(x)))

@@ -4,6 +4,8 @@ Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `
 Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
 """
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -27,11 +29,51 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return projection
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not positive whole numbers.
+
+    Raises:
+        InputError: such a size, by its name.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise InputError(f"{name} is {size!r}; it must be a whole number of at least 1")
+
+
+def check_heads(heads: int, width: int, what: str = "attention") -> None:
+    """Refuse a number of heads that cannot share a width evenly.
+
+    Raises:
+        InputError: names the nearest numbers that can.
+    """
+    if heads < 1 or width % heads:
+        near = [h for h in range(1, width + 1) if width % h == 0]
+        below = max((h for h in near if h < heads), default=near[0])
+        above = min((h for h in near if h > heads), default=near[-1])
+        ways_out = f"{below} or {above} heads do" if below != above else f"{above} does"
+        raise InputError(f"{heads} heads do not divide the width {width} of {what}; the nearest, {ways_out}")
+
+
+def check_rate(rate: float, what: str) -> None:
+    """Refuse a dropout rate outside 0 <= rate < 1.
+
+    Raises:
+        InputError: such a rate.
+    """
+    if not 0 <= rate < 1:
+        raise InputError(f"{what} is {rate}; a rate is at least 0 and below 1")
+
+
 class DropPath(nn.Module):
-    """Leave out a residual branch, per row of the batch, with probability `rate`; the kept rows are scaled up."""
+    """Leave out a residual branch, per row of the batch, with probability `rate`; the kept rows are scaled up.
+
+    Raises:
+        InputError: a rate outside 0 <= rate < 1.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
+        check_rate(rate, "drop_path")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +99,7 @@ class Attention(nn.Module):
         dropout: dropout of the attention weights in training.
 
     Raises:
-        InputError: `heads` does not divide `width`.
+        InputError: `heads` does not divide `width`, or a rate outside 0 <= dropout < 1.
     """
 
     def __init__(
@@ -65,12 +107,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         context_dim, width = context_dim or dim, width or dim
-        if heads < 1 or width % heads:
-            near = [h for h in range(1, width + 1) if width % h == 0]
-            raise InputError(
-                f"{heads} attention heads do not divide a width of {width}; "
-                f"the nearest that does is {min(near, key=lambda h: abs(h - heads))} heads"
-            )
+        check_heads(heads, width)
+        check_rate(dropout, "drop_att")
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
         self.output = linear(width, dim)
@@ -91,10 +129,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Pre-norm branch of two linear maps with GELU between them, `dim -> ratio * dim -> dim`."""
+    """Pre-norm branch of two linear maps with GELU between them, `dim -> ratio * dim -> dim`.
+
+    Raises:
+        InputError: a ratio that leaves no units, or a rate outside 0 <= dropout < 1.
+    """
 
     def __init__(self, dim: int, ratio: float = 4, dropout: float = 0.0) -> None:
         super().__init__()
+        check_rate(dropout, "drop_units")
+        if int(ratio * dim) < 1:
+            raise InputError(f"mlp_ratio is {ratio}, which leaves {dim} channels no units; 4 is usual")
         self.norm = layer_norm(dim)
         self.inner, self.outer = linear(dim, int(ratio * dim)), linear(int(ratio * dim), dim)
         self.dropout = nn.Dropout(dropout)

@@ -43,6 +43,8 @@ OF_ROLE = {
     "FITDenoiser": ("mask", "out_dim", "cond_proj", "self_cond", "x_self_attention", "xattn_with_mlp", "xattn_enc_ln"),
     "FITAR": ("vocab_size", "shared_embedding", "output_bias"),
 }
+REQUIRED = {"x_size", *list(RENAMED)[:7]}  # geometry, widths and heads; the rest has defaults
+REQUIRED_OF_ROLE: dict[str, set[str]] = {"FIT": set(), "FITDenoiser": {"out_dim"}, "FITAR": {"vocab_size"}}
 # What the reference takes and this library has no use for.
 IGNORED = ("name", "dtype", "trainable")
 
@@ -51,7 +53,7 @@ class Variable(NamedTuple):
     """One variable of the reference: its name and shape there, and the parameter that it is here."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     shape: tuple[int, ...]
 
     def to_reference(self, tensor: Tensor) -> np.ndarray:
@@ -128,7 +130,7 @@ def _arguments(kind: str, kwargs: Mapping[str, Any], given: Mapping[str, np.ndar
     unknown = set(kwargs) - set(known) - {"x_size"} - set(IGNORED)
     if unknown:
         raise InputError(f"unknown arguments of {kind}: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-    missing = {"layers", "x_size", "num_groups", "latents_per_group", "x_dim", "latent_dim"} - set(kwargs)
+    missing = (REQUIRED | REQUIRED_OF_ROLE[kind]) - set(kwargs)
     if missing:
         raise InputError(f"arguments of {kind} missing: {', '.join(sorted(missing))}")
     if kwargs["x_size"] % kwargs["num_groups"]:
@@ -167,14 +169,14 @@ def _walk(model: nn.Module) -> Iterator[Variable]:
         yield Variable(f"{ROOTS[kind]}/{name}:0", parameter, shape)
 
 
-_Rows = Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]
+_Rows = Iterator[tuple[str, Tensor, tuple[int, ...]]]
 
 
 def _suffix(i: int) -> str:
     return f"_{i}" if i else ""
 
 
-def _plain(name: str, parameter: nn.Parameter) -> _Rows:
+def _plain(name: str, parameter: Tensor) -> _Rows:
     yield name, parameter, tuple(parameter.shape)
 
 

@@ -14,6 +14,8 @@ from fitformer.errors import InputError
 from fitformer.files import write_atomically
 from fitformer.presets import preset
 
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -58,53 +60,117 @@ class Pretrained(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as they are saved in config.json."""
-        return dict(self._hub_mixin_config)  # type: ignore[arg-type]
+        """The constructor's arguments, as they are saved in config.json.
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write config.json, model.safetensors and README.md into a folder (and push it with `push_to_hub=True`)."""
-        return super().save_pretrained(save_directory, config={"role": type(self).__name__, **self.config}, **options)
+        Raises:
+            InputError: an argument was given that is no plain number, text or list, and cannot be written down.
+        """
+        config = dict(self._hub_mixin_config)  # type: ignore[arg-type]
+        # The mixin drops what JSON cannot hold (a numpy integer, say) without a word.
+        if dropped := sorted(set(self._hub_mixin_init_parameters) - {"self"} - set(config)):
+            raise InputError(
+                f"arguments that JSON cannot hold: {', '.join(dropped)}; give plain numbers, text or lists"
+            )
+        return config
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write model.safetensors, config.json and, unless there is one, README.md into a folder.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            push_to_hub: push it as well, as `repo_id` (by default the folder's name) and with the mixin's `options`.
+            model_card_kwargs: more fields for the template of the model card.
+
+        Returns:
+            the address of the commit if it was pushed.
+
+        Raises:
+            InputError: an argument of the constructor was no plain number, text or list, and cannot be written down.
+        """
+        folder = Path(save_directory)
+        config = json.dumps({"role": type(self).__name__, **self.config}, indent=2)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
+        with write_atomically(folder / constants.SAFETENSORS_SINGLE_FILE) as path:
+            save_file(state, path, metadata={"format": "pt"})
+        with write_atomically(folder / constants.CONFIG_NAME) as path:
+            path.write_text(config + "\n")
+        if not (folder / "README.md").exists():
+            with write_atomically(folder / "README.md") as path:
+                self.generate_model_card(**model_card_kwargs or {}).save(path)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model and its card to the Hub as `repo_id`; `options` are those of the Hub's mixin."""
-        return super().push_to_hub(repo_id, config={"role": type(self).__name__, **self.config}, **options)
+        options["model_card_kwargs"] = {"repo_id": repo_id, **(options.get("model_card_kwargs") or {})}
+        return super().push_to_hub(repo_id, **options)
 
     def generate_model_card(self, *args: Any, **fields: Any) -> Any:
         """Fill the card's template with what this model is."""
         parameters = sum(parameter.numel() for parameter in self.parameters())  # type: ignore[attr-defined]
         return super().generate_model_card(*args, role=type(self).__name__, parameters=f"{parameters:,}", **fields)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
-        with write_atomically(save_directory / constants.SAFETENSORS_SINGLE_FILE) as path:
-            save_file(state, path, metadata={"format": "pt"})
-
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: Any
-    ) -> Self:
-        if not strict:
-            raise InputError("loading is strict; build the model and call load_state_dict(..., strict=False) yourself")
-        hub = {
-            key: options.pop(key) for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")
-        }
-        config = json.loads(_file(model_id, constants.CONFIG_NAME, hub).read_text())
+    def from_pretrained(cls, source: str | Path, *, map_location: str = "cpu", **options: Any) -> Self:  # type: ignore[override]
+        """Load a saved model, in eval mode; offline if it is a folder.
+
+        Args:
+            source: a folder, or the model's name on the Hub.
+            map_location: the device it is put on.
+            options: how it is fetched from the Hub (`revision`, `cache_dir`, `force_download`, `token`,
+                `local_files_only`); anything else overrides an argument of the constructor.
+
+        Raises:
+            InputError: a config or weights of another role or architecture, or files that are not whole.
+            FileNotFoundError: a folder or a repository without these files.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        config = _read_config(_file(str(source), constants.CONFIG_NAME, hub))
         role = config.pop("role", cls.__name__)
         if role != cls.__name__:
-            raise InputError(f"{model_id} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
-        unknown = set(config) - set(cls._hub_mixin_init_parameters)
-        if unknown:
-            raise InputError(
-                f"{model_id}/config.json has arguments that {cls.__name__} lacks: {', '.join(sorted(unknown))}"
-            )
-        model = cls(**{**config, **options})
-        path = _file(model_id, constants.SAFETENSORS_SINGLE_FILE, hub)
+            raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
+        arguments = {**config, **options}
+        _check_arguments(cls, arguments, str(source))
+        path = _file(str(source), constants.SAFETENSORS_SINGLE_FILE, hub)
         try:
-            state = load_file(path, device=map_location)
+            state = load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
+        model = cls(**arguments)
         load_strictly(model, state, str(path))  # type: ignore[arg-type]
-        return model.eval()  # type: ignore[attr-defined]
+        return model.eval().to(map_location)  # type: ignore[attr-defined]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json, if it is one."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not a whole JSON file ({error}); save or fetch it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a model: it holds a {type(config).__name__}")
+    return config
+
+
+def _check_arguments(role: type[Pretrained], arguments: dict[str, Any], source: str) -> None:
+    """Refuse arguments that are not those of a role's constructor."""
+    known = {name: value for name, value in role._hub_mixin_init_parameters.items() if name != "self"}
+    if unknown := sorted(set(arguments) - set(known)):
+        raise InputError(
+            f"the configuration of {source} has arguments that {role.__name__} lacks: {', '.join(unknown)}"
+        )
+    required = {name for name, parameter in known.items() if parameter.default is parameter.empty}
+    if missing := sorted(required - set(arguments)):
+        raise InputError(f"the configuration of {source} lacks what {role.__name__} needs: {', '.join(missing)}")
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

@@ -12,6 +12,7 @@ else this project does (recomputing, streaming, sharding, caching) is another wa
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.layers import CrossLayer, TransformerLayer
+from fitformer.layers import CrossLayer, TransformerLayer, check_heads, check_sizes
 from fitformer.positions import latent_positions, token_positions
 
 
@@ -83,7 +84,8 @@ class Trunk(nn.Module):
         cross_mlp: a feed-forward after read and write. cross_norm: normalise what cross-attention looks at.
 
     Raises:
-        InputError: the layer string does not parse, sizes are not positive, heads do not divide widths.
+        InputError: the layer string does not parse, sizes are not positive, heads do not divide widths, or a rate of
+            dropout is not below 1.
     """
 
     def __init__(
@@ -110,25 +112,24 @@ class Trunk(nn.Module):
         cross_norm: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {"num_groups": num_groups, "tokens_per_group": tokens_per_group, "latents_per_group": latents_per_group}
-        for name, size in {**sizes, "dim": dim, "latent_dim": latent_dim}.items():
-            if size < 1:
-                raise InputError(f"{name} is {size}; it must be at least 1")
         self.plan = parse_layers(layers)
+        check_sizes(num_groups=num_groups, tokens_per_group=tokens_per_group, latents_per_group=latents_per_group)
+        check_sizes(dim=dim, latent_dim=latent_dim)
+        has_local, has_global = (any(counts) for counts in zip(*self.plan, strict=True))
+        if has_local and self_attention:
+            check_heads(heads, dim, "local layers, dim")
+        if has_global:
+            check_heads(latent_heads, latent_dim, "global layers, latent_dim")
+            check_heads(min(heads, latent_heads), min(dim, latent_dim), "read and write, the smaller of both widths")
         self.latents_per_group = latents_per_group
         self.causal_global, self.causal_local = causal in ("global", "all"), causal == "all"
         self.position = token_positions(position, tokens_per_group, dim)
         self.latent_position = latent_positions(latent_position, num_groups, latents_per_group, latent_dim)
 
-        ffn = {"mlp_ratio": mlp_ratio, "drop_units": drop_units}
+        ffn: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop_units": drop_units}
         layer = {**ffn, "drop_path": drop_path, "drop_att": drop_att}
-        cross = {
-            "width": min(dim, latent_dim),
-            "heads": min(heads, latent_heads),
-            "context_norm": cross_norm,
-            "drop_units": drop_units,
-            "mlp_ratio": mlp_ratio if cross_mlp else None,
-        }
+        cross = {**(ffn if cross_mlp else {}), "context_norm": cross_norm}
+        cross |= {"width": min(dim, latent_dim), "heads": min(heads, latent_heads)}
 
         def look() -> CrossLayer:
             return CrossLayer(latent_dim, latent_dim, latent_dim, latent_heads, context_norm=cross_norm)
@@ -182,7 +183,7 @@ class Trunk(nn.Module):
             data tokens and latents, of the same shapes.
         """
         block: Block = self.blocks[i]  # type: ignore[assignment]
-        batch = x.shape[0]
+        batch, groups = x.shape[:2]
         x, latents = x.flatten(0, 1), latents.flatten(0, 1)
         if block.write is not None:
             x = block.write(x, source.flatten(0, 1))
@@ -190,7 +191,7 @@ class Trunk(nn.Module):
             x = layer(x, causal=self.causal_local)
         if block.read is not None:
             latents = block.read(latents, x)
-        return x.unflatten(0, (batch, -1)), latents.unflatten(0, (batch, -1))
+        return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
 
     def global_phase(self, i: int, latents: Tensor, condition: Tensor | None = None) -> Tensor:
         """Condition and global layers of block i on all latents `(b, t, m, d)` of each example.
