@@ -1,0 +1,199 @@
+"""Parameters, operations and group plan of a preset, a run or a saved model, before anything runs.
+
+fitformer info small --image-size 512 --patch-size 16 --group-size 128
+fitformer info base --role decoder --length 8192 --tokens-per-group 64
+fitformer info runs/digits-classify
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fitformer.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fitformer.planning import Model
+
+ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITDenoiser", "decoder": "FITDecoder"}
+SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
+CONFIG = "config.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fitformer info`."""
+    parser.add_argument("what", help="a preset (tiny, small, base, large), a run, or the folder of a saved model")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    of_preset = parser.add_argument_group("of a preset")
+    of_preset.add_argument("--role", choices=ROLES, help="encoder by default")
+    of_preset.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS; 256 by default")
+    of_preset.add_argument("--group-size", type=size, metavar="PIXELS", help="of encoder and denoiser; 64 by default")
+    of_preset.add_argument("--patch-size", type=size, metavar="PIXELS", help="8 by default")
+    of_preset.add_argument("--channels", type=int, help="of an image; 3 by default")
+    of_preset.add_argument("--num-classes", type=int, help="of an encoder's head or a denoiser's condition; none")
+    of_preset.add_argument("--length", type=int, help="tokens of a decoder's sequence, instead of an image")
+    of_preset.add_argument("--tokens-per-group", type=int, help="with --length; 64 by default")
+    of_preset.add_argument("--vocab-size", type=int, help="of a decoder; 256 by default")
+    for name in SIZES:
+        kind: Callable[[str], Any] = str if name == "layers" else int
+        of_preset.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the preset's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the model holds and costs."""
+    from fitformer.presets import SIZES as PRESETS
+
+    model = of_preset(arguments) if arguments.what in PRESETS else of_folder(arguments)
+    if arguments.json:
+        print(json.dumps(as_plain(model), indent=2))
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(model, arguments.what):
+        console.print(table)
+    return 0
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """Read `64` or `64x128` (rows, columns)."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[0], *sides[1:])  # type: ignore[return-value]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 64, or 64x128 for rows x columns") from None
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a preset that were set."""
+    apart = {"what", "json", "overrides"}
+    return {name: value for name, value in vars(arguments).items() if name not in apart and value is not None}
+
+
+def of_preset(arguments: argparse.Namespace) -> "Model":
+    """The model of a preset and the geometry asked for, without weights.
+
+    Raises:
+        InputError: options that the role has no use for, or sizes that do not fit.
+    """
+    from fitformer.grouping import ImageGroups
+    from fitformer.planning import on_meta
+    from fitformer.presets import preset
+
+    asked = given(arguments)
+    role = asked.pop("role", "encoder")
+    sizes = {**preset(arguments.what, end_local=role != "encoder"), **{k: asked.pop(k) for k in SIZES if k in asked}}
+    if role == "decoder":
+        config = _sequence(asked)
+    else:
+        cut = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
+        groups = ImageGroups(**cut)
+        config = {**cut, "num_classes": asked.pop("num_classes", 0)}
+        if role == "denoiser":
+            config = {
+                "num_groups": groups.num_groups,
+                "tokens_per_group": groups.tokens_per_group,
+                "out_dim": groups.token_dim,
+                "cond_dim": config["num_classes"] or None,
+            }
+    if asked:
+        raise InputError(f"--{next(iter(asked)).replace('_', '-')} means nothing to this {role}; leave it out")
+    return on_meta(ROLES[role], {**sizes, **config})
+
+
+DEFAULT_CUT: dict[str, Any] = {"image_size": 256, "group_size": 64, "patch_size": 8, "channels": 3}
+
+
+def _sequence(asked: dict[str, Any]) -> dict[str, Any]:
+    """Geometry of a decoder: of `length` tokens, or of the pixels of an image, a patch a group (spec section 6)."""
+    from fitformer.cuts import need_division, sides_of
+
+    vocabulary = {"vocab_size": asked.pop("vocab_size", 256)}
+    if "length" in asked:
+        length, n = asked.pop("length"), asked.pop("tokens_per_group", 64)
+        need_division(length, n, ("a sequence", "groups", "tokens"))
+        return {"num_groups": length // n, "tokens_per_group": n, **vocabulary}
+    rows, columns = sides_of(asked.pop("image_size", DEFAULT_CUT["image_size"]), "hw")
+    high, wide = sides_of(asked.pop("patch_size", DEFAULT_CUT["patch_size"]), "hw")
+    need_division(rows, high, ("an image", "patches", "rows"))
+    need_division(columns, wide, ("an image", "patches", "columns"))
+    groups = (rows // high) * (columns // wide)
+    return {"num_groups": groups, "tokens_per_group": high * wide * asked.pop("channels", 3), **vocabulary}
+
+
+def of_folder(arguments: argparse.Namespace) -> "Model":
+    """The model of a run or of a saved model, from its config.json, without weights.
+
+    Raises:
+        InputError: neither a preset nor such a folder, or options of a preset given with a folder.
+    """
+    from fitformer.planning import on_meta
+    from fitformer.presets import SIZES as PRESETS
+
+    folder = Path(arguments.what)
+    path = next((file for file in (folder / CONFIG, folder / "model" / CONFIG) if file.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"{arguments.what!r} is no preset ({', '.join(PRESETS)}), and no run or saved model "
+            f"({'it has no config.json' if folder.is_dir() else 'there is no such folder'})"
+        )
+    if asked := given(arguments):
+        raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for presets; {arguments.what} is what it is")
+    config = json.loads(path.read_text())
+    return on_meta(config.pop("role", "nothing"), config)
+
+
+def as_plain(model: "Model") -> dict[str, Any]:
+    """What the tables say, as plain data."""
+    from dataclasses import asdict
+
+    from fitformer.planning import count_parameters, flops, group_plan, parts
+
+    return {
+        "role": type(model).__name__,
+        "parameters": count_parameters(model),
+        "flops": asdict(flops(model)),
+        "groups": asdict(group_plan(model)),
+        "parts": [asdict(part) for part in parts(model)],
+    }
+
+
+def tables(model: "Model", title: str) -> "list[Table]":
+    """The group plan, and the parts with their sum, as tables."""
+    from rich import box
+    from rich.table import Table
+
+    from fitformer.planning import count_parameters, group_plan, parts, total
+
+    plan, look = group_plan(model), {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    headings = ("groups t", "tokens n", "latents m", "width c", "width d", "layers")
+    groups = Table(*headings, title=title, **look)  # type: ignore[arg-type]
+    sizes = (plan.groups, plan.tokens_per_group, plan.latents_per_group, plan.dim, plan.latent_dim)
+    groups.add_row(*map(str, sizes), plan.layers)
+    title = f"{type(model).__name__}, one example forward"
+    costs = Table(title=title, show_footer=True, **look)  # type: ignore[arg-type]
+    costs.add_column("part", no_wrap=True, footer="all")
+    costs.add_column("tokens", no_wrap=True)
+    rows = parts(model)
+    whole = total([part.flops for part in rows])
+    columns = ("parameters", count_parameters(model)), ("attention", whole.attention)
+    for name, value in (*columns, ("FLOPs", whole.total)):
+        costs.add_column(name, footer=short(value), justify="right")
+    costs.add_column("share", justify="right")
+    for part in rows:
+        counts = (part.parameters, part.flops.attention, part.flops.total)
+        share = f"{part.flops.total / whole.total:.1%}"
+        costs.add_row(part.name, part.tokens, *(short(count) if count else "" for count in counts), share)
+    return [groups, costs]
+
+
+def short(count: float) -> str:
+    """A large number for people: 1234567 is `1.23M`."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}P"
