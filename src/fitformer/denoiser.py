@@ -40,7 +40,7 @@ class TimeEmbedding(nn.Module):
         if scalars.ndim != 2 or scalars.shape[1] != wanted:
             raise InputError(f"time has shape {tuple(time.shape)}, the denoiser was built for (b, {wanted})")
         code = sin_cos_1d(1000.0 * scalars[:, 0].float(), self.code_width)
-        code = (code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)
+        code = F.layer_norm(code, (self.code_width,), eps=0.0)
         hidden = F.silu(self.inner(code.to(self.inner.weight.dtype)))
         return self.outer(torch.cat([hidden, scalars[:, 1:].to(hidden.dtype)], dim=-1))
 
