@@ -167,6 +167,9 @@ def test_export_with_any_batch(role):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of the compiler, within torch
 @pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_compiled_layers_are_the_plain_ones(role):
     model, inputs = build(role), make_inputs(role)

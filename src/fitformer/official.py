@@ -15,7 +15,7 @@ from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
 from fitformer.encoder import FITEncoder
 from fitformer.errors import InputError
-from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer
+from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer, check_sizes
 from fitformer.positions import PositionTable
 from fitformer.pretrained import difference
 
@@ -133,16 +133,18 @@ def _arguments(kind: str, kwargs: Mapping[str, Any], given: Mapping[str, np.ndar
     missing = (REQUIRED | REQUIRED_OF_ROLE[kind]) - set(kwargs)
     if missing:
         raise InputError(f"arguments of {kind} missing: {', '.join(sorted(missing))}")
-    if kwargs["x_size"] % kwargs["num_groups"]:
-        raise InputError(
-            f"x_size={kwargs['x_size']} tokens do not divide into num_groups={kwargs['num_groups']} groups"
-        )
+    length, groups = kwargs["x_size"], kwargs["num_groups"]
+    check_sizes(x_size=length, num_groups=groups)
+    if length % groups:
+        below = length // groups * groups
+        near = f"{below} or {below + groups} do" if below else f"{groups} do"
+        raise InputError(f"x_size={length} tokens do not divide into num_groups={groups} groups; {near}")
     arguments = {known[name]: value for name, value in kwargs.items() if name in known}
-    arguments["tokens_per_group"] = kwargs["x_size"] // kwargs["num_groups"]
+    arguments["tokens_per_group"] = length // groups
 
     def width(name: str, axis: int = 0) -> int | None:
-        array = given.get(f"{ROOTS[kind]}/{name}/kernel:0")
-        return None if array is None else np.shape(array)[axis]
+        shape = np.shape(given.get(f"{ROOTS[kind]}/{name}/kernel:0", 0))
+        return shape[axis] if len(shape) == 2 and shape[axis] else None  # anything else is refused as misshapen
 
     if kind == "FIT":
         arguments |= {"in_channels": width("stem") or 1, "y_channels": width("stem_y")}
