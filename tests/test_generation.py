@@ -70,11 +70,11 @@ def test_only_groups_begun_are_run():
 
 
 def test_samples_follow_the_conditional_distribution():
-    given = generation.generate(Chain(), None, 20, count=1000, seed=5)
-    before = torch.cat([torch.zeros(1000, 1, dtype=torch.int64), given[:, :-1]], dim=1)
+    given = generation.generate(Chain(), None, 20, count=400, seed=5)
+    before = torch.cat([torch.zeros(400, 1, dtype=torch.int64), given[:, :-1]], dim=1)
     for token in range(3):
         found = torch.bincount(given[before == token], minlength=3).float()
-        torch.testing.assert_close(found / found.sum(), Chain.table[token], atol=0.02, rtol=0)
+        torch.testing.assert_close(found / found.sum(), Chain.table[token], atol=0.03, rtol=0)
         assert (found[Chain.table[token] == 0] == 0).all()
 
 
