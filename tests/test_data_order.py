@@ -23,7 +23,7 @@ sizes = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(**sizes)
 def test_ranks_together_walk_through_whole_epochs_without_repeats(length, batch_size, world_size, seed):
     steps = -(-3 * length // (batch_size * world_size))
@@ -38,7 +38,7 @@ def test_ranks_together_walk_through_whole_epochs_without_repeats(length, batch_
         assert sorted(index for e, index in row if e == epoch) == list(range(length))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(**sizes, start=st.integers(0, 12))
 def test_a_run_taken_up_at_a_step_sees_exactly_the_tail(length, batch_size, world_size, seed, start):
     rank = seed % world_size
@@ -63,7 +63,7 @@ def test_the_random_numbers_of_examples_are_their_own():
     assert example_generator(1, 2, 3).random() == example_generator(1, 2, 3).random()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(length=sizes["length"], batch_size=sizes["batch_size"], world_size=sizes["world_size"])
 def test_evaluation_sees_each_example_once_over_all_ranks(length, batch_size, world_size):
     seen = []
@@ -75,7 +75,7 @@ def test_evaluation_sees_each_example_once_over_all_ranks(length, batch_size, wo
     assert sorted(seen) == list(range(length))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=5, max_size=80), share=st.floats(0.15, 0.85), seed=st.integers(0, 99)
 )

@@ -118,7 +118,7 @@ class EvaluationBatches:
 def hold_out(length: int, share: float, seed: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Split `length` examples by seed into the kept and the held-out ones, each int64 and ascending.
 
-    `round(share * length)` are held out; with `labels` (length,) each class gives its share of them, to within less than one.
+    `round(share * length)` are held out; with `labels` (length,) each class gives its share, to within one.
 
     Raises:
         InputError: `share` is not between 0 and 1, or leaves one side empty.

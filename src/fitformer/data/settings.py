@@ -26,7 +26,7 @@ class ImageData:
         subset: the configuration of a Hub dataset that has several.
         image_size: side, or (rows, columns), of the images handed out, in pixels.
         resize: how an image of another shape gets there: `crop` (scale the shorter side, cut the centre), `stretch`,
-            or `pad` (scale the longer side, white round it).
+            or `pad` (scale the longer side, the colour of its rim round it).
         channels: 1 grey, 3 colour, 4 colour and alpha; images are converted. None keeps what the files have,
             which must then be the same in all of them.
         levels: number of pixel values; images then hold 0 .. levels-1 instead of 0 .. 255. 17 gives back the
@@ -94,7 +94,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "path": ("idx", "folder", "manifest", "huggingface", "arrays", "files"),
     "subset": ("huggingface",),
     "glob": ("files",),
-    "classes": ("folder", "manifest", "huggingface", "arrays"),
+    "classes": ("idx", "folder", "manifest", "huggingface", "arrays"),
     "image_column": ("manifest", "huggingface"),
     "label_column": ("manifest", "huggingface"),
     "split_column": ("manifest",),

@@ -1,0 +1,147 @@
+"""A dataset of images: size, channels, pixel values and augmentation on top of a source."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fitformer.data.order import example_generator
+from fitformer.data.pixels import Unreadable, fit, jitter, random_crop
+from fitformer.data.settings import Augmentation, Resize
+from fitformer.data.sources import Source, listed
+from fitformer.errors import InputError
+
+_log = logging.getLogger("fitformer.data")
+
+Augment = Callable[[np.ndarray, tuple[int, int], Resize, np.random.Generator], np.ndarray]
+
+
+def _light(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return jitter(fit(pixels, size, resize), random)
+
+
+def _crop(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return random_crop(pixels, size, random)
+
+
+def _crop_flip(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    cropped = random_crop(pixels, size, random)
+    return cropped[:, ::-1] if random.random() < 0.5 else cropped
+
+
+AUGMENTATIONS: dict[str, Augment] = {"light": _light, "crop": _crop, "crop-flip": _crop_flip}
+
+
+def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
+    """Pixels 0 .. 255 to the nearest of `levels` evenly spread values, as their numbers 0 .. levels - 1 (uint8)."""
+    return np.rint(pixels * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def dequantize(values: np.ndarray, levels: int) -> np.ndarray:
+    """The pixels 0 .. 255 that the numbers 0 .. levels - 1 stand for (uint8)."""
+    return np.rint(values * (255 / (levels - 1))).astype(np.uint8)
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
+
+    An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
+    classes) and `index`, that of the image handed out. The randomness of augmentation is a function of
+    (seed, epoch, index).
+
+    A file that cannot be read is logged once by name and the next readable image stands in for it; the count is
+    shared by the worker processes of a loader.
+
+    Raises:
+        InputError: bad settings; when read, more than `max_unreadable` unreadable files, or mixed channel counts.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int | tuple[int, int],
+        *,
+        resize: Resize = "crop",
+        augmentation: Augmentation = "none",
+        levels: int | None = None,
+        seed: int = 0,
+        max_unreadable: int = 10,
+        note: str = "",
+    ):
+        if augmentation != "none" and augmentation not in AUGMENTATIONS:
+            raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
+        if levels is not None and not 2 <= levels <= 256:
+            raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
+        self.source, self.seed, self.note = source, seed, note
+        rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(rows, columns) < 1:
+            raise InputError(f"image_size is {image_size}: its sides must be at least 1")
+        self.image_size = (rows, columns)
+        self.resize, self.levels, self.max_unreadable = resize, levels, max_unreadable
+        self.augment = AUGMENTATIONS.get(augmentation)
+        # One shared byte per image, so that all workers of a loader see and count what any of them found.
+        self._broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers; empty without classes."""
+        return self.source.classes
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return self.source.channels
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the files found unreadable so far."""
+        return [self.source.name(index) for index in torch.nonzero(self._broken).flatten().tolist()]
+
+    def describe(self) -> str:
+        """One line: what, how many, how large."""
+        rows, columns = self.image_size
+        kinds = f"{len(self.classes)} classes" if self.classes else "no classes"
+        values = f", {self.levels} levels" if self.levels else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.source.title}: {len(self):,} images, {rows} x {columns} x {self.channels}{values}, {kinds}{note}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, where: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = where if isinstance(where, tuple) else (0, where)
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        pixels, label, found = self._read(index)
+        if self.augment is None:
+            pixels = fit(pixels, self.image_size, self.resize)
+        else:
+            pixels = self.augment(pixels, self.image_size, self.resize, example_generator(self.seed, epoch, index))
+        if self.levels is not None:
+            pixels = quantize(pixels, self.levels)
+        # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
+        return {"image": torch.tensor(pixels.copy()), "label": torch.tensor(label), "index": found}
+
+    def _read(self, index: int) -> tuple[np.ndarray, int, int]:
+        """The image at `index`, or the next one after it that can be read."""
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            if not self._broken[place]:
+                try:
+                    return *self.source[place], place
+                except Unreadable as broken:
+                    self._note(place, broken)
+        raise InputError(f"no image of {self.source.title} is readable")
+
+    def _note(self, place: int, broken: Unreadable) -> None:
+        self._broken[place] = 1
+        count = int(self._broken.sum(dtype=torch.int64))
+        if count > self.max_unreadable:
+            raise InputError(
+                f"{count} images of {self.source.title} are unreadable, more than max_unreadable, "
+                f"{self.max_unreadable}: {listed(self.unreadable)}"
+            )
+        _log.warning("unreadable image %s; the next one stands in (%d so far)", broken, count)

@@ -1,0 +1,201 @@
+"""From image files to pixels (H, W, ch) uint8 of a given size and channel count; Pillow does the work."""
+
+import errno
+import io
+import os
+import struct
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fitformer.errors import InputError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_CUBIC = Image.Resampling.BICUBIC
+# What Pillow can name but not decode by itself, or takes for documents rather than pictures.
+_NOT_PICTURES = {".h5", ".hdf", ".grib", ".bufr", ".mpg", ".mpeg", ".wmf", ".emf", ".eps", ".ps", ".pdf", ".fits"}
+# The machine's trouble, not the file's: skipping the file would hide it.
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, Image.DecompressionBombError)
+
+
+class Unreadable(Exception):
+    """A file that is missing or cannot be decoded; the message names it and says why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def suffixes() -> frozenset[str]:
+    """The file name endings, lower case, that are taken for images."""
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN) - _NOT_PICTURES
+
+
+def _openable(file: str | os.PathLike[str] | bytes) -> io.BytesIO | Path:
+    return io.BytesIO(file) if isinstance(file, bytes) else Path(file)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def natural_channels(image: Image.Image) -> int:
+    """Channels of an opened image as its file has them: 1 grey, 3 colour, 4 colour and alpha."""
+    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return 1
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return 4
+    return 3
+
+
+def header_channels(file: str | os.PathLike[str] | bytes, name: str) -> int:
+    """Channels of an image from its header alone.
+
+    Raises:
+        Unreadable: it is missing or no image.
+    """
+    try:
+        with Image.open(_openable(file)) as image:
+            return natural_channels(image)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
+        raise Unreadable(name, _reason(error)) from error
+
+
+def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None = None) -> np.ndarray:
+    """Pixels (H, W, ch) uint8 of an image file, turned upright, with `channels` or its own number of them.
+
+    Raises:
+        Unreadable: it is missing, truncated or no image.
+    """
+    try:
+        with Image.open(_openable(file)) as image:
+            image.load()
+            pixels = _to_pixels(ImageOps.exif_transpose(image))
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
+        raise Unreadable(name, _reason(error)) from error
+    return pixels if channels is None else convert(pixels, channels)
+
+
+def _to_pixels(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        # Sixteen bits or more: Pillow's own conversion would clip at 255 instead of scaling.
+        wide = np.asarray(image).astype(np.int64)
+        return (np.clip(wide, 0, 65535) // 257 if wide.max() > 255 else np.clip(wide, 0, 255)).astype(np.uint8)[
+            ..., None
+        ]
+    return to_array(image.convert(MODES[natural_channels(image)]))
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """A Pillow image of pixels (H, W, ch) uint8."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Pixels (H, W, ch) uint8 of a Pillow image in one of `MODES`."""
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def convert(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels (H, W, ch) with another number of channels; alpha that is dropped shows white behind it."""
+    if pixels.shape[2] == channels:
+        return pixels
+    image = to_image(pixels)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return to_array(image.convert(MODES[channels]))
+
+
+def rim(pixels: np.ndarray) -> tuple[int, ...]:
+    """The median colour of the outermost pixels: what may stand beyond the edge."""
+    edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+    return tuple(int(level) for level in np.median(np.concatenate(edges), axis=0))
+
+
+def fit(pixels: np.ndarray, size: tuple[int, int], resize: Literal["crop", "stretch", "pad"] = "crop") -> np.ndarray:
+    """Pixels (H, W, ch) brought to `size` (rows, columns); see `settings.ImageData.resize`. Cubic, antialiased.
+
+    Raises:
+        InputError: an unknown `resize`.
+    """
+    height, width = pixels.shape[:2]
+    rows, columns = size
+    if (height, width) == size:
+        return pixels
+    if resize == "crop":
+        scale = max(rows / height, columns / width)
+        return cut(
+            pixels, size, ((height - rows / scale) / 2, (width - columns / scale) / 2), (rows / scale, columns / scale)
+        )
+    if resize == "stretch":
+        return cut(pixels, size, (0, 0), (height, width))
+    if resize == "pad":
+        scale = min(rows / height, columns / width)
+        inner = max(1, round(height * scale)), max(1, round(width * scale))
+        framed = np.empty((rows, columns, pixels.shape[2]), dtype=np.uint8)
+        framed[:] = rim(pixels)
+        top, left = (rows - inner[0]) // 2, (columns - inner[1]) // 2
+        framed[top : top + inner[0], left : left + inner[1]] = cut(pixels, inner, (0, 0), (height, width))
+        return framed
+    raise InputError(f"resize is {resize!r}: choose crop, stretch or pad")
+
+
+def cut(
+    pixels: np.ndarray, size: tuple[int, int], corner: tuple[float, float], extent: tuple[float, float]
+) -> np.ndarray:
+    """The box at `corner` (row, column) of `extent` (rows, columns), in pixels and fractions, scaled to `size`."""
+    top, left = max(corner[0], 0.0), max(corner[1], 0.0)
+    # Rounding may carry the box a hair over the edge, which Pillow refuses.
+    bottom, right = min(corner[0] + extent[0], pixels.shape[0]), min(corner[1] + extent[1], pixels.shape[1])
+    image = to_image(pixels).resize(size[::-1], _CUBIC, box=(left, top, right, bottom))
+    return to_array(image)
+
+
+def random_crop(
+    pixels: np.ndarray, size: tuple[int, int], random: np.random.Generator, smallest: float = 0.25
+) -> np.ndarray:
+    """A random box of at least `smallest` of the area, near the aspect of `size` (4:3 either way), scaled to it."""
+    height, width = pixels.shape[:2]
+    aspect = size[1] / size[0] * float(np.exp(random.uniform(-1, 1) * np.log(4 / 3)))
+    area = random.uniform(smallest, 1) * height * width
+    rows, columns = min((area / aspect) ** 0.5, height), min((area * aspect) ** 0.5, width)
+    corner = random.uniform(0, height - rows), random.uniform(0, width - columns)
+    return cut(pixels, size, corner, (rows, columns))
+
+
+def jitter(
+    pixels: np.ndarray, random: np.random.Generator, turn: float = 10, scale: float = 0.1, shift: float = 0.08
+) -> np.ndarray:
+    """Turned by up to `turn` degrees, scaled and shifted by up to these shares, about the centre."""
+    height, width, channels = pixels.shape
+    angle = np.deg2rad(random.uniform(-turn, turn))
+    zoom = float(np.exp(random.uniform(-1, 1) * np.log1p(scale)))
+    down, right = random.uniform(-shift, shift, 2) * (height, width)
+    # Pillow asks where each pixel comes from: the inverse of the movement, in (column, row).
+    cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
+    x, y = width / 2 + right, height / 2 + down
+    matrix = (cosine, sine, width / 2 - cosine * x - sine * y, -sine, cosine, height / 2 + sine * x - cosine * y)
+    fill: tuple[int, ...] = rim(pixels)
+    if channels == 4:
+        # Pillow moves such images with their colours multiplied by alpha, but takes the fill as it is given.
+        fill = (*(round(level * fill[3] / 255) for level in fill[:3]), fill[3])
+    moved = to_image(pixels).transform(
+        (width, height), Image.Transform.AFFINE, matrix, _CUBIC, fillcolor=fill[0] if channels == 1 else fill
+    )
+    return to_array(moved)
