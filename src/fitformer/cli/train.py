@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fitformer import config
-from fitformer.errors import InputError
+from fitformer.errors import InputError, require
 
 OVERRIDES = True
 
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(config.dump(recipe), end="")
         return 0
     # Here torch and Lightning come in, which takes seconds; everything above answers at once.
+    require("lightning", extra="train")
     from fitformer.training import train
 
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem

@@ -1,0 +1,232 @@
+"""Run directories: a folder that says what was run, on what, how it went, and from which the same command goes on.
+
+recipe.yaml         the resolved recipe            environment.json    every start: command, versions, machine
+data.json           what the data were             metrics.jsonl       a line a measurement
+checkpoints/        last.ckpt (and best.ckpt)      model/              the exported weights, `from_pretrained`
+samples/            previews by step               tensorboard/, csv/  the same measurements
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fitformer import config
+from fitformer.errors import InputError
+from fitformer.files import write_atomically
+from fitformer.settings import Recipe
+
+if TYPE_CHECKING:
+    from fitformer.decoder import FITDecoder
+    from fitformer.denoiser import FITDenoiser
+    from fitformer.encoder import FITImageEncoder
+
+_PACKAGES = ("fitformer", "torch", "lightning", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the recipe in it. `Run.open(path)` reads one, `start(path, recipe)` begins or resumes one."""
+
+    path: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open an existing run directory.
+
+        Raises:
+            InputError: there is none at `path`, or its recipe does not parse.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"there is no run directory {path}; `fitformer train RECIPE --run-dir {path}` makes one")
+        recipe = path / "recipe.yaml"
+        if not recipe.is_file():
+            raise InputError(f"{path} is not a run directory: it has no recipe.yaml")
+        return cls(path, config.parse(recipe.read_text(encoding="utf-8"), where=str(recipe)))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where training goes on from; absent before the first checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def model_folder(self) -> Path:
+        """The exported model, written with every checkpoint: averaged weights if the recipe averages."""
+        return self.path / "model"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line, each with `step`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of previews, by step."""
+        return self.path / "samples"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All measurements so far, in order; a line that a crash cut off is left out."""
+        return read_metrics(self.metrics_file)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What was learned from: `classes`, `channels`, one line on each part."""
+        path = self.path / "data.json"
+        if not path.is_file():
+            raise InputError(f"{self.path} has no data.json: its training never started; train it first")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by number; empty without classes."""
+        return tuple(self.describe_data()["classes"])
+
+    def model(self) -> "FITImageEncoder | FITDenoiser | FITDecoder":
+        """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
+
+        Raises:
+            InputError: nothing was exported yet; the folder holds another role or weights that do not fit.
+        """
+        import fitformer
+        from fitformer.encoder import FITImageEncoder
+
+        if not (self.model_folder / "model.safetensors").is_file():
+            raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
+        roles: dict[str, Any] = {
+            "classify": FITImageEncoder,
+            "diffuse": fitformer.FITDenoiser,
+            "autoregress": fitformer.FITDecoder,
+        }
+        return roles[self.recipe.task].from_pretrained(self.model_folder)
+
+    def dataset(self, split: Literal["train", "val", "test"] = "test") -> Any:
+        """The run's data, `split` being `train`, `val` or `test`, in the order and split that training had."""
+        from fitformer import data
+
+        return data.build(self.recipe.data, split, seed=self.recipe.trainer.seed)
+
+
+def start(path: str | Path, recipe: Recipe) -> Run:
+    """Make a run directory for a recipe, or take up the one that is there.
+
+    Raises:
+        InputError: the directory holds the run of another recipe (names the keys and both values), or something else.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        differing = config.differences(Run.open(path).recipe, recipe)
+        if differing:
+            pairs = ((key, _brief(old), _brief(new)) for key, (old, new) in differing.items())
+            listed = "; ".join(f"{key} is {old} there, {new} here" for key, old, new in pairs)
+            raise InputError(
+                f"{path} holds the run of another recipe: {listed}; give another --run-dir, or remove that one"
+            )
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; a run needs a directory")
+    if _is_first_process():
+        _write(path / "recipe.yaml", config.dump(recipe))
+        _note_start(path / "environment.json")
+    return Run(path, recipe)
+
+
+def note_data(run: Run, train: Any, test: Any) -> None:
+    """Write data.json: what the training and the held-out part are."""
+    if _is_first_process():
+        about = {
+            "classes": list(getattr(train, "classes", ())),
+            "channels": getattr(train, "channels", None),
+            "train": train.describe(),
+            "train_examples": len(train),
+            "held_out": None if test is None else test.describe(),
+            "held_out_examples": None if test is None else len(test),
+        }
+        _write(run.path / "data.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; those that do not parse (cut off by a crash) are left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return parsed
+
+
+def forget_after(run: Run, step: int) -> None:
+    """Drop measurements made after `step`: a run that goes on from there makes them again."""
+    if _is_first_process() and run.metrics_file.is_file():
+        kept = [line for line in run.metrics() if line["step"] <= step]
+        _write(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _is_first_process() -> bool:
+    # Lightning starts the other processes of a machine with the same command and this variable set.
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def _note_start(path: Path) -> None:
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    _write(path, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """When, how and on what this process runs."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "accelerators": _accelerators(),
+        "git": _commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _commit() -> str | None:
+    """The commit of the library's own checkout, where it runs from one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    with write_atomically(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _brief(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

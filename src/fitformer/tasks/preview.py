@@ -1,0 +1,54 @@
+"""Something to look at: samples as a grid of pictures, or as text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fitformer.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Samples of a model: `images` uint8 `(k, H, W, ch)`, or `text`, one string a sample."""
+
+    images: Tensor | None = None
+    text: tuple[str, ...] = ()
+
+
+def grid(images: Tensor, columns: int = 0, gap: int = 1, enlarge: int = 0) -> Tensor:
+    """Lay pictures `(k, H, W, ch)` uint8 out in rows with a white gap, as one picture `(rows, columns, ch)`.
+
+    `columns` 0 takes 10 at most; `enlarge` 0 repeats pixels until a picture is some 48 high.
+    """
+    k, height, width, channels = images.shape
+    columns = columns or min(k, 10)
+    rows = -(-k // columns)
+    sheet = images.new_full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = image
+    times = enlarge or max(1, 48 // height)
+    return sheet.repeat_interleave(times, 0).repeat_interleave(times, 1)
+
+
+def write_picture(path: Path, image: Tensor) -> None:
+    """Write a uint8 picture `(H, W, ch)` of 1, 3 or 4 channels as PNG, whole or not at all."""
+    from PIL import Image
+
+    pixels = image.cpu().to(torch.uint8).numpy()
+    with write_atomically(path) as scratch:
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(scratch, format="PNG")
+
+
+def save(preview: Preview, stem: Path) -> Path:
+    """Write a preview beside `stem`: a grid as .png, text as .txt; returns the file."""
+    if preview.images is not None:
+        path = stem.with_suffix(".png")
+        write_picture(path, grid(preview.images))
+        return path
+    path = stem.with_suffix(".txt")
+    with write_atomically(path) as scratch:
+        scratch.write_text("\n\n----------\n\n".join(preview.text) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,154 @@
+"""Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from fitformer import data, runs
+from fitformer.runs import Run
+from fitformer.settings import Recipe
+from fitformer.tasks import build_model, task_of
+from fitformer.training import keeping
+from fitformer.training.learner import Data, Learner
+from fitformer.training.watching import Bar, Lines, Observer, loggers
+
+__all__ = ["train"]
+
+
+def train(recipe: Recipe, run_dir: str | Path) -> bool:
+    """Train a recipe in a run directory, from its last checkpoint if it has one.
+
+    Stopped anywhere and given again, the same recipe ends with the same weights as if it had not been stopped
+    (bit for bit on a CPU): the order of the data, augmentation, dropout and noise are functions of (seed, step).
+
+    Args:
+        recipe: what to train, see `fitformer.config`.
+        run_dir: made if it is not there, see `fitformer.runs`.
+
+    Returns:
+        whether the run is complete; false if a signal stopped it, with everything saved.
+
+    Raises:
+        InputError: the directory belongs to another recipe, a checkpoint does not fit, the data or sizes are wrong.
+        OSError: a checkpoint could not be written.
+    """
+    examples = data.build(recipe.data, "train", seed=recipe.trainer.seed)
+    held_out = _held_out(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.trainer.seed)
+        network = build_model(recipe, examples)
+    run = runs.start(run_dir, recipe)
+    runs.note_data(run, examples, held_out)
+    step = _resumed_step(run, network)
+    if step >= recipe.trainer.steps:
+        print(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
+        return True
+    if step:
+        print(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
+    return _fit(run, Learner(network, recipe), Data(recipe, examples, held_out), step)
+
+
+def _held_out(recipe: Recipe) -> Any:
+    if recipe.trainer.validate_batches == 0:
+        return None
+    return data.build(recipe.data, "val", seed=recipe.trainer.seed)
+
+
+def _resumed_step(run: Run, network: torch.nn.Module) -> int:
+    if not run.last_checkpoint.is_file():
+        return 0
+    checkpoint = keeping.load(run.last_checkpoint, lazily=True)
+    keeping.check_fits(checkpoint, network, run.last_checkpoint)
+    return int(checkpoint["global_step"])
+
+
+def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
+    runs.forget_after(run, step)
+    average = keeping.Average(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
+    keeper = keeping.Keeper(run, average)
+    with _quiet(), keeping.stopping_cleanly(keeper):
+        trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
+        try:
+            resumed = str(run.last_checkpoint) if step else None
+            trainer.fit(learner, datamodule=examples, ckpt_path=resumed, weights_only=True)
+        except keeping.Interrupted:
+            print(f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command goes on from there")
+            return False
+    print(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
+    return True
+
+
+def _trainer(
+    run: Run, keeper: keeping.Keeper, average: keeping.Average | None, step: int, validate: bool
+) -> pl.Trainer:
+    training = run.recipe.trainer
+    observer = Observer(run)
+    bar = Bar(observer) if sys.stdout.isatty() else Lines(observer)
+    # The order matters: previews before the average is put back, checkpoints after it was updated.
+    callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate)]
+    return pl.Trainer(
+        max_steps=training.steps,
+        accelerator=training.accelerator,
+        devices=training.devices,
+        strategy=_strategy(training.devices, training.accelerator),
+        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=run.recipe.optimizer.clip or None,
+        check_val_every_n_epoch=None,
+        val_check_interval=training.validate_every * training.accumulate,
+        limit_val_batches=(training.validate_batches or 1.0) if validate else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=training.log_every,
+        logger=loggers(run, step),
+        callbacks=callbacks,
+        plugins=[keeping.WholeFiles()],
+        enable_checkpointing=training.keep_best and validate,
+        enable_progress_bar=isinstance(bar, Bar),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+
+
+def _best(run: Run, validate: bool) -> list[Callback]:
+    if not (run.recipe.trainer.keep_best and validate):
+        return []
+    metric, mode = task_of(run.recipe).watch(run.recipe)
+    folder = run.last_checkpoint.parent
+    return [ModelCheckpoint(folder, "best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)]
+
+
+def _strategy(devices: int | str, accelerator: str) -> str:
+    count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
+    several = count > 1 if devices in ("auto", "-1", -1) else str(devices) not in ("1", "[0]")
+    # An encoder that ends in global layers leaves the last norm of its data tokens without a gradient.
+    return "ddp_find_unused_parameters_true" if several else "auto"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advertisements and hints that do not apply here off the terminal; real warnings pass."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for hint in (
+            r".*does not have many workers.*",
+            r".*is smaller than the logging interval.*",
+            r".*Checkpoint directory .* exists and is not empty.*",
+            r".*GPU available but not used.*",
+            r".*isinstance\(treespec, LeafSpec\).*",
+        ):
+            warnings.filterwarnings("ignore", hint)
+        try:
+            yield
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,255 @@
+"""Run directories: whole training runs on real data, stopped, killed, continued, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="needs the extra train")
+
+from fitformer import config, runs
+from fitformer.cli import main
+from fitformer.errors import InputError
+from fitformer.runs import Run
+from fitformer.tasks import task_of
+
+# Everything that could tell a resumed run from an uninterrupted one: average, dropout, accumulation, shuffled data,
+# augmentation, validation in between, and checkpoints that are no multiple of it.
+SMALL = [
+    "--trainer.batch_size=4",
+    "--trainer.accumulate=2",
+    "--trainer.steps=6",
+    "--trainer.checkpoint_every=2",
+    "--trainer.validate_every=3",
+    "--trainer.validate_batches=2",
+    "--trainer.log_every=1",
+    "--trainer.previews=2",
+    "--trainer.ema=0.9",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--model.layers=(1)1(1)",
+    "--model.drop_units=0.1",
+    "--model.drop_path=0.1",
+    "--optimizer.warmup_steps=2",
+]
+MORE = {
+    "digits-classify": [],
+    "digits-diffuse": ["--objective.sample_steps=2"],
+    "digits-autoregress": [],
+    "python-bytes-demo": [
+        "--data.source=files",
+        "--data.length=32",
+        "--data.glob=*.txt",
+        "--model.tokens_per_group=8",
+        "--objective.preview_length=8",
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("".join(f"line {i} {k}: to be or not to be\n" for k in range(200)))
+    return folder
+
+
+def words(name, text, run_dir, *more):
+    path = [f"--data.path={text}"] if name == "python-bytes-demo" else []
+    return ["train", name, *SMALL, *MORE[name], *path, *more, "--run-dir", str(run_dir)]
+
+
+def weights(run_dir):
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["current_model_state"] | {f"mean {k}": v for k, v in checkpoint["state_dict"].items()}
+
+
+def measured(run_dir):
+    timed = {"time", "train/examples_per_second", "train/memory_mb"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in Run.open(run_dir).metrics()]
+
+
+def stop_after(monkeypatch, step, how):
+    from fitformer.training.keeping import Keeper
+
+    real = Keeper.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_step == step:
+            how()
+        real(self, trainer, *rest)
+
+    monkeypatch.setattr(Keeper, "on_train_batch_end", on_train_batch_end)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_killed_run_continues_as_if_nothing_had_happened(name, text, tmp_path, monkeypatch, capsys):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert main(words(name, text, straight)) == 0
+
+    def die():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, die)
+        with pytest.raises(Killed):
+            main(words(name, text, broken))
+    capsys.readouterr()
+    assert main(words(name, text, broken)) == 0
+    assert "goes on from step 4 of 6" in capsys.readouterr().out
+
+    ours, theirs = weights(straight), weights(broken)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert measured(straight) == measured(broken)
+    assert (straight / "model/model.safetensors").read_bytes() == (broken / "model/model.safetensors").read_bytes()
+    # And again: there is nothing left to do.
+    assert main(words(name, text, broken)) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_run_directory_explains_itself(text, tmp_path):
+    run_dir = tmp_path / "run"
+    assert main(words("digits-diffuse", text, run_dir, "--trainer.keep_best=true")) == 0
+    run = Run.open(run_dir)
+    assert run.recipe.trainer.keep_best
+    assert run.recipe.objective == config.load("digits-diffuse", MORE["digits-diffuse"]).objective
+    assert run.classes == tuple("0123456789")
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in run.samples.iterdir()} == {"step-0000003.png", "step-0000006.png"}
+    assert any((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "csv/version_0/metrics.csv").read_text().startswith("step,")
+    (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
+    assert start["versions"]["torch"] == torch.__version__
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 3, 4, 5, 6, 6]
+    model = run.model()
+    assert not model.training
+    assert task_of(run.recipe).preview(model, run.recipe, 2).images.shape == (2, 16, 16, 1)
+    assert run.dataset("test")[0]["image"].shape == (16, 16, 1)
+    averaged = {key: value for key, value in weights(run_dir).items() if key.startswith("mean ")}
+    assert all(torch.equal(value, averaged[f"mean network.{key}"]) for key, value in model.state_dict().items())
+
+
+def test_ctrl_c_stops_after_a_step_with_everything_saved(text, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(words("digits-classify", text, tmp_path / "run")) == 130
+    assert "stopped at step 3 of 6" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(words("digits-classify", text, tmp_path / "run")) == 0
+
+
+def test_another_recipe_is_refused_but_harmless_keys_may_change(text, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(words("digits-classify", text, run_dir, "--trainer.steps=2")) == 0
+    assert main(words("digits-classify", text, run_dir, "--trainer.steps=2", "--trainer.log_every=7")) == 0
+    assert Run.open(run_dir).recipe.trainer.log_every == 7
+    capsys.readouterr()
+    assert main(words("digits-classify", text, run_dir, "--trainer.steps=2", "--optimizer.lr=0.5")) == 2
+    error = capsys.readouterr().err
+    assert "optimizer.lr is 0.002 there, 0.5 here" in error
+    assert "log_every" not in error
+    assert main(words("digits-diffuse", text, run_dir)) == 2
+    assert "task is classify there, diffuse here" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(text, tmp_path, capsys):
+    small, large = tmp_path / "small", tmp_path / "large"
+    for run_dir, layers in ((small, "(1)1"), (large, "(1)2")):
+        more = [f"--model.layers={layers}", "--trainer.steps=1", "--trainer.validate_batches=0"]
+        assert main(words("digits-classify", text, run_dir, *more)) == 0
+    (small / "checkpoints/last.ckpt").write_bytes((large / "checkpoints/last.ckpt").read_bytes())
+    (small / "model/model.safetensors").write_bytes((large / "model/model.safetensors").read_bytes())
+    capsys.readouterr()
+    more = ["--model.layers=(1)1", "--trainer.steps=1", "--trainer.validate_batches=0"]
+    assert main(words("digits-classify", text, small, *more)) == 2
+    error = capsys.readouterr().err
+    assert "is a checkpoint of another architecture" in error
+    assert error.count("\n") == 1
+    with pytest.raises(InputError, match="does not fit this FITImageEncoder"):
+        Run.open(small).model()
+
+
+def test_a_torn_checkpoint_is_one_clear_error(text, tmp_path, capsys):
+    more = ["--trainer.steps=1", "--trainer.validate_batches=0"]
+    assert main(words("digits-classify", text, tmp_path / "run", *more)) == 0
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert main(words("digits-classify", text, tmp_path / "run", *more)) == 2
+    assert "is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    recipe = config.load("digits-classify")
+    with pytest.raises(InputError, match=r"has no recipe\.yaml"):
+        runs.start(tmp_path / "other", recipe)
+    with pytest.raises(InputError, match="there is no run directory"):
+        Run.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is a file"):
+        runs.start(tmp_path / "other/file", recipe)
+    run = runs.start(tmp_path / "new", recipe)
+    with pytest.raises(InputError, match="has no model yet"):
+        run.model()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from fitformer.training.keeping import WholeFiles, export
+from fitformer.errors import InputError
+path = Path(sys.argv[1]) / "last.ckpt"
+WholeFiles().save_checkpoint({"a": torch.zeros(10)}, path)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    WholeFiles().save_checkpoint({"a": torch.zeros(10**6)}, path)
+except OSError as error:
+    print(error)
+print(sorted(entry.name for entry in path.parent.iterdir()))
+print(WholeFiles().load_checkpoint(path)["a"].shape)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no file size limits on this system")
+def test_the_last_good_checkpoint_survives_a_failing_disk(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "could not write" in done.stdout
+    assert "about 4.0 MB are needed" in done.stdout
+    assert "['last.ckpt']" in done.stdout
+    assert "torch.Size([10])" in done.stdout
+
+
+def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
+    from fitformer.training import keeping
+
+    monkeypatch.setattr(keeping.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
+    with pytest.raises(OSError, match=r"no room on the disk; about 4\.0 MB are needed, 0\.0 MB are free"):
+        keeping.WholeFiles().save_checkpoint({"a": torch.zeros(10**6)}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    from fitformer.training.keeping import load
+
+    torch.save({"state_dict": os.system}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
+        load(tmp_path / "last.ckpt")

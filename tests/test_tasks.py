@@ -1,0 +1,253 @@
+"""The tasks' plain functions, without Lightning: what they measure, that they learn, what they refuse."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fitformer import config, diffusion
+from fitformer.decoder import FITDecoder
+from fitformer.errors import InputError
+from fitformer.positions import PositionTable
+from fitformer.settings import Optimizer
+from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of, trunk_of
+from fitformer.tasks.preview import Preview, grid, save
+
+
+class Shapes:
+    """What a task asks of a dataset."""
+
+    def __init__(self, classes=10, channels=1):
+        self.classes, self.channels = tuple(map(str, range(classes))), channels
+
+    def describe(self):
+        return "shapes"
+
+
+def recipe_of(name, *overrides):
+    return config.load(name, ["--model.layers=(1)1(1)", *overrides])
+
+
+def batch_of(recipe, k=8):
+    random = torch.Generator().manual_seed(0)
+    if recipe.task == "autoregress" and recipe.objective.kind == "bytes":
+        tokens = torch.randint(256, (k, recipe.data.length), generator=random)
+        return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool), "index": torch.arange(k)}
+    side, high = recipe.data.image_size, recipe.data.levels or 256
+    image = torch.randint(high, (k, side, side, 1), generator=random, dtype=torch.uint8)
+    return {"image": image, "label": torch.arange(k) % 10, "index": torch.arange(k)}
+
+
+NAMES = ["digits-classify", "digits-diffuse", "digits-autoregress", "python-bytes-demo"]
+SHORT = {"python-bytes-demo": ["--data.length=64", "--model.tokens_per_group=16", "--objective.preview_length=70"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps_lower_the_held_out_loss_of_a_memorised_batch(name):
+    torch.manual_seed(0)
+    recipe = recipe_of(name, *SHORT.get(name, []))
+    task, network, batch = task_of(recipe), build_model(recipe, Shapes()), batch_of(recipe)
+    adamw, _ = optimizers.build(network, Optimizer(lr=3e-3, warmup_steps=0), 30)
+
+    def held_out():
+        with torch.no_grad():
+            return float(task.measure(network.eval(), batch, recipe)[0]["loss"])
+
+    before = held_out()
+    assert held_out() == before
+    for _ in range(30):
+        loss, metrics = task.loss(network.train(), batch, recipe)
+        assert not any(value.requires_grad for value in metrics.values())
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()
+    assert held_out() < 0.9 * before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_measuring_the_parts_of_a_batch_is_measuring_the_whole(name):
+    recipe = recipe_of(name, *SHORT.get(name, []), "--model.preset=tiny")
+    task, network, batch = task_of(recipe), build_model(recipe, Shapes()).eval(), batch_of(recipe)
+    if "mask" in batch:
+        batch["mask"][5:, 40:] = False
+    with torch.no_grad():
+        whole, weight = task.measure(network, batch, recipe)
+        parts = [task.measure(network, {key: value[part] for key, value in batch.items()}, recipe) for part in PARTS]
+    assert sum(count for _, count in parts) == weight
+    for key, value in whole.items():
+        mean = sum(float(means[key]) * count for means, count in parts) / weight
+        assert mean == pytest.approx(float(value), rel=1e-4)
+
+
+PARTS = (slice(0, 3), slice(3, 8))
+
+
+def test_untrained_decoders_need_the_bits_of_their_vocabulary():
+    recipe = recipe_of("digits-autoregress")
+    network = build_model(recipe, Shapes()).eval()
+    torch.nn.init.zeros_(network.embedding.weight)
+    with torch.no_grad():
+        metrics, count = autoregress.measure(network, batch_of(recipe), recipe)
+    assert float(metrics["bits_per_dim"]) == pytest.approx(math.log2(17), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(math.log(17), rel=1e-5)
+    assert count == 8 * 64
+
+
+def test_masked_bytes_do_not_count():
+    recipe = recipe_of("python-bytes-demo", *SHORT["python-bytes-demo"])
+    network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
+    batch["mask"][:, 30:] = False
+    with torch.no_grad():
+        before, count = autoregress.measure(network, batch, recipe)
+        batch["tokens"][:, 30:] = 0
+        after, _ = autoregress.measure(network, batch, recipe)
+    assert count == 8 * 30
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x", "v"])
+@pytest.mark.parametrize("self_cond", ["none", "half", "masking"])
+def test_every_way_to_diffuse_trains_and_samples(prediction, self_cond):
+    recipe = recipe_of(
+        "digits-diffuse",
+        f"--objective.prediction={prediction}",
+        f"--objective.self_cond={self_cond}",
+        "--objective.loss_on=x",
+        "--objective.b_scale=0.5",
+        "--objective.normalize_input=true",
+        "--objective.sample_steps=2",
+        "--objective.sampler=ddpm",
+    )
+    network = build_model(recipe, Shapes())
+    loss, _ = diffuse.loss(network, batch_of(recipe), recipe)
+    loss.backward()
+    used = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in used)
+    images = diffuse.preview(network.eval(), recipe, 3).images
+    assert images.shape == (3, 16, 16, 1)
+    assert images.dtype == torch.uint8
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
+    recipe = recipe_of("digits-diffuse", "--objective.sample_steps=3", "--objective.sampler=ddpm")
+    network = build_model(recipe, Shapes()).eval()
+    together = diffuse.sample_images(network, recipe, [3, 1, 4, 1], 4, seed=5)
+    in_pairs = diffuse.sample_images(network, recipe, [3, 1, 4, 1], 4, seed=5, batch_size=2)
+    alone = diffuse.sample_images(network, recipe, [4], 1, seed=5, first=2)
+    torch.testing.assert_close(in_pairs, together, atol=1, rtol=0)
+    torch.testing.assert_close(alone, together[2:3], atol=1, rtol=0)
+    assert not torch.equal(together[1], together[3])
+
+
+def test_an_unconditional_denoiser_knows_no_classes():
+    free = ["--objective.class_conditional=false", "--objective.condition_dropout=0", "--objective.guidance=0"]
+    recipe = recipe_of("digits-diffuse", *free, "--objective.sample_steps=2")
+    network = build_model(recipe, Shapes(0)).eval()
+    assert network.cond_dim is None
+    assert diffuse.preview(network, recipe, 2).images.shape == (2, 16, 16, 1)
+    with pytest.raises(InputError, match="without classes"):
+        diffuse.sample_images(network, recipe, [1], 1)
+    with pytest.raises(InputError, match="trained with condition_dropout 0"):
+        diffuse.sample_images(network, recipe, None, 1, guidance=1.0)
+
+
+def test_labels_are_checked_before_sampling():
+    recipe = recipe_of("digits-diffuse")
+    network = build_model(recipe, Shapes())
+    with pytest.raises(InputError, match="class 10 is out of range: the model knows classes 0 to 9"):
+        diffuse.sample_images(network, recipe, [3, 10], 2)
+    with pytest.raises(InputError, match="1 classes given for 2 images"):
+        diffuse.sample_images(network, recipe, [3], 2)
+
+
+def test_one_hot_leaves_the_unknown_at_zero():
+    condition = diffuse.one_hot(torch.tensor([2, -1]), 3)
+    assert condition.tolist() == [[0, 0, 1], [0, 0, 0]]
+
+
+def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for():
+    recipe = recipe_of("digits-autoregress")
+    images = autoregress.preview(build_model(recipe, Shapes()).eval(), recipe, 3).images
+    assert images.shape == (3, 8, 8, 1)
+    assert set(images.unique().tolist()) <= {round(level * 255 / 16) for level in range(17)}
+    recipe = recipe_of("python-bytes-demo", *SHORT["python-bytes-demo"])
+    network = build_model(recipe, Shapes(0)).eval()
+    (data,) = autoregress.generate_bytes(network, [b"def "], 70, temperature=0)
+    assert data.startswith(b"def ")
+    assert len(data) == 74
+    with pytest.raises(InputError, match="all of one length"):
+        autoregress.generate_bytes(network, [b"a", b"bc"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("digits-classify", ["--data.levels=17"], "data.levels is 17, which only the task autoregress reads"),
+        ("digits-diffuse", ["--objective.train_schedule=sigmiod@-3,3,1"], "is not a schedule"),
+        ("digits-classify", ["--model.group_size=12"], "12"),
+        ("python-bytes-demo", ["--data.length=100"], "lengths near it are 64 or 128"),
+        ("digits-classify", ["--model.layers=4"], "does not parse"),
+        ("digits-classify", ["--model.preset=huge"], "no preset 'huge'"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_when_building(name, overrides, message):
+    with pytest.raises(InputError, match=message):
+        build_model(config.load(name, overrides), Shapes())
+
+
+@pytest.mark.parametrize("name", ["digits-classify", "digits-diffuse"])
+def test_tasks_that_need_classes_say_so(name):
+    with pytest.raises(InputError, match="needs classes, and the data have none"):
+        build_model(recipe_of(name), Shapes(0))
+
+
+def test_a_classifier_refuses_to_be_measured_without_labels():
+    recipe = recipe_of("digits-classify")
+    batch = batch_of(recipe)
+    batch["label"][2] = -1
+    with pytest.raises(InputError, match="have no label"):
+        classify.measure(build_model(recipe, Shapes()), batch, recipe)
+
+
+def test_only_matrices_decay():
+    network = FITDecoder("(1)1(1)", 2, 4, 2, 10, dim=8, latent_dim=8, heads=2, latent_heads=2)
+    decayed, rest = optimizers.parameter_groups(network, 0.3)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(network.parameters()))
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    kept = {id(parameter) for parameter in rest["params"]}
+    tables = [module.weight for module in network.modules() if isinstance(module, PositionTable | torch.nn.Embedding)]
+    assert len(tables) == 3
+    assert kept >= {id(table) for table in tables}
+
+
+def test_the_rate_warms_up_then_falls_to_its_end():
+    settings = Optimizer(warmup_steps=10, lr_end=0.1)
+    rates = [optimizers.rate(step, settings, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    constant = Optimizer(warmup_steps=0, schedule="constant")
+    assert {optimizers.rate(step, constant, 10) for step in range(20)} == {1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trunk_is_found_in_every_role(name):
+    assert trunk_of(build_model(recipe_of(name), Shapes())).plan == [(1, 1), (1, 0)]
+
+
+def test_previews_are_written_as_a_grid_or_as_text(tmp_path):
+    images = torch.zeros(12, 8, 8, 3, dtype=torch.uint8)
+    assert grid(images, enlarge=1).shape == (2 * 9 + 1, 10 * 9 + 1, 3)
+    assert save(Preview(images=images), tmp_path / "step-1").suffix == ".png"
+    assert save(Preview(text=("abc",)), tmp_path / "step-1").read_text() == "abc\n"
+
+
+def test_pixels_go_to_the_network_between_minus_one_and_one():
+    seen = []
+    classify.logits(lambda images: seen.append(images), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
+    assert seen[0].flatten().tolist() == [-1, 1]
+    assert diffusion.signal_to_pixels(seen[0]).flatten().tolist() == [0, 255]
