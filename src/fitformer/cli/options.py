@@ -1,0 +1,95 @@
+"""Arguments that several verbs share, and what they mean."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fitformer.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fitformer.runs import Run
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    return at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or more."""
+    return at_least(0, text)
+
+
+def at_least(lowest: int, text: str) -> int:
+    """A whole number not below `lowest`."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < lowest:
+        raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {lowest}")
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How samples of a diffusion run are drawn."""
+    parser.add_argument("--steps", type=positive, help="steps of sampling (default: the recipe's sample_steps)")
+    parser.add_argument("--sampler", help="ddim, ddpm, ddpm@small or ddpm@large (default: the recipe's)")
+    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance (default: the recipe's)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's standard error while the body runs; yields `show(done, of)`. None where nobody looks."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def device_of(arguments: argparse.Namespace) -> "torch.device":
+    """The device asked for, or the GPU if there is one.
+
+    Raises:
+        InputError: no such device.
+    """
+    import torch
+
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"the device {name!r} cannot be used ({first}); try --device cpu") from error
+    return device
+
+
+def open_run(path: str, *tasks: str) -> "Run":
+    """Open a run of one of the given tasks.
+
+    Raises:
+        InputError: no run there, or one of another task (says which verb serves it).
+    """
+    from fitformer.runs import Run
+
+    run = Run.open(path)
+    if run.recipe.task not in tasks:
+        verb = {"classify": "predict", "diffuse": "sample", "autoregress": "generate"}[run.recipe.task]
+        raise InputError(
+            f"{path} is a run of the task {run.recipe.task}, this verb needs {' or '.join(tasks)}; "
+            f"`fitformer {verb} {path}` may be what you want"
+        )
+    return run

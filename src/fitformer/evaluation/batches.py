@@ -1,0 +1,34 @@
+"""A dataset once from end to end, in batches, and means over it that are exact however the batches fall."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fitformer.data.order import EvaluationBatches
+from fitformer.settings import Recipe
+from fitformer.tasks import Batch, task_of
+
+
+def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", workers: int = 0) -> Iterator[Batch]:
+    """Every example of a dataset once, in its order, as batches on a device; the last may be smaller."""
+    order = EvaluationBatches(len(dataset), batch_size)
+    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
+        yield {name: value.to(device) for name, value in batch.items()}  # type: ignore[misc]
+
+
+def measured(
+    network: Any, found: Iterator[Batch], recipe: Recipe, count: str = "examples"
+) -> Iterator[tuple[str, float | int]]:
+    """The task's own held-out metrics over all batches, weighted by what each is a mean over, and that number."""
+    measure, sums, whole = task_of(recipe).measure, dict[str, float](), 0
+    with torch.inference_mode():
+        for batch in found:
+            means, weight = measure(network, batch, recipe)
+            whole += weight
+            for name, value in means.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * weight
+    yield count, whole
+    for name, together in sums.items():
+        yield name, together / whole

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from fitformer import FITImageEncoder
+from fitformer.cli import main
+from fitformer.cli.info import short
+
+SIZE = {"dim": 8, "latent_dim": 8, "heads": 1, "latent_heads": 1, "latents_per_group": 2}
+
+
+def info(capsys, *words):
+    assert main(["info", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *words):
+    assert main(["info", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fitformer: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_preset_is_cut_as_asked(capsys):
+    words = ["--role", "encoder", "--image-size", "512x256", "--patch-size", "16", "--group-size", "128"]
+    found = info(capsys, "small", *words)
+    assert found["role"] == "FITImageEncoder"
+    assert (found["groups"]["groups"], found["groups"]["tokens_per_group"]) == (8, 64)
+    assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
+
+
+def test_a_denoiser_knows_its_classes_and_a_decoder_its_length(capsys):
+    assert (
+        info(capsys, "tiny", "--role", "denoiser")["parameters"]
+        < (info(capsys, "tiny", "--role", "denoiser", "--num-classes", "10")["parameters"])
+    )
+    of_bytes = info(capsys, "tiny", "--role", "decoder", "--length", "128", "--tokens-per-group", "32")
+    of_pixels = info(capsys, "tiny", "--role", "decoder", "--image-size", "8", "--patch-size", "4", "--channels", "2")
+    for found in (of_bytes, of_pixels):
+        assert (found["groups"]["groups"], found["groups"]["tokens_per_group"]) == (4, 32)
+    assert info(capsys, "tiny", "--layers", "(3)2", "--dim", "64")["groups"]["layers"] == "(3)2"
+
+
+def test_a_saved_model_and_a_run_are_what_they_are(capsys, tmp_path):
+    model = FITImageEncoder("(1)1", 8, 4, 2, num_classes=3, **SIZE)
+    model.save_pretrained(tmp_path / "run" / "model")
+    found = info(capsys, str(tmp_path / "run"))
+    assert found == info(capsys, str(tmp_path / "run" / "model"))
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_tables_name_every_part(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["info", "tiny", "--num-classes", "10"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("groups t", "block 1 read", "block 2 global x 2", "head", "FLOPs", "all"))
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
+    assert "is no preset (tiny, small, base, large)" in refusal(capsys, "smal")
+    assert "has no config.json" in refusal(capsys, str(tmp_path))
+    assert "--length means nothing to this encoder" in refusal(capsys, "tiny", "--length", "5")
+    assert "does not divide into groups of 64" in refusal(capsys, "tiny", "--role", "decoder", "--length", "100")
+    (tmp_path / "config.json").write_text("{}")
+    assert "--dim is for presets" in refusal(capsys, str(tmp_path), "--dim", "8")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (999, "999"), (1000, "1k"), (1234567, "1.23M"), (22.3e9, "22.3G")]
+)
+def test_large_numbers_are_short(count, text):
+    assert short(count) == text
