@@ -8,6 +8,7 @@ Models built under `torch.device("meta")` do: nothing here looks at a weight.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from inspect import signature
 from operator import add
 from typing import Any
 
@@ -71,6 +72,9 @@ def on_meta(role: str, config: dict[str, Any]) -> Model:
     """
     if role not in ROLES:
         raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
+    unknown = sorted(set(config) - set(signature(ROLES[role]).parameters))
+    if unknown:
+        raise InputError(f"{role} has no argument {', '.join(unknown)}")
     with torch.device("meta"):
         return ROLES[role](**config)
 

@@ -142,7 +142,10 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
         )
     if asked := given(arguments):
         raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for presets; {arguments.what} is what it is")
-    config = json.loads(path.read_text())
+    try:
+        config = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} is not the configuration of a model ({error}); save the model again") from error
     return on_meta(config.pop("role", "nothing"), config)
 
 
