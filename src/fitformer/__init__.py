@@ -1,4 +1,7 @@
-"""FIT, Far-reaching Interleaved Transformers (Chen and Li, arXiv 2305.12689), in PyTorch."""
+"""FIT, Far-reaching Interleaved Transformers (Chen and Li, arXiv 2305.12689), in PyTorch.
+
+"Spec section N" in a docstring is a section of docs/spec/fit.md.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -12,7 +12,7 @@ from fitformer.trunk import Trunk
 
 
 class FITDecoder(Pretrained, nn.Module):
-    """FIT autoregressive decoder (paper section 3.3).
+    """FIT autoregressive decoder (spec section 5).
 
     The logits at place k of group g depend on input tokens of groups before g, on those up to k of group g, and on
     nothing else. Global layers at the end of the layer string cannot reach them: end it in `)`.

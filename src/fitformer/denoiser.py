@@ -59,7 +59,7 @@ class LatentSelfConditioning(nn.Module):
 
 
 class FITDenoiser(Pretrained, nn.Module):
-    """FIT diffusion decoder (paper section 3.2).
+    """FIT diffusion decoder (spec section 5).
 
     Args:
         layers: layer string; should end in `)`, for what global layers at the end say reaches no data token.

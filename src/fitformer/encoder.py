@@ -62,7 +62,7 @@ def check_grouped(x: Tensor, tokens_per_group: int, axes: str) -> None:
 
 
 class FITEncoder(Pretrained, nn.Module):
-    """FIT encoder of grouped tokens (paper section 3.1).
+    """FIT encoder of grouped tokens (spec section 5).
 
     Args:
         layers: layer string such as `"(2)4(2)4"`; ends in global layers to answer in latents, in `)` for tokens.

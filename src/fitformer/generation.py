@@ -1,4 +1,4 @@
-"""Sampling tokens from an autoregressive decoder (paper section 3.3, which trains one but never samples).
+"""Sampling tokens from an autoregressive decoder (spec section 7: the reference never samples).
 
 One loop, `generate`, asks a `Step` for the logits of the next token, filters and draws. A step is any callable
 `step(tokens (b, p) so far) -> logits (b, vocab) of token p`; `uncached` makes the plain one, which runs the decoder on

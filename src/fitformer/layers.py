@@ -1,4 +1,4 @@
-"""The standard transformer parts that FIT is made of (paper section 2; spec: LayerNorm 1e-6, exact GELU, biases).
+"""The standard transformer parts that FIT is made of (spec section 3).
 
 Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `e` width of a head.
 Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.

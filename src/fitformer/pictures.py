@@ -27,7 +27,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     """Where the latents looked: maps `(blocks, b, H, W)`, one for each block that reads, over images `(b, H, W, ch)`.
 
-    A latent reads the tokens of its own group alone (paper section 2), so the weights of each group average 1: above
+    A latent reads the tokens of its own group alone (spec section 1), so the weights of each group average 1: above
     it the group's latents looked more than evenly. Averaged over heads and over the group's latents.
 
     Raises:
