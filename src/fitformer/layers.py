@@ -150,7 +150,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm self-attention and feed-forward, each a residual branch (paper figure 2: local and global layers).
+    """Pre-norm self-attention and feed-forward, each a residual branch (spec section 3: local and global layers).
 
     `self_attention=False` keeps only the feed-forward half. The other arguments are those of the parts.
     """

@@ -209,7 +209,7 @@ class Trunk(nn.Module):
         return latents.unflatten(1, (t, m))
 
     def forward(self, x: Tensor, latents: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (paper figure 2)."""
+        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5)."""
         for i in range(len(self.blocks)):
             x, latents = self.group_phase(i, x, latents, self.write_source(latents))
             latents = self.global_phase(i, latents, condition)
