@@ -155,6 +155,28 @@ def test_ctrl_c_stops_after_a_step_with_everything_saved(text, tmp_path, monkeyp
     assert main(words("digits-classify", text, tmp_path / "run")) == 0
 
 
+@pytest.mark.parametrize("option", ["--trainer.precision=bf16", "--trainer.gradient_checkpointing=true"])
+def test_options_that_change_how_a_step_is_computed_train_all_the_same(option, text, tmp_path):
+    more = ["--trainer.steps=2", "--objective.self_cond=masking", "--objective.sample_steps=2", option]
+    assert main(words("digits-diffuse", text, tmp_path / "run", *more)) == 0
+    first, *_ = [line for line in Run.open(tmp_path / "run").metrics() if "train/loss" in line]
+    assert 0 < first["train/loss"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_layers_compile(text, tmp_path):
+    assert main(words("digits-classify", text, tmp_path / "run", "--trainer.compile=true")) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(text, tmp_path):
+    command = [sys.executable, "-m", "fitformer.cli", *words("digits-classify", text, tmp_path / "run")]
+    done = subprocess.run([*command, "--trainer.devices=2"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("is complete") == 1
+    assert Run.open(tmp_path / "run").metrics()[-1]["step"] == 6
+
+
 def test_another_recipe_is_refused_but_harmless_keys_may_change(text, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert main(words("digits-classify", text, run_dir, "--trainer.steps=2")) == 0

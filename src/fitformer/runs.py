@@ -131,7 +131,7 @@ def start(path: str | Path, recipe: Recipe) -> Run:
             )
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a run needs a directory")
-    if _is_first_process():
+    if is_first_process():
         _write(path / "recipe.yaml", config.dump(recipe))
         _note_start(path / "environment.json")
     return Run(path, recipe)
@@ -139,7 +139,7 @@ def start(path: str | Path, recipe: Recipe) -> Run:
 
 def note_data(run: Run, train: Any, test: Any) -> None:
     """Write data.json: what the training and the held-out part are."""
-    if _is_first_process():
+    if is_first_process():
         about = {
             "classes": list(getattr(train, "classes", ())),
             "channels": getattr(train, "channels", None),
@@ -165,12 +165,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def forget_after(run: Run, step: int) -> None:
     """Drop measurements made after `step`: a run that goes on from there makes them again."""
-    if _is_first_process() and run.metrics_file.is_file():
+    if is_first_process() and run.metrics_file.is_file():
         kept = [line for line in run.metrics() if line["step"] <= step]
         _write(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this process speaks for all that train together: it alone writes and prints."""
     # Lightning starts the other processes of a machine with the same command and this variable set.
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 

@@ -49,11 +49,16 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
     runs.note_data(run, examples, held_out)
     step = _resumed_step(run, network)
     if step >= recipe.trainer.steps:
-        print(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
+        _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
     if step:
-        print(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
+        _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
     return _fit(run, Learner(network, recipe), Data(recipe, examples, held_out), step)
+
+
+def _say(text: str) -> None:
+    if runs.is_first_process():
+        print(text, flush=True)
 
 
 def _held_out(recipe: Recipe) -> Any:
@@ -80,9 +85,9 @@ def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
             resumed = str(run.last_checkpoint) if step else None
             trainer.fit(learner, datamodule=examples, ckpt_path=resumed, weights_only=True)
         except keeping.Interrupted:
-            print(f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command goes on from there")
+            _say(f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command goes on from there")
             return False
-    print(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
+    _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
     return True
 
 
@@ -96,9 +101,10 @@ def _trainer(
     callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate)]
     return pl.Trainer(
         max_steps=training.steps,
+        max_epochs=1,
         accelerator=training.accelerator,
         devices=training.devices,
-        strategy=_strategy(training.devices, training.accelerator),
+        strategy=_strategy(run.recipe),
         precision="bf16-mixed" if training.precision == "bf16" else "32-true",
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=run.recipe.optimizer.clip or None,
@@ -126,11 +132,15 @@ def _best(run: Run, validate: bool) -> list[Callback]:
     return [ModelCheckpoint(folder, "best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)]
 
 
-def _strategy(devices: int | str, accelerator: str) -> str:
+def _strategy(recipe: Recipe) -> str:
+    devices, accelerator = recipe.trainer.devices, recipe.trainer.accelerator
     count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
-    several = count > 1 if devices in ("auto", "-1", -1) else str(devices) not in ("1", "[0]")
-    # An encoder that ends in global layers leaves the last norm of its data tokens without a gradient.
-    return "ddp_find_unused_parameters_true" if several else "auto"
+    if count < 2 if devices in ("auto", "-1", -1) else str(devices) in ("1", "[0]"):
+        return "auto"
+    # An encoder leaves one of its two last norms unread, and so do other roles that end in global layers.
+    layers = recipe.model.layers
+    ends_local = layers is None or layers.endswith(")")
+    return "ddp" if ends_local and recipe.task != "classify" else "ddp_find_unused_parameters_true"
 
 
 @contextmanager

@@ -64,6 +64,13 @@ class Learner(pl.LightningModule):
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the global norm. Lightning refuses to beside a fused optimizer in mixed precision, but bf16 scales nothing."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped with the optimizer."""
         adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)

@@ -156,6 +156,10 @@ class Bar(RichProgressBar):
         super().__init__(refresh_rate=10)
         self.observer = observer
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        # There is one epoch only; its number would say nothing.
+        return "training"
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands at the right of the bar."""
         return dict(brief(self.observer.latest))
