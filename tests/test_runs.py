@@ -164,7 +164,8 @@ def test_options_that_change_how_a_step_is_computed_train_all_the_same(option, t
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+# Warnings of the compiler about itself, which Python does not show by default.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_layers_compile(text, tmp_path):
     assert main(words("digits-classify", text, tmp_path / "run", "--trainer.compile=true")) == 0
 

@@ -67,7 +67,7 @@ class Learner(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the global norm. Lightning refuses to beside a fused optimizer in mixed precision, but bf16 scales nothing."""
+        """Clip the global norm. Lightning refuses to with a fused optimizer under bf16, where nothing is scaled."""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
