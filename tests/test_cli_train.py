@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils.data import DataLoader
 
 from fitformer import cli, config
+from fitformer.errors import InputError
 
 
 def test_help_imports_nothing_slow():
@@ -43,6 +45,9 @@ def test_dry_run_prints_the_resolved_recipe(capsys, tmp_path, monkeypatch):
         (["train"], "name a recipe"),
         (["train", "digits-classfy"], "did you mean 'digits-classify'?"),
         (["train", "digits-classify", "--trainer.step=3"], "did you mean 'trainer.steps'?"),
+        (["evaluate"], "the following arguments are required: run; see `fitformer evaluate --help`"),
+        (["sample", "run", "--steps", "few"], "argument --steps: 'few' is not a whole number"),
+        (["evaluate", "run", "--splt", "test"], "unrecognized arguments: --splt test"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, message, capsys):
@@ -51,3 +56,20 @@ def test_bad_input_is_one_line_and_status_2(words, message, capsys):
     assert error.startswith("fitformer: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+class Broken:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, where):
+        raise InputError("image 0 is broken")
+
+
+def test_an_error_in_a_worker_process_is_one_line_too(capsys, monkeypatch):
+    def train(arguments):
+        list(DataLoader(Broken(), num_workers=1))
+
+    monkeypatch.setattr("fitformer.cli.train.run", train)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "fitformer: error: image 0 is broken\n"

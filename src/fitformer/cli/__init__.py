@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 from fitformer import __version__
 from fitformer.errors import InputError, MissingExtra
@@ -37,13 +38,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except (InputError, MissingExtra, OSError) as error:
-        print(f"fitformer: error: {error}", file=sys.stderr)
+        print(f"fitformer: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):
+        # Raised in a worker process of a loader, torch gives its whole traceback as the message; the last line says it.
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are bad input like any other: one line instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
 
 def _outer(words: list[str]) -> int:
     listing = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fitformer",
         usage="fitformer VERB ...",
         description="FIT transformers: train them, and use what was trained.",
@@ -62,7 +79,7 @@ def _outer(words: list[str]) -> int:
 
 def _verb(verb: str, words: list[str]) -> int:
     module = importlib.import_module(f"fitformer.cli.{verb}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"fitformer {verb}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -86,10 +86,8 @@ def _text(of: "Run", network: "FITDecoder", arguments: argparse.Namespace, drawi
     prompt, count = _prompt(arguments), arguments.count or 1
     asked = prompt or PROMPT
     alone = count == 1
-    if alone:
-        _show(prompt)
     whole = generate_bytes(
-        network, [asked] * count, arguments.length or LENGTH, on_token=streamed() if alone else None, **drawing
+        network, [asked] * count, arguments.length or LENGTH, on_token=streamed(prompt) if alone else None, **drawing
     )
     for k, data in enumerate(whole):
         if not alone:
@@ -103,12 +101,14 @@ def _text(of: "Run", network: "FITDecoder", arguments: argparse.Namespace, drawi
     return 0
 
 
-def streamed() -> Callable[[int, "Tensor"], None]:
-    """What prints each drawn byte at once, holding back only those of an unfinished character."""
+def streamed(prompt: bytes = b"") -> Callable[[int, "Tensor"], None]:
+    """What prints the prompt and then each drawn byte at once, holding back only those of an unfinished character."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    begun = bytearray(prompt)
 
     def show(position: int, column: "Tensor") -> None:
-        print(decoder.decode(bytes([int(column[0])])), end="", flush=True)
+        print(decoder.decode(begun + bytes([int(column[0])])), end="", flush=True)
+        begun.clear()
 
     return show
 
