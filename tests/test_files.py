@@ -1,0 +1,55 @@
+"""Files are whole or not there, readable by whom the umask allows, and errors name them."""
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fitformer.files import write_atomically
+
+
+def test_a_file_appears_whole_and_with_its_folder(tmp_path):
+    path = tmp_path / "new/file.txt"
+    with write_atomically(path) as scratch:
+        scratch.write_text("all of it")
+        assert not path.exists()
+    assert path.read_text() == "all of it"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_what_stood_there_survives_a_failure(error, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write():
+        with write_atomically(path) as scratch:
+            scratch.write_text("ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file\.txt'"), write_atomically(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"directory: '.*/folder'$"), write_atomically(tmp_path / "folder"):
+        pass
+    other = FileNotFoundError(errno.ENOENT, "No such file", "another")
+    with pytest.raises(FileNotFoundError, match="another"), write_atomically(path):
+        raise other
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_weights_are_as_readable_as_any_other_file(tmp_path):
+    with write_atomically(tmp_path / "weights") as scratch:
+        save_file({"a": torch.zeros(1)}, scratch)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
