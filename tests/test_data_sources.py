@@ -83,7 +83,7 @@ def test_idx_test_files_may_lack_and_grey_may_become_colour(tmp_path):
 def test_a_truncated_idx_file_is_one_error_with_both_counts(tmp_path, suffix):
     write_mnist(tmp_path, suffix, counts=(700, 3))
     truncate(tmp_path / f"train-images-idx3-ubyte{suffix}")
-    with pytest.raises(InputError, match=r"truncated: it has \d+ bytes and .*14016"):
+    with pytest.raises(InputError, match=r"truncated: it has \d{4} bytes and .*14016"):
         read_idx(str(tmp_path), (), None)
 
 

@@ -142,7 +142,8 @@ def _read(stream: io.BufferedIOBase, count: int) -> bytes:
     """Up to `count` bytes: what is there, where a gzip file breaks off."""
     pieces: list[bytes] = []
     try:
-        while count > 0 and (piece := stream.read(min(count, 1 << 20))):
+        # Not `read`: where a gzip file breaks off, that loses what it had.
+        while count > 0 and (piece := stream.read1(min(count, 1 << 20))):
             pieces.append(piece)
             count -= len(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile):
