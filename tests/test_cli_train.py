@@ -73,3 +73,11 @@ def test_an_error_in_a_worker_process_is_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr("fitformer.cli.train.run", train)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "fitformer: error: image 0 is broken\n"
+
+
+@pytest.mark.parametrize("package", ["lightning", "tensorboard"])
+def test_a_missing_extra_is_one_line(package, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["train", "digits-classify"]) == 2
+    message = f"this needs the package '{package}': pip install 'fitformer[train]'"
+    assert capsys.readouterr().err == f"fitformer: error: {message}\n"

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(config.dump(recipe), end="")
         return 0
     # Here torch and Lightning come in, which takes seconds; everything above answers at once.
-    require("lightning", extra="train")
+    for package in ("lightning", "tensorboard"):
+        require(package, extra="train")
     from fitformer.training import train
 
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
