@@ -66,6 +66,8 @@ def test_a_recipe_may_be_a_file(tmp_path):
         ("digits-classify", "--trainer.precision=16", "trainer.precision is '16'; expected Literal[32, 'bf16']"),
         ("digits-classify", "--model.drop_path=2", "drop_path is 2"),
         ("digits-classify", "--optimizer.lr=0", "lr is 0"),
+        ("digits-classify", "--optimizer.betas=[0.9,1]", "betas are (0.9, 1.0)"),
+        ("digits-classify", "--optimizer.eps=-1", "eps is -1"),
         ("digits-diffuse", "--objective.class_conditional=false", "there is no condition to drop"),
         ("digits-diffuse", "--objective.condition_dropout=0", "guidance is 1.0, which needs"),
         ("digits-classfy", "", "no recipe 'digits-classfy' (did you mean 'digits-classify'?)"),
@@ -96,6 +98,13 @@ def test_a_broken_file_has_one_clear_line(text, message):
         config.parse(text, where="mine.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_has_one_clear_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"task: \xff")
+    with pytest.raises(InputError, match="is not text in UTF-8"):
+        config.load(str(path))
 
 
 def test_differences_name_keys_and_values_but_not_harmless_ones():

@@ -94,13 +94,16 @@ def read_text(recipe: str) -> str:
     """The YAML of a recipe given by name or by path.
 
     Raises:
-        InputError: neither a packaged recipe nor a file; the nearest name is given.
+        InputError: neither a packaged recipe nor a file of text; the nearest name is given.
     """
     if recipe in names():
         return files("fitformer").joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
     path = Path(recipe)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{recipe} is no recipe: it is not text in UTF-8 ({error})") from None
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise InputError(f"no recipe file {recipe!r}")
     raise InputError(f"no recipe {recipe!r}{_nearest(recipe, names())}; `fitformer train --list` shows them all")

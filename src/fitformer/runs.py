@@ -82,7 +82,7 @@ class Run:
         path = self.path / "data.json"
         if not path.is_file():
             raise InputError(f"{self.path} has no data.json: its training never started; train it first")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(path)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -177,8 +177,15 @@ def is_first_process() -> bool:
 
 
 def _note_start(path: Path) -> None:
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    starts = _read_json(path)["starts"] if path.is_file() else []
     _write(path, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not whole ({error}); remove it, and the same training writes it anew") from error
 
 
 def environment() -> dict[str, Any]:

@@ -188,8 +188,10 @@ class Optimizer:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip=self.clip)
+        _at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip=self.clip, eps=self.eps)
         _share(lr_end=self.lr_end)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are {self.betas}; each is at least 0 and below 1")
         if self.lr <= 0:
             raise InputError(f"lr is {self.lr}; it must be above 0")
 

@@ -11,8 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fitformer import data, runs
+from fitformer.errors import InputError
 from fitformer.runs import Run
 from fitformer.settings import Recipe
 from fitformer.tasks import build_model, task_of
@@ -80,7 +82,10 @@ def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
     average = keeping.Average(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
     keeper = keeping.Keeper(run, average)
     with _quiet(), keeping.stopping_cleanly(keeper):
-        trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
+        try:
+            trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"these devices cannot be used: {error}") from error
         try:
             resumed = str(run.last_checkpoint) if step else None
             trainer.fit(learner, datamodule=examples, ckpt_path=resumed, weights_only=True)
