@@ -166,8 +166,11 @@ def test_options_that_change_how_a_step_is_computed_train_all_the_same(option, t
 @pytest.mark.slow
 # Warnings of the compiler about itself, which Python does not show by default.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-def test_layers_compile(text, tmp_path):
-    assert main(words("digits-classify", text, tmp_path / "run", "--trainer.compile=true")) == 0
+@pytest.mark.parametrize("more", [[], ["--objective.self_cond=masking", "--trainer.gradient_checkpointing=true"]])
+def test_layers_compile(more, text, tmp_path, capfd):
+    name = "digits-diffuse" if more else "digits-classify"
+    assert main(words(name, text, tmp_path / "run", "--trainer.compile=true", *more)) == 0
+    assert "recompile_limit" not in capfd.readouterr().err, "some layers were left uncompiled"
 
 
 @pytest.mark.slow
@@ -216,6 +219,23 @@ def test_a_torn_checkpoint_is_one_clear_error(text, tmp_path, capsys):
     last.write_bytes(last.read_bytes()[:1000])
     assert main(words("digits-classify", text, tmp_path / "run", *more)) == 2
     assert "is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_devices_that_are_not_there_are_one_clear_error(text, tmp_path, capsys):
+    for more in ("--trainer.devices=0", "--trainer.accelerator=abacus"):
+        assert main(words("digits-classify", text, tmp_path / "run", more)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fitformer: error: these devices cannot be used: ")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["environment.json", "data.json"])
+def test_a_torn_note_is_one_clear_error(name, tmp_path):
+    recipe = config.load("digits-classify")
+    run = runs.start(tmp_path / "run", recipe)
+    (run.path / name).write_text('{"starts": [')
+    with pytest.raises(InputError, match=r"json is not whole .*; remove it"):
+        run.classes if name == "data.json" else runs.start(run.path, recipe)
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path):

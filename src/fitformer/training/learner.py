@@ -37,6 +37,8 @@ class Learner(pl.LightningModule):
         if self.recipe.trainer.gradient_checkpointing:
             getattr(self.network, "encoder", self.network).run = checkpointed
         if self.recipe.trainer.compile:
+            # Layers of a class share their compiled variants (widths, training or not), and torch gives up after 8.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in trunk.layers():
                 layer.compile()
 
