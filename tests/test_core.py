@@ -1,0 +1,42 @@
+"""The library and the models work with the core dependencies alone."""
+
+import subprocess
+import sys
+
+CORE_ALONE = """
+import importlib, pkgutil, sys
+
+EXTRAS = {"lightning", "torchmetrics", "tensorboard", "sklearn", "scipy", "datasets", "pandas", "pyarrow", "matplotlib",
+          "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import fitformer
+
+for module in pkgutil.walk_packages(fitformer.__path__, "fitformer."):
+    if not module.name.startswith("fitformer.training") and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+
+encoder = fitformer.FITImageEncoder.from_preset(
+    "tiny", image_size=16, group_size=8, patch_size=4, channels=1, num_classes=3)
+encoder.save_pretrained(sys.argv[1])
+again = fitformer.FITImageEncoder.from_pretrained(sys.argv[1])
+images = torch.rand(2, 16, 16, 1)
+assert torch.equal(encoder.eval()(images), again(images))
+
+from fitformer.cli import main
+assert main(["info", "tiny"]) == 0
+assert main(["train", "digits-classify"]) == 2
+"""
+
+
+def test_without_any_extra(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CORE_ALONE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "fitformer: error: this needs the package 'lightning': pip install 'fitformer[train]'\n"
+    assert "FITImageEncoder" in done.stdout
