@@ -257,3 +257,10 @@ def test_a_repository_without_the_file(hub):
 
 def test_offline_and_not_in_the_cache(hub):
     refuses("me/absent", "me/absent", error=FileNotFoundError)
+
+
+def test_a_model_that_is_neither_here_nor_within_reach():
+    with pytest.raises(FileNotFoundError, match="there is no folder nobody/nothing, and no copy"):
+        FITEncoder.from_pretrained("nobody/nothing", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="there is no folder runs/digits/model, and it cannot be a name"):
+        FITEncoder.from_pretrained("runs/digits/model")

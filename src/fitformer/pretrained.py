@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -216,5 +216,11 @@ def _file(model_id: str, name: str, hub: dict[str, Any]) -> Path:
         return path
     try:
         return Path(hf_hub_download(repo_id=model_id, filename=name, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no folder {model_id}, and it cannot be a name on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {model_id}, and no copy of that name from the Hub, which cannot be reached now"
+        ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{model_id} on the Hub is not a saved model: it has no {name}") from error
