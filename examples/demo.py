@@ -129,7 +129,7 @@ Where the latents looked: held-out digits, then for each block how much its late
 
 ![loss](diffuse-curve.png)
 
-A row per class, guidance and sampler as in the recipe.
+A column per class; guidance and sampler as in the recipe.
 
 ![samples](runs/diffuse/samples/demo/grid.png)
 
