@@ -18,7 +18,7 @@ class Size:
     latents_per_group: int
 
 
-# Parameters of an encoder: tiny 0.2M, small 30M, base 100M, large 340M (`fitformer info PRESET` counts them).
+# Parameters of an encoder: tiny 0.3M, small 30M, base 101M, large 340M (`fitformer info PRESET` counts them).
 SIZES = {
     "tiny": Size("(1)2(1)2", dim=32, latent_dim=64, heads=2, latent_heads=4, latents_per_group=4),
     "small": Size("(2)4(2)4", dim=256, latent_dim=512, heads=4, latent_heads=8, latents_per_group=16),
