@@ -219,6 +219,7 @@ class FITImageEncoder(Pretrained, nn.Module):
         )
         self.ends_in_latents = self.encoder.trunk.plan[-1][1] > 0
         check_sizes(num_classes=num_classes or 1)  # 0 is no head
+        self.num_classes = num_classes
         self.head = linear(latent_dim if self.ends_in_latents else dim, num_classes) if num_classes else None
 
     def forward(self, images: Tensor) -> Tensor:

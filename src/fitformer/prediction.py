@@ -65,7 +65,7 @@ def predict(
     Raises:
         InputError: none of the files can be read (names them), or `classes` are not as many as the classifier's.
     """
-    known = 0 if classifier.head is None else classifier.head.out_features
+    known = classifier.num_classes
     if known != len(classes):
         raise InputError(f"{len(classes)} class names given to a classifier of {known} classes")
     faults: list[Unreadable] = []

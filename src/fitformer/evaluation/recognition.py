@@ -39,7 +39,7 @@ def recognised(
     Raises:
         InputError: the classifier knows another number of classes.
     """
-    known = 0 if classifier.head is None else classifier.head.out_features
+    known = classifier.num_classes
     if known != len(classes):
         raise InputError(f"the classifier knows {known} classes and the samples have {len(classes)}; they must agree")
     counts = confusion(torch.tensor(labels), classify(classifier, images).argmax(-1), known)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer import generation, grouping
+from fitformer.cuts import sides_of
 from fitformer.decoder import FITDecoder
 from fitformer.errors import InputError
 from fitformer.settings import ByteRecipe, PixelRecipe
@@ -27,7 +28,7 @@ def build(recipe: PixelRecipe | ByteRecipe, dataset: Any) -> FITDecoder:
     """
     if isinstance(recipe, ByteRecipe):
         return _build(recipe, _division(recipe), recipe.model.tokens_per_group, BYTES)
-    image = torch.zeros(1, *_sides(recipe.data.image_size), dataset.channels, dtype=torch.uint8)
+    image = torch.zeros(1, *sides_of(recipe.data.image_size, "hw"), dataset.channels, dtype=torch.uint8)
     t, n = grouping.image_to_pixels(image, recipe.model.patch_size, recipe.objective.order).shape[1:]
     return _build(recipe, t, n, recipe.data.levels or BYTES)
 
@@ -52,10 +53,6 @@ def _division(recipe: ByteRecipe) -> int:
             f"lengths near it are {near}"
         )
     return length // n
-
-
-def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def targets(batch: Batch, recipe: PixelRecipe | ByteRecipe) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +106,7 @@ def generate_images(
 ) -> Tensor:
     """Draw images pixel by pixel, uint8 0 .. 255 `(count, H, W, ch)`. Image k depends on (seed, first + k) alone."""
     length = network.num_groups * network.tokens_per_group
-    size, levels = _sides(recipe.data.image_size), network.vocab_size
+    size, levels = sides_of(recipe.data.image_size, "hw"), network.vocab_size
     parts = []
     for start in range(0, count, batch_size):
         k = min(batch_size, count - start)
