@@ -8,6 +8,7 @@ from fitformer.data.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.folders import Columns, read_folder, read_manifest
 from fitformer.data.hub import read_huggingface
 from fitformer.data.images import ImageDataset
+from fitformer.data.megapixel import read_megapixel_mnist
 from fitformer.data.order import hold_out
 from fitformer.data.settings import READ_BY, ByteData, ImageData
 from fitformer.data.sources import Source, listed, nearest, subset
@@ -74,8 +75,10 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_manifest(path, columns, classes, channels, settings.max_unreadable)
         case "huggingface":
             return read_huggingface(path, settings.subset, columns, classes, channels)
+        case "megapixel-mnist":
+            return read_megapixel_mnist(path, settings.image_size, settings.split_seed, channels)
         case other:
-            known = ["digits", "idx", "folder", "manifest", "huggingface", "arrays"]
+            known = ["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
             raise InputError(f"there is no image source {other!r}{nearest(other, known)} ({listed(known)})")
 
 

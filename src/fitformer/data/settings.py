@@ -7,7 +7,7 @@ A field that the chosen source does not read gives a warning when it is set (see
 from dataclasses import dataclass
 from typing import Literal
 
-ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays"]
+ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
 ByteSource = Literal["python-sources", "python-docs", "files"]
 Augmentation = Literal["none", "light", "crop", "crop-flip"]
 Resize = Literal["crop", "stretch", "pad"]
@@ -21,7 +21,8 @@ class ImageData:
         source: `digits` (scikit-learn's, embedded), `idx` (MNIST family, a folder of idx files, gzip or not), `folder`
             (a class per subfolder, or flat and without classes), `manifest` (CSV or Parquet table of paths),
             `huggingface` (a name on the Hub, or a local folder that `datasets` reads), `arrays` (one .npz file with
-            `images` (k, H, W[, ch]) uint8 and, for classes, `labels` and `categories`).
+            `images` (k, H, W[, ch]) uint8 and, for classes, `labels` and `categories`), `megapixel-mnist` (canvases of
+            `image_size` with five digits each, made of the MNIST files in a folder; `split_seed` says which canvases).
         path: folder, file or Hub name; `digits` needs none.
         subset: the configuration of a Hub dataset that has several.
         image_size: side, or (rows, columns), of the images handed out, in pixels.
@@ -91,7 +92,7 @@ class ByteData:
 
 
 READ_BY: dict[str, tuple[str, ...]] = {
-    "path": ("idx", "folder", "manifest", "huggingface", "arrays", "files"),
+    "path": ("idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist", "files"),
     "subset": ("huggingface",),
     "glob": ("files",),
     "classes": ("idx", "folder", "manifest", "huggingface", "arrays"),
