@@ -1,0 +1,59 @@
+"""Decoded tiles that neighbouring windows share, bounded in bytes."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import numpy as np
+
+MOST_BYTES = 128 * 2**20
+"""Of decoded tiles that a process keeps, over all its images."""
+
+
+class TileCache:
+    """The tiles used last, up to `most_bytes` together; a single tile larger than that is kept until the next one."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES):
+        self.most_bytes = most_bytes
+        self.held_bytes = 0
+        self._tiles: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The tile of that key, decoded if it is not here."""
+        with self._lock:
+            if key in self._tiles:
+                self._tiles.move_to_end(key)
+                return self._tiles[key]
+        # Outside the lock, so that threads decode side by side; two of them may decode the same tile, which is no harm.
+        tile = decode()
+        with self._lock:
+            self._put(key, tile)
+        return tile
+
+    def _put(self, key: Hashable, tile: np.ndarray) -> None:
+        if key in self._tiles:
+            return
+        self._tiles[key] = tile
+        self.held_bytes += tile.nbytes
+        while self.held_bytes > self.most_bytes and len(self._tiles) > 1:
+            self.held_bytes -= self._tiles.popitem(last=False)[1].nbytes
+
+    def drop(self, belongs: Callable[[Hashable], bool]) -> None:
+        """Forget the tiles whose keys `belongs` says yes to."""
+        with self._lock:
+            for key in [key for key in self._tiles if belongs(key)]:
+                self.held_bytes -= self._tiles.pop(key).nbytes
+
+
+_caches: dict[int, TileCache] = {}
+
+
+def shared() -> TileCache:
+    """The cache of this process. A forked process makes its own: the lock of its parent's may have been held."""
+    cache = _caches.get(os.getpid())
+    if cache is None:
+        _caches.clear()
+        cache = _caches.setdefault(os.getpid(), TileCache())
+    return cache

@@ -1,0 +1,172 @@
+"""Images that stay in their files: opened by header, read window by window."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fitformer.data.readers.areas import average
+from fitformer.data.readers.levels import Level, Opened, Window, as_pixels, blocks
+from fitformer.data.readers.npy import open_npy
+from fitformer.data.readers.pictures import open_picture
+from fitformer.data.readers.tiff import open_tiff
+from fitformer.data.sources import nearest
+from fitformer.errors import InputError
+
+Backend = Callable[[str], Opened]
+
+BACKENDS: dict[str, Backend] = {
+    **dict.fromkeys((".tif", ".tiff", ".gtif", ".gtiff", ".btf", ".tf8", ".lsm", ".qptiff"), open_tiff),
+    ".npy": open_npy,
+}
+"""Which backend opens which file name ending; folders are Zarr, and Pillow is asked about every other file."""
+
+
+def _backend(path: str) -> Backend:
+    return BACKENDS.get(Path(path).suffix.lower(), open_picture)
+
+
+class LazyImage:
+    """An image file whose pixels are read when asked for; `open_image` makes it.
+
+    It opens its file at first use, once in each process, and may be used from several threads. Pickling keeps the
+    path alone. `close` gives up the file and the decoded tiles; the next use opens it again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.path.expanduser(os.fspath(path))
+        self._opened: tuple[int, Opened] | None = None
+        self._locks: dict[int, threading.Lock] = {}
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        LazyImage.__init__(self, state["path"])
+
+    def __repr__(self) -> str:
+        return f"LazyImage({self.path!r})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns, channels."""
+        return self._levels()[0].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8, uint16 or float32."""
+        return self._levels()[0].dtype
+
+    @property
+    def level_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the image and of the reductions of it that its file holds, largest first."""
+        return tuple(level.shape[:2] for level in self._levels())
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Pixels (height, width, channels) of a window that lies inside; a new array.
+
+        Raises:
+            InputError: it reaches out of the image, or the file is broken there.
+        """
+        level = self._levels()[0]
+        rows, columns, _ = level.shape
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
+            raise InputError(
+                f"{self.path}: the window of rows {top} .. {top + height} and columns {left} .. {left + width} "
+                f"is empty or reaches out of the image of {rows} x {columns} pixels"
+            )
+        return level.window(top, left, height, width)
+
+    def thumbnail(self, rows: int, columns: int) -> np.ndarray:
+        """The whole as (rows, columns, channels) averages over equal areas, in the image's own type.
+
+        They are taken from the smallest stored reduction that is at least as large, else from all pixels.
+
+        Raises:
+            InputError: a size below 1, or the file is broken.
+        """
+        if min(rows, columns) < 1:
+            raise InputError(f"a thumbnail of {rows} x {columns} pixels: its sides must be at least 1")
+        levels = self._levels()
+        for level in reversed(levels[1:]):
+            if level.shape[0] >= rows and level.shape[1] >= columns:
+                try:
+                    return average(level, rows, columns)
+                except InputError:
+                    # A broken reduction: a larger one, or the image itself, serves as well.
+                    continue
+        return average(levels[0], rows, columns)
+
+    def blocks(self, pixels: int = 2**20) -> Iterator[Window]:
+        """Windows (top, left, height, width) of about so many pixels that cover the image tile by tile."""
+        return blocks(self._levels()[0], pixels)
+
+    def close(self) -> None:
+        """Give up the file and its decoded tiles."""
+        with self._lock():
+            opened, self._opened = self._opened, None
+            if opened is not None and opened[0] == os.getpid():
+                opened[1].close()
+
+    def __enter__(self) -> "LazyImage":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _lock(self) -> threading.Lock:
+        # One for each process: a fork may have copied one that some thread of the parent held.
+        return self._locks.setdefault(os.getpid(), threading.Lock())
+
+    def _levels(self) -> list[Level]:
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            with self._lock():
+                opened = self._opened
+                if opened is None or opened[0] != os.getpid():
+                    self._opened = opened = (os.getpid(), _open(self.path))
+        return list(opened[1].levels)
+
+
+def _open(path: str) -> Opened:
+    if not os.path.exists(path):
+        beside = Path(path).parent
+        names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
+        raise InputError(f"there is no {path}{nearest(Path(path).name, names)}")
+    opened = _backend(path)(path)
+    try:
+        levels = [as_pixels(level, path) for level in opened.levels]
+        if not all(levels[0].shape):
+            raise InputError(f"{path} is empty: {' x '.join(map(str, levels[0].shape))} pixels and channels")
+    except InputError:
+        opened.close()
+        raise
+    return Opened(levels, opened.close)
+
+
+def open_image(path: str | os.PathLike[str]) -> LazyImage:
+    """Open an image file by its header; pixels are read when asked for.
+
+    Raises:
+        InputError: it is missing (with the nearest name), broken, or of a kind that cannot be read.
+        MissingExtra: the package that reads such files is not installed.
+    """
+    image = LazyImage(path)
+    image._levels()
+    return image
+
+
+def check_channels(image: LazyImage, channels: int) -> None:
+    """Check that an image has as many channels as a model.
+
+    Raises:
+        InputError: it has not.
+    """
+    found = image.shape[2]
+    if found != channels:
+        raise InputError(
+            f"{image.path} has {found} channels and the model {channels}: convert the file, or "
+            f"train with channels={found}"
+        )

@@ -1,0 +1,32 @@
+"""Arrays that numpy saved (.npy), read window by window from where they lie in the file."""
+
+import os
+
+import numpy as np
+
+from fitformer.data.readers.axes import guessed
+from fitformer.data.readers.levels import Mapped, Opened
+from fitformer.errors import InputError
+
+
+def open_npy(path: str) -> Opened:
+    """Open an array (H, W), (H, W, ch) or (ch, H, W); the shorter end axis is the channels.
+
+    Raises:
+        InputError: not an array file, a truncated one, or one that is no image.
+    """
+    try:
+        with open(path, "rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_columns, dtype = read(stream)
+            offset = stream.tell()
+    except ValueError as error:
+        raise InputError(f"{path} is no array that numpy saved: {' '.join(str(error).split())}") from error
+    if dtype.hasobject or dtype.names:
+        raise InputError(f"{path} holds {dtype} and not numbers: save an array of uint8, uint16 or float32")
+    order = guessed(shape, path)
+    there, needed = os.path.getsize(path), offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if there < needed:
+        raise InputError(f"{path} is truncated: its array ends at byte {needed:,} and the file at byte {there:,}")
+    return Opened([Mapped(path, dtype, offset, shape, order, "F" if by_columns else "C")])
