@@ -1,4 +1,4 @@
-"""What a configuration costs, before running it: parameters and floating-point operations, part by part.
+"""Parameters and floating-point operations, part by part.
 
 Operations are those of one example's forward pass, two for each multiply-add, of matrix products alone (norms, GELU and
 softmax are left out, as is usual). Attention counts every pair of tokens, also those that a mask hides.
@@ -20,6 +20,7 @@ from fitformer.denoiser import FITDenoiser
 from fitformer.encoder import FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer
+from fitformer.positions import PositionTable
 from fitformer.trunk import Block, Trunk
 
 Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
@@ -84,9 +85,9 @@ def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops(model: Model, extra_tokens: int = 0, condition_tokens: int = 1) -> Flops:
+def flops(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> Flops:
     """Operations of one example's forward pass; arguments as in `parts`."""
-    return total([part.flops for part in parts(model, extra_tokens, condition_tokens)])
+    return total([part.flops for part in parts(model, extra_tokens, condition_tokens, groups)])
 
 
 def total(counts: Sequence[Flops]) -> Flops:
@@ -94,13 +95,26 @@ def total(counts: Sequence[Flops]) -> Flops:
     return reduce(add, counts, Flops())
 
 
-def group_plan(model: Model, extra_tokens: int = 0) -> GroupPlan:
-    """How the model cuts its input."""
+def group_plan(model: Model, extra_tokens: int = 0, groups: int | None = None) -> GroupPlan:
+    """How the model cuts its input.
+
+    Args:
+        model: any of the roles.
+        extra_tokens: as in `parts`.
+        groups: of the input; those that a model of one size was built for by default.
+
+    Raises:
+        InputError: no number of groups for a model that takes any.
+    """
     trunk = trunk_of(model)
-    m = trunk.latents_per_group
-    (places, c), (latents, d) = trunk.position.weight.shape, trunk.latent_position.weight.shape
+    (places, c), latent = trunk.position.weight.shape, trunk.latent_position
+    m, d = trunk.latents_per_group, (latent.weight if isinstance(latent, PositionTable) else latent.slots).shape[-1]
+    if groups is None:
+        if not isinstance(latent, PositionTable):
+            raise InputError("the model takes any number of groups; say how many the input has")
+        groups = latent.weight.shape[0] // m
     layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.plan)
-    return GroupPlan(latents // m, places + extra_tokens, m, c, d, layers)
+    return GroupPlan(groups, places + extra_tokens, m, c, d, layers)
 
 
 def trunk_of(model: Model) -> Trunk:
@@ -108,15 +122,16 @@ def trunk_of(model: Model) -> Trunk:
     return model.encoder.trunk if isinstance(model, FITImageEncoder) else model.trunk
 
 
-def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1) -> list[Part]:
+def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> list[Part]:
     """The model part by part, in the order they run; their parameters and operations add up to the whole's.
 
     Args:
         model: any of the roles, on any device.
         extra_tokens: tokens `y` that each group is given beside its own (encoder built with `y_channels`).
         condition_tokens: tokens of the condition (denoiser built with `cond_dim`), the time not counted.
+        groups: of the input, see `group_plan`.
     """
-    plan = group_plan(model, extra_tokens)
+    plan = group_plan(model, extra_tokens, groups)
     before, after = _ends(model, plan, extra_tokens, condition_tokens)
     conditions = 1 + (condition_tokens if isinstance(model, FITDenoiser) and model.cond_dim is not None else 0)
     trunk = trunk_of(model)
