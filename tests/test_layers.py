@@ -122,7 +122,7 @@ def test_learned_positions_are_a_cut_normal_and_fixed_ones_no_state():
         (lambda: token_positions("sine", 4, 8), "unknown positions 'sine'; known are learned, sin_cos, sin_cos2d"),
         (lambda: token_positions("sin_cos2d", 8, 8), "not 8; the nearest is 9"),
         (lambda: token_positions("sin_cos2d", 9, 7), "even width, not 7; 8 would do"),
-        (lambda: latent_positions("sin_cos2d", 4, 4, 8), "latents know 'learned' and 'sin_cos'"),
+        (lambda: latent_positions("sin_cos2d", 4, 4, 8), "latents know 'learned', 'sin_cos'"),
     ],
 )
 def test_positions_that_cannot_be(build, message):

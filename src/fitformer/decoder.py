@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fitformer.encoder import check_grouped
 from fitformer.errors import InputError
-from fitformer.execution import plain
+from fitformer.execution import Way, plain
 from fitformer.layers import check_sizes, layer_norm
 from fitformer.pretrained import Pretrained
 from fitformer.trunk import Trunk
@@ -76,7 +76,7 @@ class FITDecoder(Pretrained, nn.Module):
             causal="all",
         )
         self.norm = layer_norm(dim)
-        self.run = plain
+        self.run: Way = plain
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `(b, t, n, vocab_size)` of the targets, given integer `tokens (b, t, n)` shifted right by one.
@@ -86,10 +86,22 @@ class FITDecoder(Pretrained, nn.Module):
         Raises:
             InputError: groups of another length, tokens that are no whole numbers, or one outside the vocabulary.
         """
+        x = self.embed(tokens)
+        x, _ = self.run(self.trunk, x, self.trunk.initial_latents(*x.shape[:2]))
+        return self.finish(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Integer tokens `(b, t, n)` as data tokens `(b, t, n, c)`.
+
+        Raises:
+            InputError: as `forward`.
+        """
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
-        x = self.embedding(tokens.long()) + self.trunk.position()
-        x, _ = self.run(self.trunk, x, self.trunk.initial_latents(*x.shape[:2]))
+        return self.embedding(tokens.long()) + self.trunk.position()
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""
         return nn.functional.linear(self.norm(x), (self.output_embedding or self.embedding).weight, self.output_bias)
 
 

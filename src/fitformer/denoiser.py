@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fitformer.encoder import Stem, causal_of, check_grouped
 from fitformer.errors import InputError
-from fitformer.execution import plain
+from fitformer.execution import Way, plain
 from fitformer.layers import FeedForward, check_sizes, layer_norm, linear
 from fitformer.positions import sin_cos_1d
 from fitformer.pretrained import Pretrained
@@ -63,7 +63,8 @@ class FITDenoiser(Pretrained, nn.Module):
 
     Args:
         layers: layer string; should end in `)`, for what global layers at the end say reaches no data token.
-        num_groups: t. tokens_per_group: n. latents_per_group: m.
+        num_groups: t; None for any number, with `row_column` latent positions.
+        tokens_per_group: n. latents_per_group: m.
         out_dim: channels of a token, noisy and predicted.
         dim: c. latent_dim: d. heads, latent_heads: of local and of global attention.
         cond_dim: width e of the condition tokens; None for an unconditional model.
@@ -81,7 +82,7 @@ class FITDenoiser(Pretrained, nn.Module):
     def __init__(
         self,
         layers: str,
-        num_groups: int,
+        num_groups: int | None,
         tokens_per_group: int,
         latents_per_group: int,
         out_dim: int,
@@ -137,7 +138,7 @@ class FITDenoiser(Pretrained, nn.Module):
             cross_norm=xattn_enc_ln,
         )
         self.norm, self.output = layer_norm(dim), linear(dim, out_dim)
-        self.run = plain
+        self.run: Way = plain
 
     def condition(self, batch: int, time: Tensor, cond: Tensor | None) -> Tensor:
         """Condition tokens `(b, 1 + s, d)`: the time, then `cond (b, e)` or `(b, s, e)`.
@@ -158,13 +159,17 @@ class FITDenoiser(Pretrained, nn.Module):
         cond = cond if self.cond_proj is None else self.cond_proj(cond)
         return torch.cat([tokens, cond[:, None] if cond.ndim == 2 else cond], dim=1)
 
-    def initial_latents(self, batch: int, num_groups: int, latents_prev: Tensor | None) -> Tensor:
+    def initial_latents(
+        self, batch: int, num_groups: int, latents_prev: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
         """Initial latents `(b, t, m, d)`, self-conditioned on those of an earlier pass (zeros if absent).
+
+        `places` are as in `Trunk.initial_latents`.
 
         Raises:
             InputError: `latents_prev` of another shape, or given to a model without latent self-conditioning.
         """
-        latents = self.trunk.initial_latents(batch, num_groups)
+        latents = self.trunk.initial_latents(batch, num_groups, places)
         if latents_prev is not None and latents_prev.shape != latents.shape:
             raise InputError(f"latents_prev has shape {tuple(latents_prev.shape)}, wanted {tuple(latents.shape)}")
         if self.self_conditioning is not None:
@@ -173,8 +178,27 @@ class FITDenoiser(Pretrained, nn.Module):
             raise InputError("latents_prev given to a denoiser built with self_cond='none'; build it with 'latent'")
         return latents
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Noisy tokens `(b, t, n, out_dim)` as data tokens `(b, t, n, c)`.
+
+        Raises:
+            InputError: shapes that the model was not built for.
+        """
+        check_grouped(x, self.tokens_per_group, "b t n out_dim")
+        return self.stem(x) + self.trunk.position()
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Data tokens `(b, t, n, c)` as they leave the trunk to the prediction `(b, t, n, out_dim)`."""
+        return self.output(self.norm(x))
+
     def forward(
-        self, x: Tensor, time: Tensor, cond: Tensor | None = None, latents_prev: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor | None = None,
+        latents_prev: Tensor | None = None,
+        mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Denoise.
 
@@ -183,12 +207,12 @@ class FITDenoiser(Pretrained, nn.Module):
             time: noise level gamma in [0, 1], `(b,)`, or `(b, 1 + extra_time)`.
             cond: `(b, e)` or `(b, s, e)`; zeros mean no condition (guidance).
             latents_prev: latents of an earlier pass, `(b, t, m, d)`.
+            mask, places: of tokens and of groups, as in `FITEncoder.forward`.
 
         Returns:
             the prediction `(b, t, n, out_dim)` and the latents `(b, t, m, d)`, not normalised.
         """
-        check_grouped(x, self.tokens_per_group, "b t n out_dim")
-        latents = self.initial_latents(x.shape[0], x.shape[1], latents_prev)
-        x = self.stem(x) + self.trunk.position()
-        x, latents = self.run(self.trunk, x, latents, self.condition(x.shape[0], time, cond))
-        return self.output(self.norm(x)), latents
+        x = self.embed(x)
+        latents = self.initial_latents(x.shape[0], x.shape[1], latents_prev, places)
+        x, latents = self.run(self.trunk, x, latents, self.condition(x.shape[0], time, cond), mask)
+        return self.finish(x), latents

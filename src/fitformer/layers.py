@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
+from fitformer.randomness import GroupRandom
 
 NORM_EPS = 1e-6
 
@@ -64,6 +65,16 @@ def check_rate(rate: float, what: str) -> None:
         raise InputError(f"{what} is {rate}; a rate is at least 0 and below 1")
 
 
+def dropout(x: Tensor, rate: float, random: GroupRandom | None, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Zero elements of `x (r, ...)` with probability `rate` and scale up the others.
+
+    `random` gives the numbers, torch's generator where it is None; `shape`, broadcast to that of `x`, is what is drawn.
+    """
+    shape = tuple(x.shape) if shape is None else shape
+    kept = torch.rand(shape, device=x.device) >= rate if random is None else random.kept(shape, rate)
+    return x * kept / (1 - rate)
+
+
 class DropPath(nn.Module):
     """Leave out a residual branch, per row of the batch, with probability `rate`; the kept rows are scaled up.
 
@@ -76,12 +87,11 @@ class DropPath(nn.Module):
         check_rate(rate, "drop_path")
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
         """Return the branch `x (r, ...)` with whole rows zeroed in training, `x` itself otherwise."""
         if self.rate == 0.0 or not self.training:
             return x
-        kept = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.rate
-        return x * kept.to(x.dtype) / (1 - self.rate)
+        return dropout(x, self.rate, random, (x.shape[0],) + (1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         """Show the rate in `print(model)`."""
@@ -113,19 +123,43 @@ class Attention(nn.Module):
         self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
         self.output = linear(width, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        random: GroupRandom | None = None,
+    ) -> Tensor:
         """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
 
         `mask`, boolean and broadcastable to `(r, h, q, k)`, is true where a query may look; `causal` is the
-        usual triangle over tokens. Returns `(r, q, dim)`.
+        usual triangle over tokens; `random` gives the rows' own dropout. Returns `(r, q, dim)`.
         """
         query, key, value = (
             rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
             for tokens in (self.query(x), self.key(context), self.value(context))
         )
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        rate = self.dropout if self.training else 0.0
+        if rate and random is not None:
+            if causal:
+                mask = triangle(x.shape[1], x.device)
+            weights = attention_weights(query, key, mask)
+            out = dropout(weights, rate, random) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, is_causal=causal)
         return self.output(rearrange(out, "r h s e -> r s (h e)"))
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Weights `(r, h, q, k)` of queries `(r, h, q, e)` over keys `(r, h, k, e)`, 0 where `mask` is false."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+
+
+def triangle(tokens: int, device: torch.device) -> Tensor:
+    """Causal mask `(tokens, tokens)`, true where a query may look."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
 
 class FeedForward(nn.Module):
@@ -142,11 +176,15 @@ class FeedForward(nn.Module):
             raise InputError(f"mlp_ratio is {ratio}, which leaves {dim} channels no units; 4 is usual")
         self.norm = layer_norm(dim)
         self.inner, self.outer = linear(dim, int(ratio * dim)), linear(int(ratio * dim), dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the branch of `x (..., dim)`, without the residual."""
-        return self.outer(self.dropout(F.gelu(self.inner(self.norm(x)))))
+    def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
+        """Return the branch of `x (..., dim)`, without the residual; `random` gives the rows' own dropout."""
+        units = F.gelu(self.inner(self.norm(x)))
+        if self.dropout and self.training:
+            # torch's own where it serves: it is faster.
+            units = F.dropout(units, self.dropout) if random is None else dropout(units, self.dropout, random)
+        return self.outer(units)
 
 
 class TransformerLayer(nn.Module):
@@ -172,12 +210,14 @@ class TransformerLayer(nn.Module):
         self.ffn = FeedForward(dim, mlp_ratio, drop_units)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Transform tokens `x (r, s, dim)`; `mask` and `causal` as in `Attention`."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, random: GroupRandom | None = None
+    ) -> Tensor:
+        """Transform tokens `x (r, s, dim)`; `mask`, `causal` and `random` as in `Attention`."""
         if self.norm is not None and self.attention is not None:
             normed = self.norm(x)
-            x = x + self.drop_path(self.attention(normed, normed, mask, causal))
-        return x + self.drop_path(self.ffn(x))
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random), random)
+        return x + self.drop_path(self.ffn(x, random), random)
 
 
 class CrossLayer(nn.Module):
@@ -209,9 +249,11 @@ class CrossLayer(nn.Module):
         self.attention = Attention(dim, heads, context_dim, width)
         self.ffn = FeedForward(dim, mlp_ratio, drop_units) if mlp_ratio else None
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return tokens `x (r, q, dim)` having looked at `context (r, k, context_dim)`."""
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, random: GroupRandom | None = None
+    ) -> Tensor:
+        """Return tokens `x (r, q, dim)` having looked at `context (r, k, context_dim)`; the rest as in `Attention`."""
         if self.context_norm is not None:
             context = self.context_norm(context)
-        x = x + self.attention(self.norm(x), context)
-        return x if self.ffn is None else x + self.ffn(x)
+        x = x + self.attention(self.norm(x), context, mask)
+        return x if self.ffn is None else x + self.ffn(x, random)

@@ -6,16 +6,17 @@ matplotlib, everything else only Pillow.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError, require
 from fitformer.files import write_atomically
-from fitformer.layers import CrossLayer
+from fitformer.layers import CrossLayer, attention_weights
 
 # From dark to bright, equally spaced: the looks of a heated body, legible in grey too.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -33,11 +34,14 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     Raises:
         InputError: images the encoder was not built for, or an encoder without a block that reads.
     """
-    seen: list[tuple[CrossLayer, Tensor, Tensor]] = []
+    seen: list[tuple[Any, ...]] = []
 
-    def note(read: CrossLayer, inputs: tuple[Tensor, Tensor]) -> None:
+    def note(read: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append((read, *inputs))
 
+    groups = encoder.groups
+    if groups is None:
+        raise InputError("this encoder takes images of any size: `fitformer predict` draws where it looked")
     reads = [read for block in encoder.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
@@ -47,13 +51,13 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [read_weights(read, latents, x).mean(dim=(1, 2)) for read, latents, x in seen]
-    maps = [encoder.groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
+    weights = [read_weights(*inputs).mean(dim=(1, 2)) for inputs in seen]
+    maps = [groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
     size = images.shape[1:3]
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
 
 
-def read_weights(layer: CrossLayer, x: Tensor, context: Tensor) -> Tensor:
+def read_weights(layer: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention weights `(r, h, q, k)` of a cross-attention layer, from tokens `x (r, q, dim)` to their context.
 
     The attention itself never has them at hand; they are made again from the layer's own queries and keys.
@@ -64,7 +68,7 @@ def read_weights(layer: CrossLayer, x: Tensor, context: Tensor) -> Tensor:
         rearrange(tokens, "r s (h e) -> r h s e", h=attention.heads)
         for tokens in (attention.query(layer.norm(x)), attention.key(known))
     )
-    return (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+    return attention_weights(query, key, mask)
 
 
 def heat(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fitformer.errors import InputError
 
 KINDS = ("learned", "sin_cos", "sin_cos2d")
+DEVIATION = 0.02
 
 
 def sin_cos_1d(position: Tensor, width: int) -> Tensor:
@@ -44,6 +45,12 @@ def grid_code(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([row, column], dim=-1).flatten(0, 1)
 
 
+def _learned(*shape: int) -> nn.Parameter:
+    table = nn.Parameter(torch.empty(shape))
+    nn.init.trunc_normal_(table, std=DEVIATION, a=-2 * DEVIATION, b=2 * DEVIATION)
+    return table
+
+
 class PositionTable(nn.Module):
     """A code for each of `rows * columns` places, `(rows * columns, width)`, learned or fixed.
 
@@ -58,8 +65,7 @@ class PositionTable(nn.Module):
         if kind not in KINDS:
             raise InputError(f"unknown positions {kind!r}; known are {', '.join(KINDS)}")
         if kind == "learned":
-            table = nn.Parameter(torch.empty(rows * columns, width))
-            self.weight = nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
+            self.weight = _learned(rows * columns, width)
         else:
             self.register_buffer("weight", grid_code(rows, columns, width), persistent=False)
 
@@ -85,10 +91,45 @@ def token_positions(kind: str, tokens_per_group: int, width: int) -> PositionTab
     return PositionTable(kind, side, side, width)
 
 
-def latent_positions(kind: str, num_groups: int, latents_per_group: int, width: int) -> PositionTable:
-    """Table `(t*m, d)` of the latents, which is also their initial value."""
+class PlacePositions(nn.Module):
+    """Positions of latents whose groups stand at any row and column: images of any size in one model.
+
+    A latent's is the sin-cos code of its group's row and column, half the width each, plus a learned vector for its
+    place among the m latents of the group. The code is scaled down to the deviation of learned tables. A group in row
+    -1 is a glimpse of the whole: a learned vector takes the place of its row.
+
+    Raises:
+        InputError: an odd width.
+    """
+
+    def __init__(self, latents_per_group: int, width: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise InputError(f"row_column positions need an even latent_dim, not {width}; {width + 1} would do")
+        self.slots, self.glimpse = _learned(latents_per_group, width), _learned(width // 2)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Positions `(..., m, d)` of the latents of groups at `places (..., 2)`, int64 rows and columns."""
+        # A sine's deviation is the root of one half.
+        row, column = (code * DEVIATION * 2**0.5 for code in sin_cos_1d(places, len(self.glimpse)).unbind(-2))
+        row = torch.where(places[..., :1] < 0, self.glimpse, row.to(self.slots.dtype))
+        return torch.cat([row, column.to(self.slots.dtype)], dim=-1)[..., None, :] + self.slots
+
+
+def latent_positions(
+    kind: str, num_groups: int | None, latents_per_group: int, width: int
+) -> PositionTable | PlacePositions:
+    """Positions of the latents, which are also their initial values: a table `(t*m, d)`, or codes of rows and columns.
+
+    Raises:
+        InputError: a table for no number of groups, or a kind that latents do not know.
+    """
+    if kind == "row_column":
+        return PlacePositions(latents_per_group, width)
     if kind == "sin_cos2d":
         raise InputError(
-            "latents know 'learned' and 'sin_cos' positions (the latter is the 2D code of groups x latents)"
+            "latents know 'learned', 'sin_cos' (the 2D code of groups x latents) and 'row_column' positions"
         )
+    if num_groups is None:
+        raise InputError(f"{kind} latent positions are a table: give num_groups, or take latent_position='row_column'")
     return PositionTable(kind, num_groups, latents_per_group, width)

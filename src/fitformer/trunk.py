@@ -11,7 +11,7 @@ else this project does (recomputing, streaming, sharding, caching) is another wa
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.layers import CrossLayer, TransformerLayer, check_heads, check_sizes
-from fitformer.positions import latent_positions, token_positions
+from fitformer.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
+from fitformer.positions import PositionTable, latent_positions, token_positions
+from fitformer.randomness import GroupRandom, group_keys
 
 
 def parse_layers(layers: str) -> list[tuple[int, int]]:
@@ -72,7 +73,8 @@ class Trunk(nn.Module):
 
     Args:
         layers: layer string, see `parse_layers`.
-        num_groups: t. tokens_per_group: n. latents_per_group: m.
+        num_groups: t; None for any number, with `row_column` latent positions.
+        tokens_per_group: n. latents_per_group: m.
         dim: c. latent_dim: d. heads, latent_heads: of local and of global layers.
         position, latent_position: kinds of positions (`positions.py`).
         mlp_ratio: inner width of the feed-forwards over the outer one.
@@ -91,7 +93,7 @@ class Trunk(nn.Module):
     def __init__(
         self,
         layers: str,
-        num_groups: int,
+        num_groups: int | None,
         tokens_per_group: int,
         latents_per_group: int,
         dim: int,
@@ -113,8 +115,8 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = parse_layers(layers)
-        check_sizes(num_groups=num_groups, tokens_per_group=tokens_per_group, latents_per_group=latents_per_group)
-        check_sizes(dim=dim, latent_dim=latent_dim)
+        check_sizes(tokens_per_group=tokens_per_group, latents_per_group=latents_per_group)
+        check_sizes(num_groups=1 if num_groups is None else num_groups, dim=dim, latent_dim=latent_dim)
         has_local, has_global = (any(counts) for counts in zip(*self.plan, strict=True))
         if has_local and self_attention:
             check_heads(heads, dim, "local layers, dim")
@@ -122,6 +124,7 @@ class Trunk(nn.Module):
             check_heads(latent_heads, latent_dim, "global layers, latent_dim")
             check_heads(min(heads, latent_heads), min(dim, latent_dim), "read and write, the smaller of both widths")
         self.latents_per_group = latents_per_group
+        self.drops_out = max(drop_path, drop_units, drop_att) > 0
         self.causal_global, self.causal_local = causal in ("global", "all"), causal == "all"
         self.position = token_positions(position, tokens_per_group, dim)
         self.latent_position = latent_positions(latent_position, num_groups, latents_per_group, latent_dim)
@@ -149,14 +152,23 @@ class Trunk(nn.Module):
         """Every layer, in no particular order: the pieces to compile or to shard one by one."""
         return (part for part in self.modules() if isinstance(part, TransformerLayer | CrossLayer))
 
-    def initial_latents(self, batch: int, num_groups: int) -> Tensor:
+    def initial_latents(self, batch: int, num_groups: int, places: Tensor | None = None) -> Tensor:
         """The latents `(b, t, m, d)` that every example starts from: their positions.
 
-        Fewer groups than the model was built for take the first ones.
+        A table has them in the order of groups, and fewer groups than the model was built for take the first ones.
+        `row_column` positions take rows and columns of the groups, `places (t, 2)` or `(b, t, 2)` int64; one row of
+        groups by default.
 
         Raises:
-            InputError: more groups than there are positions.
+            InputError: more groups than there are positions, or places given to a table.
         """
+        if not isinstance(self.latent_position, PositionTable):
+            if places is None:
+                places = torch.arange(num_groups, device=self.latent_position.slots.device)
+                places = torch.stack([torch.zeros_like(places), places], dim=-1)
+            return self.latent_position(places).expand(batch, -1, -1, -1)
+        if places is not None:
+            raise InputError("places of groups given to a model with a table of latents; build it with 'row_column'")
         table = rearrange(self.latent_position(), "(t m) d -> t m d", m=self.latents_per_group)
         if num_groups > table.shape[0]:
             raise InputError(
@@ -165,12 +177,26 @@ class Trunk(nn.Module):
             )
         return table[:num_groups].expand(batch, -1, -1, -1)
 
+    def group_keys(self, batch: int, groups: int) -> Tensor | None:
+        """What each group's dropout is drawn from, `(b, t)` by torch's generator; None where nothing is dropped."""
+        if not (self.training and self.drops_out):
+            return None
+        return group_keys(batch, groups).to(next(self.parameters()).device)
+
     def write_source(self, latents: Tensor) -> Tensor:
         """What each group's tokens are written from, `(b, t, m, d)`: its own latents, or in the autoregressive
         role those of the group before, zeros for the first (spec section 5)."""
         return F.pad(latents[:, :-1], (0, 0, 0, 0, 1, 0)) if self.causal_local else latents
 
-    def group_phase(self, i: int, x: Tensor, latents: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    def group_phase(
+        self,
+        i: int,
+        x: Tensor,
+        latents: Tensor,
+        source: Tensor,
+        mask: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Write, local layers, read of block i, on any set of groups: no group sees another.
 
         Args:
@@ -178,6 +204,8 @@ class Trunk(nn.Module):
             x: data tokens `(b, t, n, c)`.
             latents: their groups' latents `(b, t, m, d)`.
             source: the latents that write looks at, `write_source` of all groups cut to these.
+            mask: booleans `(b, t, n)`, false for tokens that nobody may look at; at least one of a group is true.
+            keys: of these groups' dropout `(b, t)`, see `group_keys`.
 
         Returns:
             data tokens and latents, of the same shapes.
@@ -185,33 +213,51 @@ class Trunk(nn.Module):
         block: Block = self.blocks[i]  # type: ignore[assignment]
         batch, groups = x.shape[:2]
         x, latents = x.flatten(0, 1), latents.flatten(0, 1)
+        random = None if keys is None else GroupRandom(keys.flatten(), i)
+        seen = None if mask is None else mask.flatten(0, 1)[:, None, None]
+        local = {"mask": seen, "causal": self.causal_local}
+        if seen is not None and self.causal_local:
+            local = {"mask": seen & triangle(x.shape[1], x.device)}
         if block.write is not None:
-            x = block.write(x, source.flatten(0, 1))
+            x = block.write(x, source.flatten(0, 1), random=random)
         for layer in block.local_layers:
-            x = layer(x, causal=self.causal_local)
+            x = layer(x, **local, random=random)
         if block.read is not None:
-            latents = block.read(latents, x)
+            latents = block.read(latents, x, seen, random=random)
         return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
 
-    def global_phase(self, i: int, latents: Tensor, condition: Tensor | None = None) -> Tensor:
+    def global_phase(
+        self, i: int, latents: Tensor, condition: Tensor | None = None, call: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """Condition and global layers of block i on all latents `(b, t, m, d)` of each example.
 
-        `condition (b, s, d)` is what the latents look at first, in a trunk built with `condition=True`.
+        Args:
+            i: block.
+            latents: of all groups.
+            condition: tokens `(b, s, d)` that the latents look at first, in a trunk built with `condition=True`.
+            call: how a layer is called, `call(layer, *inputs)`, if not plainly.
         """
         block: Block = self.blocks[i]  # type: ignore[assignment]
         t, m = latents.shape[1:3]
         latents = latents.flatten(1, 2)
+        call = call or (lambda layer, *inputs: layer(*inputs))
         if block.condition is not None:
-            latents = block.condition(latents, condition)
+            latents = call(block.condition, latents, condition)
         mask = block_causal_mask(t, m, latents.device) if self.causal_global and len(block.global_layers) else None
         for layer in block.global_layers:
-            latents = layer(latents, mask)
+            latents = call(layer, latents, mask)
         return latents.unflatten(1, (t, m))
 
-    def forward(self, x: Tensor, latents: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5)."""
+    def forward(
+        self, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5).
+
+        `condition` and `mask` are as in the phases.
+        """
+        keys = self.group_keys(*x.shape[:2])
         for i in range(len(self.blocks)):
-            x, latents = self.group_phase(i, x, latents, self.write_source(latents))
+            x, latents = self.group_phase(i, x, latents, self.write_source(latents), mask, keys)
             latents = self.global_phase(i, latents, condition)
         return x, latents
 

@@ -15,8 +15,8 @@ from fitformer.tasks.classify import logits
 
 def as_the_classifier_sees(images: Tensor, classifier: FITImageEncoder) -> Tensor:
     """Images uint8 `(b, H, W, ch)` at the size and with the channels that a classifier was built for."""
-    rows, columns = classifier.groups.image_size  # type: ignore[misc]
-    channels = classifier.groups.channels
+    channels = classifier.tiling.channels
+    rows, columns = images.shape[1:3] if classifier.groups is None else classifier.groups.image_size  # type: ignore[misc]
     if tuple(images.shape[1:]) == (rows, columns, channels):
         return images
     fitted = (convert(fit(image.numpy(), (rows, columns), "stretch"), channels) for image in images.cpu())

@@ -1,10 +1,13 @@
 """Ways to run the trunk: the same two phases and weights, differing only in what they keep and what they recompute.
 
-Each is a function `(trunk, x, latents, condition=None) -> (x, latents)`, proved equal to `plain` by a test, and is
-chosen by giving it to a role: `encoder.run = checkpointed`.
+Each is called `(trunk, x, latents, condition=None, mask=None) -> (x, latents)`, proved equal to `plain` by a test, and
+is chosen by giving it to a role: `encoder.run = checkpointed`, or `Streamed(keep="disk")`. `total` runs a role, in any
+of these ways, on `Work` that is read slice by slice.
 """
 
 from fitformer.execution.checkpointed import checkpointed
 from fitformer.execution.plain import plain
+from fitformer.execution.streamed import Streamed
+from fitformer.execution.work import Way, Work, total
 
-__all__ = ["checkpointed", "plain"]
+__all__ = ["Streamed", "Way", "Work", "checkpointed", "plain", "total"]

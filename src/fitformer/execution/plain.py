@@ -5,6 +5,8 @@ from torch import Tensor
 from fitformer.trunk import Trunk
 
 
-def plain(trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def plain(
+    trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run the trunk as it is written."""
-    return trunk(x, latents, condition)
+    return trunk(x, latents, condition, mask)

@@ -163,6 +163,7 @@ def _sample(
     on_step: Callable[[int, Tensor], None] | None,
 ) -> Tensor:
     objective, device = recipe.objective, next(network.parameters()).device
+    assert network.num_groups is not None  # training builds a table
     shape = (network.num_groups, network.tokens_per_group, network.output.out_features)
     noise = partial(diffusion.seeded_noise, seed, numbers, shape)
     tokens = diffusion.sample(

@@ -1,0 +1,132 @@
+"""Where the data tokens between two blocks are kept while slices come and go: in memory, on the host, or on disk."""
+
+import os
+import shutil
+import tempfile
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fitformer.errors import InputError
+
+Keep = Literal["memory", "host", "disk"]
+Shape = tuple[int, int, int, int]
+GIB = 2**30
+
+
+class Kept(Protocol):
+    """Room for tokens `(b, t, n, c)`, written and read by slices of groups."""
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Keep `x (b, s, n, c)` as the tokens of a slice of groups."""
+
+    def get(self, groups: slice) -> Tensor:
+        """The tokens `(b, s, n, c)` of a slice of groups."""
+
+    def close(self) -> None:
+        """Give the room back."""
+
+
+class InMemory:
+    """Tokens in a tensor: on the device that computes, or on the host of an accelerator."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, host: bool) -> None:
+        self.device, self.computed = like.device, like.dtype
+        away = host and like.device.type != "cpu"
+        place = torch.device("cpu") if away else like.device
+        self.tokens: Tensor | None = torch.empty(shape, dtype=dtype, device=place, pin_memory=away)
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Copy in."""
+        assert self.tokens is not None
+        self.tokens[:, groups].copy_(x, non_blocking=True)
+
+    def get(self, groups: slice) -> Tensor:
+        """Copy out, unless they are where and what they should be."""
+        assert self.tokens is not None
+        return self.tokens[:, groups].to(self.device, self.computed, non_blocking=True)
+
+    def close(self) -> None:
+        """Let go of the tensor."""
+        self.tokens = None
+
+
+class OnDisk:
+    """Tokens in a scratch file that has no name: whatever happens to the process, nothing of it is left behind.
+
+    Raises:
+        InputError: the folder's disk has no room for it; says how much is needed.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None) -> None:
+        batch, groups, *token = shape
+        self.shape, self.dtype, self.device, self.computed = (batch, *token), dtype, like.device, like.dtype
+        self.row = batch * prod(token) * dtype.itemsize
+        self.folder = Path(tempfile.gettempdir()) if folder is None else folder
+        need_room(self.folder, groups * self.row)
+        file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+        self.file = file.fileno()
+        self.close = weakref.finalize(self, file.close)
+        # Taken now, so that no disk is found full in the middle of a step.
+        os.posix_fallocate(self.file, 0, groups * self.row)
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Write.
+
+        Raises:
+            OSError: the disk failed or is full; names the folder.
+        """
+        first, _, _ = groups.indices(2**62)
+        # By groups first: a slice of them is one piece of the file.
+        rows = x.detach().to("cpu", self.dtype).transpose(0, 1).contiguous()
+        left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
+        try:
+            while left:
+                written = os.pwrite(self.file, left, place)
+                left, place = left[written:], place + written
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (scratch for data tokens)", str(self.folder)) from error
+
+    def get(self, groups: slice) -> Tensor:
+        """Read.
+
+        Raises:
+            OSError: the disk failed; names the folder.
+        """
+        first, last, _ = groups.indices(2**62)
+        batch, *token = self.shape
+        rows = torch.empty(last - first, batch, *token, dtype=self.dtype)
+        left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
+        while left:
+            found = os.preadv(self.file, [left], place)
+            if not found:
+                raise OSError(0, "the scratch file for data tokens ends too early", str(self.folder))
+            left, place = left[found:], place + found
+        return rows.transpose(0, 1).to(self.device, self.computed)
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Refuse scratch that a disk has no room for.
+
+    Raises:
+        InputError: there is no such folder, or it has less than `size` bytes free.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder} for the scratch of data tokens")
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(
+            f"the data tokens between blocks need {size / GIB:.2f} GiB of scratch, and {folder} has "
+            f"{free / GIB:.2f} GiB free; give another folder, keep them in bf16 (half of it), or in memory"
+        )
+
+
+def room(keep: Keep, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None) -> Kept:
+    """Room for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type."""
+    if keep == "disk":
+        return OnDisk(shape, dtype, like, folder)
+    return InMemory(shape, dtype, like, keep == "host")

@@ -1,0 +1,511 @@
+"""Every way to run equals the plain one: outputs and all gradients, with dropout on, for any slice."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fitformer
+from fitformer.errors import InputError
+from fitformer.execution import Streamed, Work, checkpointed, kept, plain, total
+from fitformer.tiling import ArraySource, GroupedImage
+
+T, N = 7, 6
+SIZES = {"latents_per_group": 2, "dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 3}
+DROPS = {"drop_path": 0.3, "drop_units": 0.2, "drop_att": 0.25}
+WAYS = [
+    checkpointed,
+    Streamed(1),
+    Streamed(3),
+    Streamed(100),
+    Streamed(2, keep="disk"),
+    Streamed(keep="host"),
+]
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    return fitformer.FITEncoder("(1)2(2)1", T, N, in_channels=5, **SIZES, **options)
+
+
+def denoiser(**options):
+    torch.manual_seed(0)
+    return fitformer.FITDenoiser(
+        "(1)1(1)2(1)", T, N, out_dim=5, cond_dim=3, self_cond="latent", xattn_with_mlp=True, **SIZES, **options
+    )
+
+
+def decoder(**options):
+    torch.manual_seed(0)
+    return fitformer.FITDecoder("(1)2(1)1(1)", T, N, vocab_size=11, **SIZES, **options)
+
+
+def encode(model, x):
+    return model(x, mask=mask_of(x))
+
+
+def denoise(model, x):
+    time, cond = torch.tensor([0.2, 0.9]).to(x), torch.linspace(0, 1, 6).view(2, 3).to(x)
+    return model(x, time, cond, torch.ones(2, T, 2, 12).to(x), mask=mask_of(x))
+
+
+def decode(model, x):
+    return (model((x[..., 0].detach().abs() * 3).long() % 11),)
+
+
+def mask_of(x):
+    mask = torch.ones(x.shape[:3], dtype=torch.bool)
+    mask[0, 2, 4:] = mask[1, 5, 1:] = False
+    return mask
+
+
+ROLES = {"encoder": (encoder, encode), "denoiser": (denoiser, denoise), "decoder": (decoder, decode)}
+
+
+def outcome(model, run, call, way, seed=3):
+    """Outputs and gradients of inputs and parameters, under one random state, and what comes next of it."""
+    model.run = way
+    model.zero_grad()
+    torch.manual_seed(1)
+    x = torch.randn(2, T, N, 5).to(next(model.parameters()).dtype).requires_grad_()
+    torch.manual_seed(seed)
+    outputs = call(model, x)
+    sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs).backward()
+    following = torch.rand(3)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return [*outputs, following.to(x)], {"x": x.grad, **gradients}
+
+
+def check_equal(ours, plainly):
+    """To float64's accuracy where the model has it; else to 1e-5 of the largest gradient.
+
+    (What a parameter's own gradient is compared with must not be that gradient: those of key biases are 0, but for
+    rounding.)
+    """
+    rtol = 1e-10 if any(each.dtype == torch.float64 for each in ours[0]) else 1e-5
+    for out, wanted in zip(ours[0], plainly[0], strict=True):
+        torch.testing.assert_close(out, wanted, rtol=rtol, atol=rtol)
+    assert ours[1].keys() == plainly[1].keys()
+    largest = max(wanted.abs().max().item() for wanted in plainly[1].values() if wanted is not None)
+    for name, wanted in plainly[1].items():
+        assert (ours[1][name] is None) == (wanted is None), name
+        if wanted is not None:
+            torch.testing.assert_close(ours[1][name], wanted, rtol=rtol, atol=rtol * largest, msg=name)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_way_equals_plain_with_dropout_on(role, dtype, way):
+    build, call = ROLES[role]
+    model = build(**DROPS).to(dtype)
+    check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
+
+
+@pytest.mark.parametrize("options", [{"mask": "causal"}, {"y_channels": 3}, {"latent_position": "row_column"}], ids=str)
+def test_options_of_the_encoder_stream(options):
+    model = encoder(**options)
+
+    def call(model, x):
+        return model(x, *([torch.ones(2, T, 2, 3)] if "y_channels" in options else []))
+
+    check_equal(outcome(model, None, call, Streamed(2)), outcome(model, None, call, plain))
+
+
+def test_dropout_does_drop_and_slices_do_not_change_it():
+    model = encoder(**DROPS)
+    first, other = (outcome(model, None, encode, Streamed(2), seed)[0][0] for seed in (3, 4))
+    assert not torch.allclose(first, other)
+
+
+def work_of(model, x, score=None, **more):
+    def read(groups):
+        return x[:, groups], mask_of(x)[:, groups]
+
+    return Work(T, model.trunk.initial_latents(2, T), read, score=score, **more)
+
+
+def noisy_score(groups, out, mask):
+    # A caller's own randomness, drawn slice by slice.
+    return (F.dropout(out, 0.5) * mask[..., None]).square().sum(dim=(1, 2)).mean(0)
+
+
+@given(size=st.integers(1, T + 2), keep=st.sampled_from(["memory", "disk"]))
+@settings(max_examples=12, deadline=None)
+def test_scores_add_up_whatever_the_slice(size, keep):
+    model, x = encoder(), torch.randn(2, T, N, 5, generator=torch.Generator().manual_seed(0))
+
+    def score(groups, out, mask):
+        return (out * mask[..., None]).square().sum(dim=(1, 2))
+
+    results = []
+    for way in (plain, Streamed(size, keep)):
+        model.run = way
+        model.zero_grad()
+        added, latents = total(model, work_of(model, x, score))
+        (added.sum().sqrt() + latents.square().sum()).backward()
+        results.append(([added.detach(), latents.detach()], {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(results[1], results[0])
+
+
+def test_the_random_state_of_scores_is_restored_in_the_backward_pass():
+    """The gradient is that of the very numbers drawn in the forward pass, seen by finite differences."""
+    model = encoder().double()
+    x = torch.randn(2, T, N, 5, dtype=torch.float64)
+    gate = torch.ones(2, T, 1, 1, dtype=torch.float64, requires_grad=True)
+    model.run = Streamed(2)
+
+    def value():
+        torch.manual_seed(7)
+        work = work_of(
+            model, x, noisy_score, embed=lambda groups, raw: model.embed(raw) * gate[:, groups], depends_on=[gate]
+        )
+        return total(model, work)[0].sum()
+
+    value().backward()
+    slope = gate.grad[1, 4].item()
+    with torch.no_grad():
+        gate[1, 4] += 1e-6
+        above = value()
+        gate[1, 4] -= 2e-6
+        below = value()
+    assert slope == pytest.approx((above - below).item() / 2e-6, rel=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_plain():
+    model, results = encoder(**DROPS), []
+    for way in (plain, Streamed(3)):
+        model.run = way
+        model.zero_grad()
+        torch.manual_seed(0)
+        for _ in range(3):
+            x, latents = model(torch.randn(2, T, N, 5))
+            (x.square().mean() + latents.square().mean()).backward()
+        results.append(([torch.zeros(())], {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(results[1], results[0])
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
+    model = encoder()
+    model.stem.requires_grad_(False)
+    model.trunk.blocks[0].requires_grad_(False)
+
+    def call(model, x):
+        return model(x.detach())
+
+    ours, plainly = (outcome(model, None, call, way) for way in (Streamed(2), plain))
+    assert ours[1].pop("x") is plainly[1].pop("x") is None
+    check_equal(ours, plainly)
+    assert model.stem.projection.weight.grad is None
+
+
+def test_without_gradients_one_room_serves_all_blocks(monkeypatch):
+    rooms = []
+    make = kept.InMemory.__init__
+    monkeypatch.setattr(kept.InMemory, "__init__", lambda self, *a: (rooms.append(a[0]), make(self, *a))[1])
+    model = denoiser().eval()
+    x = torch.randn(2, T, N, 5)
+    with torch.no_grad():
+        expected = denoise(model, x)[0]
+        model.run = Streamed(2)
+        torch.testing.assert_close(denoise(model, x)[0], expected)
+    assert len(rooms) == 1
+
+
+def test_bf16_tokens_are_near_and_not_exact():
+    model = denoiser()
+    near, exact = (outcome(model, None, denoise, way)[0][0] for way in (Streamed(2, precision="bf16"), plain))
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05)
+    assert not torch.equal(near, exact)
+
+
+def test_mixed_precision_is_entered_again():
+    model, results = encoder(), []
+    for way in (plain, Streamed(3)):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(outcome(model, None, encode, way))
+    for name, wanted in results[0][1].items():
+        if wanted is not None:
+            torch.testing.assert_close(results[1][1][name], wanted, rtol=0.1, atol=0.1 * wanted.abs().max().item())
+
+
+def test_a_second_backward_pass_is_refused():
+    model = encoder()
+    model.run = Streamed(2)
+    loss = model(torch.randn(1, T, N, 5))[1].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only"):
+        loss.backward()
+
+
+def open_scratch():
+    here = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return [os.readlink(fd) for fd in here if os.path.lexists(fd) and "(deleted)" in os.readlink(fd)]
+
+
+def test_scratch_has_no_name_and_goes_with_the_pass(tmp_path):
+    model = encoder()
+    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    before = len(open_scratch())
+    loss = model(torch.randn(1, T, N, 5))[1].sum()
+    assert not list(tmp_path.iterdir())
+    assert len(open_scratch()) == before + 1
+    loss.backward()
+    assert len(open_scratch()) == before
+    model(torch.randn(1, T, N, 5))  # and with a pass that is thrown away
+    assert len(open_scratch()) == before
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: usage)
+    model = encoder()
+    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    with pytest.raises(InputError, match=r"need 0\.00 GiB of scratch, and .* has 0\.00 GiB free"):
+        model(torch.randn(1, T, N, 5))
+    model.run = Streamed(2, keep="disk", folder=tmp_path / "absent")
+    with pytest.raises(InputError, match="there is no folder"):
+        model(torch.randn(1, T, N, 5))
+
+
+def test_a_disk_that_fails_in_mid_step_leaves_nothing_behind(tmp_path, monkeypatch):
+    writes, real = [], os.pwrite
+
+    def failing(*given):
+        writes.append(given)
+        if len(writes) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    monkeypatch.setattr(kept.os, "pwrite", failing)
+    model = encoder()
+    model.run = Streamed(1, keep="disk", folder=tmp_path)
+    before = len(open_scratch())
+    with pytest.raises(OSError, match=r"scratch for data tokens") as caught:
+        model(torch.randn(1, T, N, 5))[1].sum().backward()
+    assert caught.value.filename == str(tmp_path)
+    del caught
+    assert not list(tmp_path.iterdir())
+    assert len(open_scratch()) == before
+
+
+def test_an_error_of_the_reader_reaches_the_caller():
+    model = encoder()
+    model.run = Streamed(2)
+
+    def read(groups):
+        if groups.start > 2:
+            raise InputError("the file broke")
+        return torch.zeros(1, groups.stop - groups.start, N, 5), None
+
+    with pytest.raises(InputError, match="the file broke"):
+        total(model, Work(T, model.trunk.initial_latents(1, T), read))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 0}, "slice of 0 groups"),
+        ({"keep": "tape"}, "keep is 'tape'; known are memory, host, disk"),
+        ({"precision": "fp4"}, "precision is 'fp4'"),
+    ],
+)
+def test_ways_that_cannot_be(options, message):
+    with pytest.raises(InputError, match=message):
+        Streamed(**options)
+
+
+# ---------------------------------------------------------------------------------------------- images of any size
+
+
+def image_encoder(layers="(1)2(2)1", **options):
+    torch.manual_seed(0)
+    return fitformer.FITImageEncoder(
+        layers, None, (8, 12), 4, channels=2, num_classes=3, latent_position="row_column", **SIZES, **options
+    )
+
+
+def picture(rows, columns, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (rows, columns, 2), dtype=np.uint8)
+
+
+PICTURES = [(29, 50), (8, 12), (3, 70), (29, 50), (16, 24)]
+
+
+@pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
+@pytest.mark.parametrize("glimpses", [0, 2])
+def test_a_batch_of_mixed_sizes_equals_the_images_one_by_one(layers, glimpses):
+    model = image_encoder(layers, glimpses=glimpses)
+    images = [ArraySource(picture(*size, seed)) for seed, size in enumerate(PICTURES)]
+    together = model(images)
+    alone = torch.cat([model([image]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert len(torch.unique(together, dim=0)) == len(PICTURES)
+
+
+@pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
+def test_images_stream_as_they_run_plainly(layers):
+    model = image_encoder(layers, glimpses=1, **DROPS)
+    images = [ArraySource(picture(*size, seed)) for seed, size in enumerate(PICTURES[:2])]
+    results = []
+    for way in (plain, Streamed(2, keep="disk")):
+        model.encoder.run = way
+        model.zero_grad()
+        torch.manual_seed(0)
+        logits = model(images)
+        F.cross_entropy(logits, torch.tensor([0, 2])).backward()
+        results.append(([logits], {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(results[1], results[0])
+
+
+def test_pixels_of_a_slice_are_read_when_its_turn_comes():
+    read = []
+
+    class Noting(ArraySource):
+        def window(self, *place):
+            read.append(place)
+            return super().window(*place)
+
+    model = image_encoder()
+    model.encoder.run = Streamed(3)
+    logits = model([Noting(picture(29, 50))])
+    windows = len(read)
+    assert windows == 4 * 5
+    logits.sum().backward()
+    assert len(read) == 2 * windows
+
+
+@pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
+def test_a_masked_token_changes_nothing(layers):
+    """Neither in the outputs nor in the gradients, whatever it holds."""
+    model, image = image_encoder(layers), GroupedImage(ArraySource(picture(29, 50)), image_encoder().tiling)
+    read, mask, results = image.read, image.mask(slice(None)), []
+    assert mask is not None
+    assert 0 < int((~mask).sum()) < mask.numel()
+    for fill in (None, 0, 201):
+
+        def refilled(groups, fill=fill):
+            tokens, mask = read(groups)
+            return tokens if fill is None else tokens.masked_fill(~mask[..., None], fill), mask
+
+        image.read = refilled
+        model.zero_grad()
+        logits = model([image])
+        logits.square().sum().backward()
+        results.append(([logits], {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    check_equal(results[1], results[0])
+    check_equal(results[2], results[0])
+
+
+def test_empty_groups_are_skipped_and_cost_nothing():
+    model, pixels = image_encoder(), picture(32, 48)
+    occupied = np.ones((4, 4), dtype=bool)
+    occupied[1, 2] = occupied[3] = False
+    logits = model([GroupedImage(ArraySource(pixels), model.tiling, occupied)])
+    changed = pixels.copy()
+    changed[8:16, 24:36] = 0
+    changed[24:] = 255
+    image = GroupedImage(ArraySource(changed), model.tiling, occupied)
+    assert image.num_groups == 11
+    assert torch.equal(model([image]), logits)
+    assert not torch.allclose(model([ArraySource(changed)]), model([ArraySource(pixels)]))
+
+
+def test_where_a_group_stands_is_known_to_the_model():
+    model, pixels = image_encoder(), picture(8, 12)
+    corner, far = (np.zeros((4, 4), dtype=bool) for _ in range(2))
+    corner[0, 0] = far[2, 3] = True
+    tiled = ArraySource(np.tile(pixels, (4, 4, 1)))
+    one, other = (model([GroupedImage(tiled, model.tiling, where)]) for where in (corner, far))
+    assert not torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_glimpse_sees_what_was_skipped():
+    model, pixels = image_encoder(glimpses=1), picture(32, 48)
+    occupied = np.zeros((4, 4), dtype=bool)
+    occupied[0, 0] = True
+    changed = pixels.copy()
+    changed[24:] = 255
+    before, after = (
+        model([GroupedImage(ArraySource(each), model.tiling, occupied, glimpses=1)]) for each in (pixels, changed)
+    )
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_whole_images_of_one_size_are_those_of_the_fixed_table():
+    """Reading group by group with a table of positions is exactly what the tensor path does."""
+    torch.manual_seed(0)
+    model = fitformer.FITImageEncoder("(1)2(1)1", (16, 24), (8, 12), 4, channels=2, num_classes=3, **SIZES)
+    pixels = np.stack([picture(16, 24, seed) for seed in range(2)])
+    signal = torch.from_numpy(pixels).float() / 127.5 - 1
+    expected = model(signal)
+    torch.testing.assert_close(model([ArraySource(each) for each in pixels]), expected)
+    model.encoder.run = Streamed(1)
+    torch.testing.assert_close(model(signal), expected)
+    torch.testing.assert_close(model([ArraySource(each) for each in pixels]), expected)
+
+
+def test_feature_maps_of_any_size():
+    model = image_encoder("(1)2(1)")
+    occupied = np.ones((4, 5), dtype=bool)
+    occupied[0, 0] = False
+    image = GroupedImage(ArraySource(picture(29, 50)), model.tiling, occupied)
+    (maps,) = model.forward_features([image])
+    assert maps.shape == (8, 8, 13)
+    assert torch.equal(maps[:, :2, :3], torch.zeros(8, 2, 3))
+    assert bool((maps[:, 2:] != 0).any(0).all())
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_sixteen_bits_and_floats_are_the_same_pictures(dtype):
+    model, pixels = image_encoder(), picture(16, 24)
+    other = (pixels.astype(np.uint16) * 257) if dtype == np.uint16 else (pixels / 127.5 - 1).astype(np.float32)
+    torch.testing.assert_close(model([ArraySource(other)]), model([ArraySource(pixels)]), rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_cannot_be():
+    model = image_encoder()
+    with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
+        model([ArraySource(np.zeros((8, 8, 3), np.uint8))])
+    with pytest.raises(InputError, match="has no occupied group among 4"):
+        GroupedImage(ArraySource(picture(16, 24)), model.tiling, np.zeros((2, 2), bool))
+    with pytest.raises(InputError, match="2 x 2 groups, and 3 x 2 are said"):
+        GroupedImage(ArraySource(picture(16, 24)), model.tiling, np.ones((3, 2), bool))
+    with pytest.raises(InputError, match="are a table"):
+        fitformer.FITImageEncoder("(1)1", None, 8, 4, **SIZES)
+    fixed = fitformer.FITImageEncoder("(1)1", (16, 24), (8, 12), 4, channels=2, **SIZES)
+    with pytest.raises(InputError, match="image of 8 x 24 given to an encoder of 16 x 24"):
+        fixed([ArraySource(picture(8, 24))])
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def _rank(rank, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = []
+    for way in (plain, Streamed(2)):
+        model = image_encoder(drop_path=0.2)
+        model.encoder.run = way
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        torch.manual_seed(rank)
+        for step in range(2):  # the first one accumulates alone
+            with wrapped.no_sync() if step == 0 else torch.enable_grad():
+                wrapped([ArraySource(picture(29, 50, rank + step))]).square().sum().backward()
+        results.append(([torch.zeros(())], {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(results[1], results[0])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gradients_across_processes_are_those_of_plain(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
