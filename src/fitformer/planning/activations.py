@@ -1,0 +1,163 @@
+"""What autograd keeps of each layer for the backward pass, in bytes, and what the backward pass adds for a moment.
+
+A layer counts what it makes, not what it was given: the tokens between two layers are kept once, by the one that made
+them. Matrix products keep their inputs, norms their inputs and two numbers a token, attention its queries, keys,
+values, results and one number a query and head; GELU keeps its input.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer
+from fitformer.planning.costs import count_parameters
+from fitformer.trunk import Block, Trunk
+
+FLOAT = 4
+STATISTICS = 2 * FLOAT
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A layer on some tokens: bytes kept for its backward pass, bytes for a moment there, and its parameters.
+
+    `moment` is beside the gradients that come in from the layer after.
+    """
+
+    kept: int
+    moment: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes of a number that enters or leaves a matrix product: 4, or 2 in mixed precision, where norms stay at 4."""
+
+    product: int = FLOAT
+
+    def inputs(self, numbers: int, products: int) -> int:
+        """Bytes of what `products` products are given: autograd keeps one, or in mixed precision a copy for each."""
+        return numbers * self.product * (1 if self.product == FLOAT else products)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Rows of an attention, and queries and keys in each; `mask` counts the numbers of a mask that is not causal."""
+
+    rows: int
+    queries: int
+    keys: int
+    mask: int = 0
+
+
+def of_attention(attention: Attention, at: Looked, numbers: Numbers, itself: bool) -> int:
+    """Bytes kept of attention, from what it is given (its own tokens alone if `itself`) to what its output map is."""
+    queries, keys = at.rows * at.queries, at.rows * at.keys
+    width = attention.query.out_features
+    if itself:
+        given = numbers.inputs(queries * attention.query.in_features, 3)
+    else:
+        context = numbers.inputs(keys * attention.key.in_features, 2)
+        given = queries * attention.query.in_features * numbers.product + context
+    looked = (2 * queries + 2 * keys) * width * numbers.product + queries * attention.heads * FLOAT
+    return given + looked + at.mask * FLOAT + _weights(attention, at, numbers)
+
+
+def _weights(attention: Attention, at: Looked, numbers: Numbers) -> int:
+    """Weights, weights after dropout and what was dropped: only with dropout does attention write them down."""
+    if not attention.dropout:
+        return 0
+    return at.rows * attention.heads * at.queries * at.keys * (2 * numbers.product + 1)
+
+
+def of_ffn(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:
+    """Bytes kept of a feed-forward branch: normalised input, units before and after GELU, dropout."""
+    if ffn is None:
+        return 0
+    dim, units = ffn.inner.in_features, ffn.inner.out_features
+    dropped = units * (1 + numbers.product) if ffn.dropout else 0
+    return tokens * (dim * numbers.product + 2 * units * numbers.product + dropped + STATISTICS)
+
+
+def of_layer(layer: TransformerLayer, at: Looked, numbers: Numbers) -> Stage:
+    """A local or global layer: its branches, and the tokens after each."""
+    tokens, ffn = at.rows * at.queries, layer.ffn
+    dim = ffn.inner.in_features
+    kept = of_ffn(ffn, tokens, numbers) + tokens * dim * FLOAT
+    if layer.attention is not None:
+        kept += of_attention(layer.attention, at, numbers, itself=True) + tokens * (dim * FLOAT + STATISTICS)
+    return Stage(kept, _ffn_moment(ffn, tokens, numbers), count_parameters(layer))
+
+
+def of_cross(layer: CrossLayer, at: Looked, numbers: Numbers) -> Stage:
+    """Read, write or the look at the condition: norms, attention, the tokens after it."""
+    attention, queries, keys = layer.attention, at.rows * at.queries, at.rows * at.keys
+    dim, width = attention.query.in_features, attention.query.out_features
+    kept = of_attention(attention, at, numbers, itself=False) + queries * (dim * FLOAT + STATISTICS)
+    if layer.context_norm is not None:
+        kept += keys * STATISTICS
+    if layer.ffn is not None:
+        kept += of_ffn(layer.ffn, queries, numbers) + queries * dim * FLOAT
+    looking = (2 * queries + 2 * keys) * width * numbers.product
+    return Stage(kept, max(looking, _ffn_moment(layer.ffn, queries, numbers)), count_parameters(layer))
+
+
+def _ffn_moment(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:
+    """The gradient of the units, and in mixed precision a copy of the incoming one."""
+    if ffn is None:
+        return 0
+    copy = ffn.inner.in_features * numbers.product if numbers.product != FLOAT else 0
+    return tokens * (ffn.inner.out_features * numbers.product + copy)
+
+
+def group_stages(trunk: Trunk, i: int, groups: int, tokens_per_group: int, numbers: Numbers) -> Iterator[Stage]:
+    """The group phase of block i on a number of groups, of all examples together."""
+    block, m = _block(trunk, i), trunk.latents_per_group
+    if block.write is not None:
+        yield of_cross(block.write, Looked(groups, tokens_per_group, m), numbers)
+    for layer in block.local_layers:
+        yield of_layer(_layer(layer), Looked(groups, tokens_per_group, tokens_per_group), numbers)
+    if block.read is not None:
+        yield of_cross(block.read, Looked(groups, m, tokens_per_group), numbers)
+
+
+def global_stages(trunk: Trunk, i: int, batch: int, latents: int, conditions: int, numbers: Numbers) -> Iterator[Stage]:
+    """The global phase of block i on `latents` latents of each of `batch` examples."""
+    block = _block(trunk, i)
+    if block.condition is not None:
+        yield of_cross(block.condition, Looked(batch, latents, conditions), numbers)
+    mask = latents**2 if trunk.causal_global else 0
+    for layer in block.global_layers:
+        yield of_layer(_layer(layer), Looked(batch, latents, latents, mask), numbers)
+
+
+def peak(stages: list[Stage], held: int = 0) -> tuple[int, int]:
+    """The largest sum of activations, momentary bytes and gradients of parameters as the stages run backward.
+
+    Args:
+        stages: in forward order.
+        held: bytes of gradients of parameters that are there from the start.
+
+    Returns:
+        bytes of activations, bytes of gradients of parameters, where their sum is largest.
+    """
+    activations, gradients = sum(stage.kept for stage in stages), held
+    most = (activations, gradients)
+    for stage in reversed(stages):
+        gradients += stage.parameters * FLOAT
+        most = max(most, (activations + stage.moment, gradients), key=sum)
+        activations -= stage.kept
+    return most
+
+
+def _block(trunk: Trunk, i: int) -> Block:
+    block = trunk.blocks[i]
+    assert isinstance(block, Block)
+    return block
+
+
+def _layer(layer: nn.Module) -> Any:
+    assert isinstance(layer, TransformerLayer)
+    return layer

@@ -1,0 +1,230 @@
+"""Choosing how to run: the size of groups and of slices, and where to keep data tokens, for a budget of memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from fitformer.amounts import in_words
+from fitformer.cuts import by
+from fitformer.errors import InputError
+from fitformer.execution.streamed import SLICE_TOKENS
+from fitformer.planning.costs import Flops, Model, count_parameters, group_plan
+from fitformer.planning.geometry import Geometry, grouped
+from fitformer.planning.memory import Execution, Keep, Memory, Setup, memory
+from fitformer.presets import SIZES, preset
+
+# Tokens of a slice that are worth having: a processor's cache holds no more; a GPU is idle with fewer.
+MOST_SLICE_TOKENS = {"cpu": SLICE_TOKENS, "cuda": 16 * SLICE_TOKENS}
+# Group sizes whose memory is looked at, where the one of fewest operations does not fit.
+TRIED = 12
+# Forward passes that a training step costs: a backward pass is two, and what is computed again is one more.
+PASSES = {"plain": 3, "checkpointed": 4, "streamed": 4}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is given of a `Setup`; None, and execution `auto`, are chosen.
+
+    Attributes:
+        budget: bytes of memory; None for no bound.
+        scratch: bytes that a disk has for data tokens; None for no bound.
+        execution, keep, slice_groups, kept_precision, batch, precision, device: as in `Setup`.
+    """
+
+    budget: int | None = None
+    scratch: int | None = None
+    execution: Literal["auto", "plain", "checkpointed", "streamed"] = "auto"
+    keep: Keep | None = None
+    slice_groups: int | None = None
+    kept_precision: Literal["bf16"] | None = None
+    batch: int = 1
+    precision: Literal[32, "bf16"] = 32
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A geometry with its group size, a way to run it, and what that needs.
+
+    Attributes:
+        geometry, setup: what was chosen. memory: its peak. flops: of a training step of the whole batch.
+        parameters, tokens, latents: numbers; tokens of one example, those that fill up groups at its edges counted.
+        fits: whether the peak is within the budget. verdict: the same in one line, and if not, what to change.
+    """
+
+    geometry: Geometry
+    setup: Setup
+    memory: Memory
+    flops: Flops
+    parameters: int
+    tokens: int
+    latents: int
+    fits: bool = True
+    verdict: str = ""
+
+
+def choose(geometry: Geometry, wish: Wish) -> Plan:
+    """The cheapest plan that fits; if none does, the one of least memory, with a verdict that says what to change.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    least: Plan | None = None
+    for candidate in islice(grouped(geometry), TRIED):
+        for plan in _plans(candidate, wish):
+            if _fits(plan, wish):
+                return replace(plan, fits=True, verdict=_fitting(plan, wish))
+            if least is None or plan.memory.total < least.memory.total:
+                least = plan
+    assert least is not None
+    return replace(least, fits=False, verdict=_advice(least, geometry, wish))
+
+
+def _plans(geometry: Geometry, wish: Wish) -> Iterator[Plan]:
+    """Plans of a geometry in the order in which they are wanted: the faster first."""
+    model = geometry.model()
+    step, numbers = geometry.flops(), group_plan(model, groups=geometry.groups)
+    parameters = count_parameters(model)
+    tokens, latents = (numbers.groups * each for each in (numbers.tokens_per_group, numbers.latents_per_group))
+    for setup in _setups(model, geometry, wish):
+        times = PASSES[setup.execution] * setup.batch
+        flops = Flops(times * step.linear, times * step.attention)
+        yield Plan(geometry, setup, memory(model, setup), flops, parameters, tokens, latents)
+
+
+def _setups(model: Model, geometry: Geometry, wish: Wish) -> Iterator[Setup]:
+    rest: dict[str, Any] = {"batch": wish.batch, "precision": wish.precision, "device": wish.device}
+    # Checkpointing spares less than streaming, for the same operations.
+    executions: list[Execution] = ["plain", "streamed"] if wish.execution == "auto" else [wish.execution]
+    for execution in executions:
+        setup = Setup(groups=geometry.groups, execution=execution, **rest)
+        if execution != "streamed":
+            yield setup
+            continue
+        keeps: list[Keep] = ["memory", *(["host"] if wish.device == "cuda" else []), "disk"]  # type: ignore[list-item]
+        for keep in keeps if wish.keep is None else [wish.keep]:
+            kept = replace(setup, keep=keep, kept_precision=wish.kept_precision, slice_groups=wish.slice_groups)
+            if wish.slice_groups is None:
+                kept = replace(kept, slice_groups=slice_for(model, kept, wish.budget))
+            yield kept
+
+
+def slice_for(model: Model, setup: Setup, budget: int | None = None) -> int:
+    """Groups of a slice of the streamed execution: the most that fit a budget and are worth having, at least 1.
+
+    Args:
+        model: on any device.
+        setup: of the streamed execution; its own `slice_groups` does not matter.
+        budget: bytes of memory; None for no bound.
+    """
+    plan = group_plan(model, groups=setup.groups)
+    most = max(1, MOST_SLICE_TOKENS[setup.device] // (plan.tokens_per_group * setup.batch))
+    size = min(most, plan.groups)
+    while budget is not None and size > 1 and memory(model, replace(setup, slice_groups=size)).total > budget:
+        size = size * 3 // 4
+    return size
+
+
+def need_room(model: Model, setup: Setup, budget: int) -> Memory:
+    """The memory of a setup, if it fits a budget.
+
+    Raises:
+        InputError: it does not; says what it needs, for what, and what to change.
+    """
+    found = memory(model, setup)
+    if found.total > budget:
+        raise InputError(
+            f"a training step needs {in_words(found.total)} of memory and the budget is {in_words(budget)}: "
+            f"{_split(found)}; {_way_out(model, setup, budget)}"
+        )
+    return found
+
+
+def _way_out(model: Model, setup: Setup, budget: int) -> str:
+    for keep in ("memory", "disk"):
+        streamed = replace(setup, execution="streamed", keep=keep, slice_groups=1)
+        needed = memory(model, streamed).total
+        if needed <= budget:
+            return f"streamed execution kept {_where(keep)} fits, from {in_words(needed)} on"
+    return f"streamed execution kept on disk needs {in_words(needed)}: take a smaller model, or larger groups"
+
+
+def _fits(plan: Plan, wish: Wish) -> bool:
+    fits = wish.budget is None or plan.memory.total <= wish.budget
+    return fits and (wish.scratch is None or plan.memory.scratch <= wish.scratch)
+
+
+def _fitting(plan: Plan, wish: Wish) -> str:
+    needed = f"needs {in_words(plan.memory.total)}" + (f" of {in_words(wish.budget)}" if wish.budget else "")
+    aside = f", and {in_words(plan.memory.scratch)} of scratch on disk" if plan.memory.scratch else ""
+    aside += f", and {in_words(plan.memory.host)} on the host" if plan.memory.host else ""
+    return f"{'fits: ' if wish.budget else ''}{_way(plan.setup)} {needed}{aside}"
+
+
+def _advice(plan: Plan, geometry: Geometry, wish: Wish) -> str:
+    """Why the best plan does not fit, and the nearest one that does."""
+    assert wish.budget is not None or wish.scratch is not None
+    if wish.scratch is not None and plan.memory.scratch > wish.scratch:
+        short = f"{_way(plan.setup)} needs {in_words(plan.memory.scratch)} of scratch, "
+        short += f"and the disk has {in_words(wish.scratch)}"
+    else:
+        short = f"{_way(plan.setup)} needs {in_words(plan.memory.total)} of {in_words(wish.budget or 0)}"
+    for words, better, loosened in _looser(geometry, wish):
+        for candidate in islice(grouped(better), TRIED):
+            for found in _plans(candidate, loosened):
+                if _fits(found, loosened):
+                    return f"does not fit: {short}; {words(found)}"
+    return f"does not fit: {short}, and nothing smaller does; {_split(plan.memory)}"
+
+
+def _looser(geometry: Geometry, wish: Wish) -> Iterator[tuple[Any, Geometry, Wish]]:
+    """Wishes that ask for less, each with the words that say so of a plan."""
+
+    def fitting(what: str) -> Any:
+        return lambda plan: f"{what} {_way(plan.setup)} would: {in_words(plan.memory.total)}"
+
+    free = replace(wish, execution="auto", keep=None, slice_groups=None)
+    yield fitting("but"), geometry, free
+    if geometry.group_size is not None:
+        yield (
+            lambda plan: (
+                f"groups of {by(plan.geometry.group_size)} pixels and {_way(plan.setup)} would: "
+                f"{in_words(plan.memory.total)}"
+            ),
+            replace(geometry, group_size=None),
+            free,
+        )
+    if wish.batch > 1:
+        yield fitting("a batch of 1 and"), geometry, replace(free, batch=1)
+    names = [name for name in SIZES if _smaller(name, geometry)]
+    for name in reversed(names):
+        sizes = preset(name, end_local=geometry.role != "encoder")
+        yield fitting(f"the preset {name} and"), replace(geometry, sizes=sizes), free
+
+
+def _smaller(name: str, geometry: Geometry) -> bool:
+    return SIZES[name].dim < geometry.sizes["dim"]
+
+
+def _way(setup: Setup) -> str:
+    """A way to run in words."""
+    if setup.execution != "streamed":
+        return f"{setup.execution} execution"
+    plural = "s" if setup.slice_groups != 1 else ""
+    return f"streamed execution in slices of {setup.slice_groups} group{plural}, kept {_where(setup.keep)},"
+
+
+def _where(keep: str) -> str:
+    return {"memory": "in memory", "host": "on the host", "disk": "on disk"}[keep]
+
+
+def _split(of: Memory) -> str:
+    parts = {
+        "weights and gradients": of.weights,
+        "optimizer": of.optimizer,
+        "kept tokens": of.kept,
+        "working set": of.working,
+        "process": of.process,
+    }
+    return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size)
