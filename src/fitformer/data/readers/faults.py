@@ -21,11 +21,14 @@ _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Raise InputError that `what` cannot be read if what is done inside fails at the file; InputErrors pass."""
+def readable(what: str, *also: type[Exception]) -> Iterator[None]:
+    """Raise InputError that `what` cannot be read if what is done inside fails at the file; InputErrors pass.
+
+    `also` are errors of a library that derive from none of the usual ones.
+    """
     try:
         yield
-    except _BROKEN as error:
+    except (*_BROKEN, *also) as error:
         if isinstance(error, (InputError, PermissionError)) or getattr(error, "errno", None) in _MACHINE:
             raise
         raise InputError(f"{what} cannot be read: {_reason(error)}") from error

@@ -8,23 +8,28 @@ from pathlib import Path
 import numpy as np
 
 from fitformer.data.readers.areas import average
-from fitformer.data.readers.levels import Level, Opened, Window, as_pixels, blocks
+from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, Window, as_pixels, blocks
 from fitformer.data.readers.npy import open_npy
 from fitformer.data.readers.pictures import open_picture
+from fitformer.data.readers.slides import open_slide
 from fitformer.data.readers.tiff import open_tiff
+from fitformer.data.readers.zarr_arrays import open_zarr
 from fitformer.data.sources import nearest
 from fitformer.errors import InputError
 
-Backend = Callable[[str], Opened]
+Backend = Callable[[str, float], Opened]
 
 BACKENDS: dict[str, Backend] = {
     **dict.fromkeys((".tif", ".tiff", ".gtif", ".gtiff", ".btf", ".tf8", ".lsm", ".qptiff"), open_tiff),
+    **dict.fromkeys((".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".czi", ".dcm"), open_slide),
     ".npy": open_npy,
 }
 """Which backend opens which file name ending; folders are Zarr, and Pillow is asked about every other file."""
 
 
 def _backend(path: str) -> Backend:
+    if os.path.isdir(path):
+        return open_zarr
     return BACKENDS.get(Path(path).suffix.lower(), open_picture)
 
 
@@ -32,19 +37,19 @@ class LazyImage:
     """An image file whose pixels are read when asked for; `open_image` makes it.
 
     It opens its file at first use, once in each process, and may be used from several threads. Pickling keeps the
-    path alone. `close` gives up the file and the decoded tiles; the next use opens it again.
+    path and the limit alone. `close` gives up the file and the decoded tiles; the next use opens it again.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.path.expanduser(os.fspath(path))
+    def __init__(self, path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES):
+        self.path, self.most_bytes = os.path.expanduser(os.fspath(path)), most_bytes
         self._opened: tuple[int, Opened] | None = None
         self._locks: dict[int, threading.Lock] = {}
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"path": self.path}
+    def __getstate__(self) -> tuple[str, float]:
+        return self.path, self.most_bytes
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        LazyImage.__init__(self, state["path"])
+    def __setstate__(self, state: tuple[str, float]) -> None:
+        LazyImage.__init__(self, *state)
 
     def __repr__(self) -> str:
         return f"LazyImage({self.path!r})"
@@ -126,16 +131,16 @@ class LazyImage:
             with self._lock():
                 opened = self._opened
                 if opened is None or opened[0] != os.getpid():
-                    self._opened = opened = (os.getpid(), _open(self.path))
+                    self._opened = opened = (os.getpid(), _open(self.path, self.most_bytes))
         return list(opened[1].levels)
 
 
-def _open(path: str) -> Opened:
+def _open(path: str, most_bytes: float) -> Opened:
     if not os.path.exists(path):
         beside = Path(path).parent
         names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
         raise InputError(f"there is no {path}{nearest(Path(path).name, names)}")
-    opened = _backend(path)(path)
+    opened = _backend(path)(path, most_bytes)
     try:
         levels = [as_pixels(level, path) for level in opened.levels]
         if not all(levels[0].shape):
@@ -143,17 +148,19 @@ def _open(path: str) -> Opened:
     except InputError:
         opened.close()
         raise
-    return Opened(levels, opened.close)
+    return Opened(levels, opened.release)
 
 
-def open_image(path: str | os.PathLike[str]) -> LazyImage:
+def open_image(path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES) -> LazyImage:
     """Open an image file by its header; pixels are read when asked for.
+
+    `most_bytes` is the most that may have to be decoded for one pixel: a tile, or the whole of a PNG or JPEG.
 
     Raises:
         InputError: it is missing (with the nearest name), broken, or of a kind that cannot be read.
         MissingExtra: the package that reads such files is not installed.
     """
-    image = LazyImage(path)
+    image = LazyImage(path, most_bytes)
     image._levels()
     return image
 

@@ -4,6 +4,7 @@ A level is stored in tiles (`Tiles`), lies in the file as it is (`Mapped`), or i
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -15,7 +16,8 @@ from fitformer.data.readers import cache
 from fitformer.errors import InputError
 
 WHOLE_BYTES = 2**30
-"""The most decoded bytes that may have to be held at once: of a strip, or of a file that decodes only as a whole."""
+"""The most decoded bytes that may have to be held at once, unless the caller says otherwise: of a tile, or of a file
+that decodes only as a whole."""
 
 Window = tuple[int, int, int, int]
 """Top, left, height, width."""
@@ -43,13 +45,23 @@ class Level(Protocol):
         """Pixels (height, width, channels), a new array; the window lies inside."""
         ...
 
+    def forget(self) -> None:
+        """Drop what is kept decoded."""
+        ...
+
 
 @dataclass(frozen=True)
 class Opened:
-    """An open file: its levels, full size first, and how to close it."""
+    """An open file: its levels, full size first, and how to let go of the file."""
 
     levels: Sequence[Level]
-    close: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """Let go of the file and of what is kept of it."""
+        self.release()
+        for level in self.levels:
+            level.forget()
 
 
 _serials = itertools.count()
@@ -118,6 +130,9 @@ class Mapped:
         part = np.array(whole[top : top + height, left : left + width], dtype=self.dtype, order="C", subok=False)
         return part.reshape(height, width, self.shape[2])
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -142,7 +157,12 @@ class Converted:
         """Pixels (height, width, channels)."""
         return self.change(self.level.window(top, left, height, width))
 
+    def forget(self) -> None:
+        """Drop what is kept of the level itself."""
+        self.level.forget()
 
+
+_RETILE = "store it in small tiles: fitformer.data.readers.to_tiled_tiff(FILE, 'tiled.tif')"
 _KEPT = ("uint8", "uint16", "float32")
 _EXACT = {"int8": "float32", "int16": "float32", "float16": "float32", "float64": "float32"}
 
@@ -166,6 +186,19 @@ def as_pixels(level: Level, path: str) -> Level:
         f"{path} has pixels of type {kind}; what can be read are uint8, uint16 and float32 (and bool, int8, int16, "
         f"float16 and float64, which are converted): store it as one of these"
     )
+
+
+def weigh_tiles(path: str, kind: str, needed: int, most_bytes: float) -> None:
+    """Warn of tiles that fill the cache one by one.
+
+    Raises:
+        InputError: a tile has more than `most_bytes`.
+    """
+    cost = f"{path} is stored in {kind}, each {needed / 2**30:.1f} GiB when read, and any window needs at least one"
+    if needed > most_bytes:
+        raise InputError(f"{cost}; {most_bytes / 2**30:.1f} GiB is the most; {_RETILE}")
+    if needed > cache.MOST_BYTES:
+        warnings.warn(f"{cost}; {_RETILE}", stacklevel=2)
 
 
 def blocks(level: Level, pixels: int = 2**20) -> Iterator[Window]:

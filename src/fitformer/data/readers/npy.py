@@ -9,8 +9,10 @@ from fitformer.data.readers.levels import Mapped, Opened
 from fitformer.errors import InputError
 
 
-def open_npy(path: str) -> Opened:
+def open_npy(path: str, most_bytes: float) -> Opened:
     """Open an array (H, W), (H, W, ch) or (ch, H, W); the shorter end axis is the channels.
+
+    Only windows are ever held, whatever `most_bytes` is.
 
     Raises:
         InputError: not an array file, a truncated one, or one that is no image.

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from fitformer.data.pixels import MODES, natural_channels
 from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import WHOLE_BYTES, Opened, Tiles
+from fitformer.data.readers.levels import Opened, Tiles
 from fitformer.errors import InputError
 
 TO_TILES = (
@@ -34,7 +34,7 @@ def _own_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def open_picture(path: str, most_bytes: int | None = WHOLE_BYTES) -> Opened:
+def open_picture(path: str, most_bytes: float) -> Opened:
     """Open a picture by its header; all of it is decoded at the first window, and kept while the cache holds it.
 
     Raises:
@@ -44,15 +44,16 @@ def open_picture(path: str, most_bytes: int | None = WHOLE_BYTES) -> Opened:
         mode = _mode(image)
         dtype = np.dtype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8))
         # The sides of a camera's picture that lies on its side change places when it is set upright.
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        columns, rows = image.size[::-1] if turned else image.size
+        # (The method of the base class: that of PNG decodes the pixels on the way.)
+        turn = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        columns, rows = image.size[::-1] if turn >= 5 else image.size
         loses = dtype == np.uint8 and any(";16B" in str(part[3]) for part in image.tile)
     shape = (rows, columns, len(mode) if dtype == np.uint8 else 1)
     _weigh(path, shape, dtype, most_bytes)
     if loses:
         warnings.warn(f"{path} has 16 bits a channel, of which Pillow keeps 8: TIFF keeps them all", stacklevel=2)
-    level = Tiles(shape, dtype, (rows, columns), lambda row, column: _decoded(path, mode, shape, dtype))
-    return Opened([level], level.forget)
+    level = Tiles(shape, dtype, (rows, columns), lambda row, column: _decoded(path, mode, turn, dtype).reshape(shape))
+    return Opened([level])
 
 
 def _mode(image: Image.Image) -> str:
@@ -62,23 +63,25 @@ def _mode(image: Image.Image) -> str:
     return "F" if image.mode == "F" else MODES[natural_channels(image)]
 
 
-def _weigh(path: str, shape: tuple[int, int, int], dtype: np.dtype, most_bytes: int | None) -> None:
+def _weigh(path: str, shape: tuple[int, int, int], dtype: np.dtype, most_bytes: float) -> None:
     rows, columns, channels = shape
     needed = rows * columns * channels * dtype.itemsize
     gib = f"{needed / 2**30:.1f} GiB"
     cost = f"{path}, {rows:,} x {columns:,} pixels, is in a format that is decoded only as a whole, {gib}"
-    if most_bytes is not None and needed > most_bytes:
+    if needed > most_bytes:
         raise InputError(f"{cost}, and {most_bytes / 2**30:.1f} GiB is the most; {TO_TILES}")
     if needed > _LARGE_BYTES:
         warnings.warn(f"{cost} in every process that reads it; {TO_TILES}", stacklevel=2)
 
 
-def _decoded(path: str, mode: str, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+def _decoded(path: str, mode: str, turn: int, dtype: np.dtype) -> np.ndarray:
     with readable(path):
-        with _own_limit(), Image.open(path) as image:
+        with _own_limit():
+            image = Image.open(path)
+        with image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-        pixels = np.asarray(upright if dtype != np.uint8 else upright.convert(mode))
+            upright = ImageOps.exif_transpose(image) if turn > 1 else image
+            pixels = np.asarray(upright if dtype != np.uint8 or upright.mode == mode else upright.convert(mode))
         if pixels.dtype.kind == "i" and (pixels.min() < 0 or pixels.max() > 65535):
             raise InputError(f"{path} has pixels {pixels.min()} .. {pixels.max()}, and 0 .. 65535 is what can be read")
-        return pixels.astype(dtype, copy=False).reshape(shape)
+        return pixels.astype(dtype, copy=False)

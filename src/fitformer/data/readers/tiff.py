@@ -4,8 +4,6 @@ Only the tiles or strips that a window touches are read and decoded; uncompresse
 """
 
 import os
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
@@ -13,51 +11,36 @@ from typing import Any
 import numpy as np
 
 from fitformer.data.readers.axes import named
-from fitformer.data.readers.cache import MOST_BYTES
 from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import WHOLE_BYTES, Converted, Level, Mapped, Opened, Tiles
+from fitformer.data.readers.levels import Converted, Level, Mapped, Opened, Tiles, weigh_tiles
 from fitformer.errors import InputError, require
 
 _JPEG = {6, 7, 33007, 34892}
 _GREY_FROM_WHITE, _GREY, _RGB, _PALETTE = 0, 1, 2, 3
 _YCBCR = 6
 _COLOURS = {5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camera"}
-_RETILE = "store it in tiles: fitformer.data.readers.to_tiled_tiff(FILE, 'tiled.tif')"
 
 
-def open_tiff(path: str) -> Opened:
+def open_tiff(path: str, most_bytes: float) -> Opened:
     """Open the first image of a file and the reductions of it that the file holds.
 
     Raises:
-        InputError: no TIFF, a truncated one, one compressed in a way unknown here, or no image of rows and columns.
+        InputError: no TIFF, a truncated one, one compressed in a way unknown here or in tiles of more than
+            `most_bytes`, or no image of rows and columns.
     """
     tifffile = require("tifffile", extra="gigapixel")
-    with readable(path):
-        file = tifffile.TiffFile(path)
     levels: list[Level] = []
-    try:
-        with readable(path):
-            if not file.series:
-                raise InputError(f"{path} holds no image")
-            for series in _pyramid(file.series):
-                try:
-                    levels.append(_level(path, series))
-                except InputError:
-                    # Reductions are a convenience: the image itself serves in place of a broken one.
-                    if not levels:
-                        raise
-    except BaseException:
-        file.close()
-        raise
-    return Opened(levels, lambda: _close(file, levels))
-
-
-def _close(file: Any, levels: Sequence[Level]) -> None:
-    file.close()
-    for level in levels:
-        inner = level.level if isinstance(level, Converted) else level
-        if isinstance(inner, Tiles):
-            inner.forget()
+    with readable(path), tifffile.TiffFile(path) as file:
+        if not file.series:
+            raise InputError(f"{path} holds no image")
+        for series in _pyramid(file.series):
+            try:
+                levels.append(_level(path, series, most_bytes))
+            except InputError:
+                # Reductions are a convenience: the image itself serves in place of a broken one.
+                if not levels:
+                    raise
+    return Opened(levels)
 
 
 def _pyramid(series: Sequence[Any]) -> Iterator[Any]:
@@ -84,7 +67,7 @@ def _reduces(small: dict[str, int], large: dict[str, int]) -> bool:
     return min(factors) >= 2 and all(abs(large[a] / max(factors) - small[a]) < 1 for a in "YX")
 
 
-def _level(path: str, series: Any) -> Level:
+def _level(path: str, series: Any, most_bytes: float) -> Level:
     shape, axes = series.get_shape(squeeze=False), series.get_axes(squeeze=False)
     order = named(axes, shape, path)
     if series.keyframe.dtype is None:
@@ -102,6 +85,7 @@ def _level(path: str, series: Any) -> Level:
         has = len(pages) * series.keyframe.samplesperpixel
         raise InputError(f"{path} says that it has {channels} channels and holds {has}: it is not whole")
     decoder = _Decoder(path, pages, channels)
+    decoder.check(most_bytes)
     return _in_colour(path, Tiles(decoder.shape, series.dtype, decoder.tile, decoder.decode), series.keyframe)
 
 
@@ -112,7 +96,10 @@ def _need_bytes(path: str, needed: int) -> None:
 
 
 class _Decoder:
-    """Decodes tiles (or strips) of the pages that together hold the channels of an image."""
+    """Decodes tiles (or strips) of the pages that together hold the channels of an image.
+
+    It opens the file for every tile, so that thousands of images may be open, in any number of threads and processes.
+    """
 
     def __init__(self, path: str, pages: Sequence[Any], channels: int):
         self.path, self.pages, self.key = path, pages, pages[0].keyframe
@@ -122,10 +109,12 @@ class _Decoder:
         self.tile = min(self.tile[0], self.shape[0]), self.tile[1]
         self.across = ceil(self.shape[1] / self.tile[1])
         self.planes = key.samplesperpixel if key.planarconfig == 2 else 1
-        self._lock = threading.Lock()
-        self._check()
+        # tifffile reads these from the file when first asked, which is closed soon.
+        self._decode, self._nothing = key.decode, key.nodata
+        self._header = {"jpegheader": key.jpegheader} if key.compression in _JPEG else {}
 
-    def _check(self) -> None:
+    def check(self, most_bytes: float) -> None:
+        """Raise InputError if its tiles cannot all be decoded, as far as can be told before."""
         _need_codec(self.path, self.key)
         if self.key.imagedepth > 1:
             raise InputError(
@@ -139,20 +128,12 @@ class _Decoder:
                     f"{self.path} lists {has} of the {count} tiles or strips of its image: it is not whole"
                 )
             _need_bytes(self.path, int(np.add(page.dataoffsets, page.databytecounts).max()))
-        self._weigh_strips()
+        self._weigh(most_bytes)
 
-    def _weigh_strips(self) -> None:
-        needed = self.tile[0] * self.tile[1] * self.shape[2] * self.key.dtype.itemsize
-        kind = (
-            f"tiles of {self.tile[0]:,} x {self.tile[1]:,}" if self.key.is_tiled else f"strips of {self.tile[0]:,} rows"
-        )
-        cost = (
-            f"{self.path} is compressed in {kind}, each {needed / 2**30:.1f} GiB decoded, of which any window needs one"
-        )
-        if needed > WHOLE_BYTES:
-            raise InputError(f"{cost}, and {WHOLE_BYTES / 2**30:.1f} GiB is the most; {_RETILE}")
-        if needed > MOST_BYTES:
-            warnings.warn(f"{cost} in memory; {_RETILE}", stacklevel=2)
+    def _weigh(self, most_bytes: float) -> None:
+        down, across = self.tile
+        kind = f"tiles of {down:,} x {across:,} pixels" if self.key.is_tiled else f"compressed strips of {down:,} rows"
+        weigh_tiles(self.path, kind, down * across * self.shape[2] * self.key.dtype.itemsize, most_bytes)
 
     def decode(self, row: int, column: int) -> np.ndarray:
         """One tile (rows, columns, channels), edge tiles perhaps with their padding."""
@@ -169,18 +150,18 @@ class _Decoder:
 
     def _segment(self, page: Any, index: int) -> np.ndarray:
         offset, count = page.dataoffsets[index], page.databytecounts[index]
-        handle = page.parent.filehandle
-        with self._lock:
-            handle.seek(offset)
-            data = handle.read(count) if count else None
-        extra = (
-            {"jpegtables": page.jpegtables, "jpegheader": self.key.jpegheader} if self.key.compression in _JPEG else {}
-        )
-        pixels, _, shape = self.key.decode(data, index, **extra)
+        tables = self._header and {"jpegtables": page.jpegtables, **self._header}
+        pixels, _, shape = self._decode(_read(self.path, offset, count) if count else None, index, **tables)
         if pixels is None:
             # Writers of sparse files leave out tiles without anything in them.
-            return np.full(shape[1:], self.key.nodata, self.key.dtype)
+            return np.full(shape[1:], self._nothing, self.key.dtype)
         return pixels[0]
+
+
+def _read(path: str, offset: int, count: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(count)
 
 
 def _need_codec(path: str, page: Any) -> None:

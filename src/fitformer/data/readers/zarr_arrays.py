@@ -1,0 +1,76 @@
+"""Zarr arrays, groups and OME-Zarr pyramids, versions 2 and 3."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fitformer.data.readers.axes import guessed, named
+from fitformer.data.readers.faults import readable
+from fitformer.data.readers.levels import Opened, Tiles, weigh_tiles
+from fitformer.data.sources import listed
+from fitformer.errors import InputError, require
+
+
+def open_zarr(path: str, most_bytes: float) -> Opened:
+    """Open an array, the only array of a group, or the pyramid of an OME-Zarr group.
+
+    Its axes are those that it names; without names, the shorter of the first and the last one is the channels.
+
+    Raises:
+        InputError: no Zarr folder, none of one image, or one of chunks of more than `most_bytes`.
+    """
+    zarr = require("zarr", extra="gigapixel")
+    with readable(path):
+        node = zarr.open(path, mode="r")
+        arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
+        return Opened([_level(path, array, axes, most_bytes) for array in arrays])
+
+
+def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:
+    """The levels of a group's image, and the names of its axes if it has them."""
+    said = group.attrs.get("ome", group.attrs)
+    if "bioformats2raw.layout" in said:
+        # A collection of images, of which the first is called 0.
+        return _arrays(group["0"], path)
+    if "multiscales" in said:
+        image = said["multiscales"][0]
+        axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image.get("axes", ())]
+        first, *reductions = (each["path"] for each in image["datasets"])
+        return [group[first], *(group[name] for name in reductions if name in group)], axes or None
+    names = sorted(group.array_keys())
+    if len(names) != 1:
+        has = listed(names) if names else "none"
+        raise InputError(f"{path} is a Zarr group of {len(names)} arrays ({has}); give the path of the one to read")
+    return [group[names[0]]], None
+
+
+def _axes(array: Any, axes: Sequence[str] | None, path: str) -> tuple[int, int]:
+    own = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    for names in (axes, own):
+        if names and {"y", "x"} <= {str(name).lower() for name in names}:
+            return named([str(name) for name in names], array.shape, path)
+    return guessed(array.shape, path)
+
+
+def _level(path: str, array: Any, axes: Sequence[str] | None, most_bytes: float) -> Tiles:
+    order = _axes(array, axes, path)
+    axes_first = (*order, *(axis for axis in range(array.ndim) if axis not in order))
+    rows, columns = (array.shape[axis] for axis in order)
+    channels = int(np.prod(array.shape, dtype=np.int64)) // max(1, rows * columns)
+    height, width = (array.chunks[axis] for axis in order)
+
+    def decode(row: int, column: int) -> np.ndarray:
+        where: list[slice] = [slice(None)] * array.ndim
+        where[order[0]] = slice(row * height, (row + 1) * height)
+        where[order[1]] = slice(column * width, (column + 1) * width)
+        with readable(f"{path}: the chunk at row {row * height:,}, column {column * width:,}"):
+            part = np.asarray(array[tuple(where)]).transpose(axes_first)
+        return np.ascontiguousarray(part).reshape(*part.shape[:2], channels)
+
+    dtype = np.dtype(array.dtype)
+    height, width = min(height, rows), min(width, columns)
+    weigh_tiles(
+        path, f"chunks of {height:,} x {width:,} pixels", height * width * channels * dtype.itemsize, most_bytes
+    )
+    return Tiles((rows, columns, channels), dtype, (height, width), decode)
