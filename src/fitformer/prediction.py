@@ -11,11 +11,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitformer.data.pixels import Unreadable, decode, fit, suffixes
+from fitformer.data.readers import open_image
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.evaluation.recognition import classify
+from fitformer.grouping import ImageGroups
 
 Resize = Literal["crop", "stretch", "pad"]
 FORMATS = ("csv", "json")
@@ -60,6 +63,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Label image files, brought to the classifier's size as `resize` says (`data.settings.ImageData`).
 
+    A classifier of any size takes each as it is, one at a time, reading it as `classifier.encoder.run` does.
     Files that cannot be read are left out; `on_unreadable` is told of each.
 
     Raises:
@@ -74,25 +78,54 @@ def predict(
         faults.append(fault)
         on_unreadable(fault)
 
-    read = _readable(classifier, files, resize, note)
-    while part := list(islice(read, batch_size)):
-        images = torch.from_numpy(np.stack([pixels for _, pixels in part]))
-        for (file, _), row in zip(part, classify(classifier, images), strict=True):
-            best = int(row.argmax())
-            each = dict(zip(classes, row.tolist(), strict=True))
-            yield Prediction(str(file), classes[best], float(row[best]), each)
+    shares = (
+        _of_any_size(classifier, files, note)
+        if classifier.groups is None
+        else _of_one_size(classifier, _readable(classifier.groups, files, resize, note), batch_size)
+    )
+    for file, row in shares:
+        yield decided(file, row, classes)
     if len(faults) == len(files):
         few = "; ".join(map(str, faults[:5])) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise InputError(f"none of the {len(files)} files can be read: {few}" if files else "no files to label")
 
 
-def _readable(
-    classifier: FITImageEncoder, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[Unreadable], None]
-) -> Iterator[tuple[Path, np.ndarray]]:
-    rows, columns = classifier.groups.image_size  # type: ignore[misc]
+def decided(file: str | Path, probabilities: Tensor, classes: Sequence[str]) -> Prediction:
+    """The prediction that probabilities `(classes,)` make."""
+    best, shares = int(probabilities.argmax()), probabilities.tolist()
+    return Prediction(str(file), classes[best], shares[best], dict(zip(classes, shares, strict=True)))
+
+
+def _of_one_size(
+    classifier: FITImageEncoder, read: Iterator[tuple[Path, np.ndarray]], batch_size: int
+) -> Iterator[tuple[Path, Tensor]]:
+    while part := list(islice(read, batch_size)):
+        images = torch.from_numpy(np.stack([pixels for _, pixels in part]))
+        yield from zip((file for file, _ in part), classify(classifier, images), strict=True)
+
+
+@torch.inference_mode()
+def _of_any_size(
+    classifier: FITImageEncoder, files: Iterable[Path], on_unreadable: Callable[[Unreadable], None]
+) -> Iterator[tuple[Path, Tensor]]:
+    """Probabilities of images that are read as the classifier's way to run asks for their pixels."""
     for file in files:
         try:
-            pixels = decode(file, str(file), classifier.groups.channels)
+            with open_image(file) as image:
+                probabilities = classifier([image])[0].float().softmax(-1).cpu()
+        except (InputError, PermissionError) as error:
+            on_unreadable(Unreadable(str(file), str(error)))
+            continue
+        yield file, probabilities
+
+
+def _readable(
+    groups: ImageGroups, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[Unreadable], None]
+) -> Iterator[tuple[Path, np.ndarray]]:
+    rows, columns = groups.image_size  # type: ignore[misc]
+    for file in files:
+        try:
+            pixels = decode(file, str(file), groups.channels)
         except Unreadable as fault:
             on_unreadable(fault)
             continue

@@ -1,14 +1,26 @@
-"""Label image files with a classifier's run: the likeliest class, and the probability of each.
+"""Label images with a classifier's run: the likeliest class, and the probability of each.
 
 fitformer predict runs/digits-classify photos/ one.png --format json --output labels.json
+
+A run that takes images of any size reads them piece by piece, however large, and writes into a folder for each what it
+saw: where the latents looked and what moved the decision, as pictures, GeoJSON and TIFF. The same command again goes on
+where it was stopped. With no --output, or a file, it labels only.
+
+fitformer predict RUN slides/ --output seen/
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fitformer.cli.options import add_device, device_of, open_run, positive
+from fitformer.cli.options import add_device, device_of, open_run, positive, progress
+from fitformer.errors import InputError
 from fitformer.files import write_atomically
+
+if TYPE_CHECKING:
+    from fitformer.encoder import FITImageEncoder
+    from fitformer.runs import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,22 +28,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run directory of a classify recipe")
     parser.add_argument("files", nargs="+", help="image files, and folders of them")
     parser.add_argument("--format", choices=("csv", "json"), help="default: by the ending of --output, else csv")
-    parser.add_argument("--output", type=Path, help="file to write (default: standard output)")
-    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument(
+        "--output", type=Path, help="file to write (default: standard output); any size: a folder, or a .csv or .json"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, help="of images of one size")
     add_device(parser)
+    large = parser.add_argument_group("of a run that takes images of any size")
+    large.add_argument(
+        "--keep", choices=("memory", "host", "disk"), default="memory", help="where data tokens are kept between blocks"
+    )
+    large.add_argument(
+        "--y", choices=("down", "up"), default="down",
+        help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Label and print."""
+    """Label and print, or write into a folder what was seen."""
     from fitformer.encoder import FITImageEncoder
-    from fitformer.prediction import as_text, expand, predict
-    from fitformer.settings import ClassifyRecipe
+    from fitformer.execution import Streamed
 
     of = open_run(arguments.run, "classify")
-    files, device = expand(arguments.files), device_of(arguments)
-    network = of.model().to(device)
+    network = of.model().to(device_of(arguments))
     assert isinstance(network, FITImageEncoder)
+    any_size = network.groups is None
+    if any_size:
+        network.encoder.run = Streamed(keep=arguments.keep)
+    elif (arguments.keep, arguments.y) != ("memory", "down"):
+        raise InputError(f"--keep and --y are for a run that takes images of any size; {arguments.run} takes one size")
+    if any_size and arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
+        return _see(arguments, of, network)
+    return _label(arguments, of, network)
+
+
+def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder") -> int:
+    from fitformer.prediction import as_text, expand, predict
+    from fitformer.seeing.slides import find
+    from fitformer.settings import ClassifyRecipe
+
     assert isinstance(of.recipe, ClassifyRecipe)
+    files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
     found = predict(
         network,
         files,
@@ -47,4 +83,33 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     with write_atomically(arguments.output) as scratch:
         scratch.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder") -> int:
+    from fitformer.seeing.slides import Slides, find, identity
+
+    if arguments.format is not None:
+        raise InputError(
+            f"--format is for labels alone, and {arguments.output} is a folder for heat maps; give --output a name "
+            "that ends in .csv or .json"
+        )
+    if arguments.output.is_file():
+        raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
+    slides = find(arguments.files, arguments.output)
+    with progress("looking") as show:
+        work = Slides(
+            network,
+            of.classes,
+            arguments.output,
+            {"model": identity(of.model_folder)},
+            y=arguments.y,
+            show=lambda done, of: show(round(1000 * done), 1000 * of),
+            on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
+        )
+        made = work.run(slides)
+    kept = len(slides) - made - len(work.broken)
+    there = f", {kept} were there already" if kept else ""
+    broken = f", {len(work.broken)} could not be read (broken.csv)" if work.broken else ""
+    print(f"{arguments.output}: {made} of {len(slides)} images labelled now{there}{broken}")
     return 0

@@ -1,0 +1,148 @@
+"""Where the latents looked and what moved the decision, a value a patch, in any way to run.
+
+Both are taken slice by slice as the slices come by, so that of what is looked at only the two values a patch stay:
+attention is made again by a hook on each read, and the gradient of the decision with respect to embedded tokens is
+met on its way back.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitformer.encoder import FITImageEncoder
+from fitformer.errors import InputError
+from fitformer.execution import Work, total
+from fitformer.layers import CrossLayer
+from fitformer.pictures import read_weights
+from fitformer.tiling import GroupedImage, PixelSource
+
+Tell = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a classifier saw in an image.
+
+    Attributes:
+        logits: `(classes,)`.
+        looked: `(t, n)`: the read attention of a patch over that of an even look at its group, mean over latents,
+            heads and blocks; in each group these values average 1.
+        moved: `(t, n)`: what each patch adds to the logit of the likeliest class, gradient times embedded token.
+        image: the groups.
+    """
+
+    logits: Tensor
+    looked: Tensor
+    moved: Tensor
+    image: GroupedImage
+
+
+def relevance(
+    classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
+) -> Seen:
+    """Classify an image and say which of its patches were looked at and which moved the decision.
+
+    Args:
+        classifier: in eval mode; `classifier.encoder.run` is the way to run it.
+        image: one image, float `(H, W, channels)` or read lazily.
+        tell: is given the share of the work that is done, from 0 to 1, now and then.
+
+    Raises:
+        InputError: an image that the classifier was not built for, or one without a head or a block that reads.
+    """
+    if classifier.head is None:
+        raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
+    grouped = classifier.grouped(image)
+    work = classifier.work([grouped])
+    moved = torch.zeros(work.groups, classifier.tiling.tokens_per_group)
+    gate = torch.ones(1, device=work.latents.device, requires_grad=True)
+    with _frozen(classifier), torch.enable_grad(), _looks(classifier, work.groups, tell) as looked:
+        logits = _logits(classifier, grouped, *total(classifier.encoder, _noting(work, gate, moved)))
+        torch.autograd.grad(logits[logits.argmax()], gate)
+    return Seen(logits.detach().float().cpu(), looked, moved, grouped)
+
+
+def _logits(classifier: FITImageEncoder, image: GroupedImage, added: Tensor | None, latents: Tensor) -> Tensor:
+    """Logits `(classes,)` of what a pass gave: the head's, of the mean over tokens or over latents."""
+    assert classifier.head is not None
+    mean = classifier.encoder.latent_norm(latents).mean(dim=(1, 2)) if added is None else added / image.count()
+    return classifier.head(mean)[0]
+
+
+def _noting(work: Work, gate: Tensor, moved: Tensor) -> Work:
+    """The same work; on the way back the gradients of embedded tokens times the tokens are noted in `moved (t, n)`.
+
+    `gate`, a one that all tokens are multiplied with, makes every way to run ask for these gradients, and for no others
+    where the parameters are frozen.
+    """
+    assert work.embed is not None
+    plainly = work.embed
+
+    def embed(groups: slice, tokens: Tensor) -> Tensor:
+        x = plainly(groups, tokens) * gate
+        if x.requires_grad:
+            # Detached: a hook that held x itself would keep it alive in a cycle.
+            value = x.detach()
+            x.register_hook(lambda gradient: _note(moved, groups, (gradient * value).sum(-1)))
+        return x
+
+    return replace(work, embed=embed, depends_on=(gate,))
+
+
+def _note(moved: Tensor, groups: slice, values: Tensor) -> None:
+    moved[groups] = values[0].float().cpu()
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient in here."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Iterator[Tensor]:
+    """Where the latents look in here, `(t, n)`, filled as the reads of the encoder's blocks run over one image.
+
+    Raises:
+        InputError: no block reads.
+    """
+    reads = [read for block in classifier.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
+    if not reads:
+        raise InputError("no block of this encoder has global layers, so its latents read nothing")
+    looked = torch.zeros(groups, classifier.tiling.tokens_per_group)
+    done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
+
+    def note(read: Any, inputs: tuple[Any, ...]) -> None:
+        # Groups pass each read in their order; what comes after the last is the backward pass, computing it again.
+        first, count = done[read], len(inputs[0])
+        done[read] += count
+        if first < groups:
+            looked[first : first + count] += (_look(read, *inputs) / len(reads)).cpu()
+        if tell is not None:
+            tell(min(1.0, sum(done.values()) / (2 * groups * len(reads))))
+
+    hooks = [read.register_forward_pre_hook(note) for read in reads]
+    try:
+        yield looked
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _look(read: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention `(s, n)` of a read over that of an even look at the tokens that may be looked at."""
+    weights = read_weights(read, x, context, mask).float().mean(dim=(1, 2))
+    held = weights.shape[-1] if mask is None else mask.flatten(1).sum(dim=1, keepdim=True)
+    return weights * held

@@ -1,0 +1,274 @@
+"""A folder of images, each labelled and its heat maps written, going on where it was stopped.
+
+Below the output folder an image `a/b.svs` of the input folder has
+
+    a/b.svs.looked.png, a/b.svs.moved.png    small pictures of the maps over the image
+    a/b.svs.looked.tif, a/b.svs.moved.tif    the maps, a value a patch, placed at full scale
+    a/b.svs.geojson                          groups and patches with both values, in pixels of the image
+    a/b.svs.json                             label, probabilities and what they were made from; written last
+
+and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be read.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from glob import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fitformer.data.pixels import suffixes
+from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.readers.lazy import BACKENDS
+from fitformer.encoder import FITImageEncoder
+from fitformer.errors import InputError
+from fitformer.files import write_atomically
+from fitformer.prediction import Prediction, as_text, decided
+from fitformer.seeing.heatmap import HeatMap
+from fitformer.seeing.overlay import thumbnail_size, write_overlay
+from fitformer.seeing.raster import write_tiff
+from fitformer.seeing.relevance import Seen, Tell, relevance
+from fitformer.seeing.shapes import write_geojson
+from fitformer.tiling import GroupedImage
+
+OUTPUTS = (".looked.png", ".moved.png", ".looked.tif", ".moved.tif", ".geojson")
+RECORD = ".json"
+# Rewriting the table of thousands after each of them would take longer than they do.
+TABLE_SECONDS = 10.0
+
+Occupied = Callable[[LazyImage], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Slide:
+    """An image file and the name, a path below the output folder, that its outputs begin with."""
+
+    path: Path
+    name: str
+
+
+def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]:
+    """Images as they are given, and of folders all below them, sorted; what lies below `output` is left out.
+
+    Raises:
+        InputError: a folder without an image, or two images whose outputs would have the same name.
+    """
+    found: dict[str, Slide] = {}
+    for path in map(Path, paths):
+        slides = list(_below(path, output)) if path.is_dir() and not _is_image(path) else [Slide(path, path.name)]
+        if not slides:
+            raise InputError(f"the folder {path} holds no images ({', '.join(sorted(BACKENDS)[:6])}, .png, ...)")
+        for slide in slides:
+            other = found.setdefault(slide.name, slide)
+            if other.path != slide.path:
+                raise InputError(
+                    f"{other.path} and {slide.path} would both be written as {slide.name}; give the folder above "
+                    "both, or each an output folder of its own"
+                )
+    return list(found.values())
+
+
+def _is_image(path: Path) -> bool:
+    kinds = suffixes() | BACKENDS.keys()
+    return path.suffix.lower() == ".zarr" if path.is_dir() else path.suffix.lower() in kinds
+
+
+def _below(folder: Path, output: Path | None, name: str = "") -> Iterator[Slide]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or (output is not None and path.resolve() == output.resolve()):
+            continue
+        if _is_image(path):
+            yield Slide(path, name + path.name)
+        elif path.is_dir():
+            yield from _below(path, output, f"{name}{path.name}/")
+
+
+def identity(folder: Path) -> str:
+    """A digest of a saved model, its numbers and its weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@dataclass
+class Slides:
+    """The work on a folder of images: `run` does what is not there yet.
+
+    Attributes:
+        classifier: of images of any size, in eval mode.
+        classes: names, as many as its classes.
+        output: the folder to write to.
+        made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
+        occupied: which groups of an image are not skipped; all by default.
+        y: see `write_geojson`.
+        show: is told how many images are done, of how many, with the share of the one at work.
+        on_broken: is told of every image that could not be read, and why.
+
+    Raises:
+        InputError: another number of classes.
+    """
+
+    classifier: FITImageEncoder
+    classes: Sequence[str]
+    output: Path
+    made_with: Mapping[str, str]
+    occupied: Occupied | None = None
+    y: Literal["down", "up"] = "down"
+    show: Callable[[float, int], None] = lambda done, of: None
+    on_broken: Callable[[str, str], None] = lambda file, reason: None
+    predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
+    broken: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.classifier.num_classes != len(self.classes):
+            known = self.classifier.num_classes
+            raise InputError(f"{len(self.classes)} class names given to a classifier of {known} classes")
+
+    def run(self, slides: Sequence[Slide]) -> int:
+        """Label the images and write their heat maps; those whose outputs are complete are left as they are.
+
+        The tables hold all images of the output folder that were made with the same model and settings. Returns how
+        many images were made now.
+
+        Raises:
+            InputError: none of the images can be read (names them).
+            OSError: an output cannot be written.
+        """
+        self.predictions = {record["file"]: _prediction(record) for record in self._records()}
+        made, told = 0, time.monotonic()
+        try:
+            for k, slide in enumerate(slides):
+                self.show(k, len(slides))
+                made += self._one(slide, lambda share, k=k: self.show(k + share, len(slides)))  # type: ignore[misc]
+                if time.monotonic() - told > TABLE_SECONDS:
+                    self._write_tables()
+                    told = time.monotonic()
+            self.show(len(slides), len(slides))
+        finally:
+            self._write_tables()
+        if len(self.broken) == len(slides):
+            few = "; ".join(list(self.broken.values())[:5])
+            more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
+            raise InputError(f"none of the {len(slides)} images can be read: {few}{more}")
+        return made
+
+    def _one(self, slide: Slide, tell: Tell) -> bool:
+        """Whether the image was made now."""
+        of = _state_of(slide.path)
+        if self._is_complete(slide, of):
+            return False
+        try:
+            with open_image(slide.path) as image:
+                seen = self._see(image, tell)
+                thumbnail = image.thumbnail(*thumbnail_size(*image.shape[:2]))
+        except (InputError, PermissionError) as error:
+            self._note_broken(slide, str(error))
+            return False
+        self._write(slide, seen, thumbnail, of)
+        return True
+
+    def _see(self, image: LazyImage, tell: Tell) -> Seen:
+        occupied = None if self.occupied is None else self.occupied(image)
+        return relevance(
+            self.classifier, GroupedImage(image, self.classifier.tiling, occupied, self.classifier.glimpses), tell
+        )
+
+    def _note_broken(self, slide: Slide, reason: str) -> None:
+        file = str(slide.path)
+        self.broken[file] = reason
+        self.predictions.pop(file, None)
+        (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
+        self.on_broken(file, reason)
+
+    def _write(self, slide: Slide, seen: Seen, thumbnail: np.ndarray, of: dict[str, int]) -> None:
+        prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
+        looked, moved = (HeatMap.of(values, seen.image) for values in (seen.looked, seen.moved))
+        write_overlay(self._fresh(slide, ".looked.png"), thumbnail, looked, "heat")
+        write_overlay(self._fresh(slide, ".moved.png"), thumbnail, moved, "signed")
+        write_tiff(self._fresh(slide, ".looked.tif"), looked, "looked", slide.path)
+        write_tiff(self._fresh(slide, ".moved.tif"), moved, "moved", slide.path)
+        shapes = self._fresh(slide, ".geojson")
+        write_geojson(shapes, looked, moved, prediction.label, prediction.probabilities, self.y)
+        record = {
+            **asdict(prediction),
+            "rows": looked.image_size[0],
+            "columns": looked.image_size[1],
+            "groups": seen.image.num_groups - seen.image.glimpses,
+            "of": of,
+            "made_with": self._key,
+        }
+        _write_text(self._fresh(slide, RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        self.predictions[prediction.file] = prediction
+
+    def _fresh(self, slide: Slide, ending: str) -> Path:
+        """The path of an output, cleared of what a killed process left beside it."""
+        path = self.output / (slide.name + ending)
+        for scratch in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            scratch.unlink(missing_ok=True)
+        return path
+
+    @property
+    def _key(self) -> dict[str, str]:
+        return {**self.made_with, "y": self.y}
+
+    def _is_complete(self, slide: Slide, of: dict[str, int]) -> bool:
+        record = _read(self.output / (slide.name + RECORD))
+        return (
+            self._is_ours(record)
+            and record["of"] == of
+            and record["file"] == str(slide.path)
+            and all((self.output / (slide.name + ending)).is_file() for ending in OUTPUTS)
+        )
+
+    def _is_ours(self, record: Any) -> bool:
+        return isinstance(record, dict) and record.get("made_with") == self._key
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.output.rglob("*" + RECORD)):
+            record = _read(path)
+            if self._is_ours(record):
+                yield record
+
+    def _write_tables(self) -> None:
+        if self.predictions:
+            ordered = [self.predictions[file] for file in sorted(self.predictions)]
+            _write_text(self.output / "results.csv", as_text(ordered))
+        if self.broken:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *self.broken.items()])
+            _write_text(self.output / "broken.csv", text.getvalue())
+        else:
+            (self.output / "broken.csv").unlink(missing_ok=True)
+
+
+def _prediction(record: Mapping[str, Any]) -> Prediction:
+    return Prediction(record["file"], record["label"], record["probability"], record["probabilities"])
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or one that is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    with write_atomically(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _state_of(path: Path) -> dict[str, int]:
+    """Size and time of the last change, which tell one state of a file from another; nothing of an absent one."""
+    if not path.exists():
+        return {}
+    about = path.stat()
+    return {"bytes": about.st_size, "modified_ns": about.st_mtime_ns}
