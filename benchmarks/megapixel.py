@@ -1,0 +1,85 @@
+"""Megapixel MNIST: what a run must beat, what it reached, how it learned and where its latents looked.
+
+    python benchmarks/megapixel.py --mnist FOLDER [--size 512] [--run RUN] [--pictures docs/pictures]
+
+Prints a Markdown table. Without a run, of the baselines alone: always the commonest class, and logistic regression of
+the whole canvas, averaged down to 64 x 64 pixels. With one, of its model too; its curve and maps go to `--pictures`.
+"""
+
+import argparse
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fitformer import data, pictures
+from fitformer.data.settings import ImageData
+from fitformer.diffusion import pixels_to_signal
+from fitformer.evaluation.run import evaluate
+from fitformer.runs import Run
+from fitformer.tasks.preview import grid, write_picture
+
+SMALL = 64
+
+
+def shrunk(part: object) -> tuple[np.ndarray, np.ndarray]:
+    """All canvases of a part averaged down to (k, SMALL * SMALL) in [0, 1], and their labels."""
+    rows = [
+        F.interpolate(part[index]["image"].permute(2, 0, 1)[None].float() / 255, (SMALL, SMALL), mode="area").flatten()
+        for index in range(len(part))
+    ]
+    return torch.stack(rows).numpy(), part.source.labels
+
+
+def baselines(settings: ImageData) -> Iterator[tuple[str, float]]:
+    """Name and test accuracy of what any model must beat."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (x, y), (x_test, y_test) = (shrunk(data.build(settings, part)) for part in ("train", "test"))
+    yield "always the training part's commonest class", float((y_test == np.bincount(y).argmax()).mean())
+    for strength in (1e-4, 1e-2, 1.0):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300)).fit(x, y)
+        name = f"logistic regression of {SMALL} x {SMALL} pixels, C={strength:g}"
+        yield f"{name} ({model.score(x, y):.1%} in training)", float(model.score(x_test, y_test))
+
+
+def draw(run: Run, folder: Path, count: int = 4) -> None:
+    """The learning curve, and test canvases above maps of where each block's latents looked."""
+    curves = pictures.metric_curves(run.metrics(), "train/accuracy", "val/accuracy")
+    pictures.write_curves(folder / "megapixel-curve.png", curves, y="accuracy")
+    dataset = run.dataset("test")
+    images = torch.stack([dataset[index]["image"] for index in range(count)])
+    maps = pictures.latent_attention(run.model(), pixels_to_signal(images))
+    rows = [pictures.as_colour(images), *(pictures.overlay(images, looked) for looked in maps)]
+    write_picture(folder / "megapixel-looked.png", grid(torch.cat(rows)[:, ::2, ::2], columns=count, enlarge=1))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mnist", help="folder of MNIST's four idx files; that of the run by default")
+    parser.add_argument("--size", type=int, default=512, help="side of a canvas in pixels, without a run")
+    parser.add_argument("--run", type=Path, help="run directory of `fitformer train megapixel-mnist`")
+    parser.add_argument("--pictures", type=Path, help="folder for the run's curve and maps")
+    arguments = parser.parse_args()
+    run = Run.open(arguments.run) if arguments.run else None
+    settings = ImageData(source="megapixel-mnist", path=arguments.mnist, image_size=arguments.size)
+    settings = run.recipe.data if run else settings
+    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| what | of the test canvases |\n|---|---|")
+    for name, accuracy in baselines(settings):
+        print(f"| {name} | {accuracy:.1%} |", flush=True)
+    if run:
+        found = dict(evaluate(run))
+        print(f"| {run.path.name} | {found['accuracy']:.1%} (cross-entropy {found['loss']:.3f} nats) |")
+        if arguments.pictures:
+            draw(run, arguments.pictures)
+
+
+if __name__ == "__main__":
+    main()
