@@ -73,6 +73,15 @@ class Geometry:
             raise InputError("the group size is not chosen yet")
         return Tiling(self.group_size, self.patch_size, self.channels)
 
+    def checked(self) -> "Geometry":
+        """Itself, if its model can be built.
+
+        Raises:
+            InputError: it cannot.
+        """
+        self.model()
+        return self
+
     @property
     def groups(self) -> int:
         """Groups that cover the image, t."""

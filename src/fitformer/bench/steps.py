@@ -1,0 +1,180 @@
+"""One or more full training steps on a huge image on disk, measured: forward, backward, AdamW."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fitformer
+from fitformer import planning
+from fitformer.bench.images import write_image
+from fitformer.bench.resident import peak_bytes
+from fitformer.bench.work import loss_of
+from fitformer.cuts import by, sides_of
+from fitformer.data.readers import open_image
+from fitformer.errors import InputError
+from fitformer.execution import Streamed, Way, checkpointed, plain
+from fitformer.planning import Geometry, Plan, Setup, Wish
+from fitformer.tiling import PixelSource
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure: a plan's question, and how often.
+
+    Attributes:
+        geometry, wish: as `fitformer.planning.choose` takes them.
+        steps: training steps that are timed. warmup: steps before, which are not.
+        image: a file to read; None for one that is made for the occasion, of the geometry's size.
+    """
+
+    geometry: Geometry
+    wish: Wish
+    steps: int = 1
+    warmup: int = 0
+    image: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a training step took.
+
+    Attributes:
+        plan: how it ran, and the memory that was predicted.
+        seconds: of each step. peak: bytes, of the whole process or of what torch allocated on a GPU.
+        loss: of the last step. device: in words. threads: of torch.
+    """
+
+    plan: Plan
+    seconds: list[float]
+    peak: int
+    loss: float
+    device: str
+    threads: int
+
+    @property
+    def second(self) -> float:
+        """Of the median step."""
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+    @property
+    def rate(self) -> float:
+        """Operations per second, those that are computed again counted."""
+        return self.plan.flops.total / self.second
+
+
+def measure(bench: Bench) -> Measured:
+    """Run training steps and measure them.
+
+    The peak is that of the whole life of this process: call it in a process of its own.
+
+    Raises:
+        InputError: no plan fits the budget, or an image of another size.
+    """
+    device = torch.device(bench.wish.device)
+    if bench.image is not None:
+        rows, columns, channels = open_image(bench.image).shape
+        geometry = replace(bench.geometry, image_size=(rows, columns), channels=channels)
+        return _measured(replace(bench, geometry=geometry), bench.image, device)
+    with tempfile.TemporaryDirectory(prefix="fitformer-bench-") as folder:
+        path = Path(folder) / "image.tif"
+        rows, columns = sides_of(bench.geometry.image_size, "hw")
+        write_image(path, rows, columns, bench.geometry.channels)
+        return _measured(bench, path, device)
+
+
+def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
+    plan = planning.choose(bench.geometry, bench.wish)
+    if not plan.fits:
+        raise InputError(plan.verdict)
+    torch.manual_seed(0)
+    role, config = plan.geometry.config()
+    model = getattr(fitformer, role)(**config).to(device)
+    (model.encoder if role == "FITImageEncoder" else model).run = way_of(plan.setup)
+    optimizer = _optimizer(model)
+    # An image for each example, though of one file: a batch reads as many.
+    sources: list[PixelSource] = [open_image(path) for _ in range(plan.setup.batch)]
+    loss = loss_of(model, plan.geometry, sources, device)
+    mixed = torch.autocast(device.type, torch.bfloat16) if plan.setup.precision == "bf16" else nullcontext()
+    seconds, value = [], 0.0
+    for k in range(-bench.warmup, bench.steps):
+        took, value = _step(loss, optimizer, mixed, device)
+        if k >= 0:
+            seconds.append(took)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Measured(plan, seconds, peak_bytes(device), value, name, torch.get_num_threads())
+
+
+def way_of(setup: Setup, folder: str | Path | None = None) -> Way:
+    """The way to run that a setup means; `folder` for scratch on disk."""
+    if setup.execution == "plain":
+        return plain
+    if setup.execution == "checkpointed":
+        return checkpointed
+    return Streamed(setup.slice_groups, setup.keep, setup.kept_precision, folder)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """AdamW that already has its state, as at every step but the first."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.param_groups[0]["lr"] = 1e-4
+    return optimizer
+
+
+def _step(
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    mixed: AbstractContextManager,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Seconds of one training step, and its loss."""
+    start = time.perf_counter()
+    with mixed:
+        value = loss()
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, value.item()
+
+
+def as_plain(found: Measured) -> dict[str, object]:
+    """What was measured as plain data."""
+    plan = found.plan
+    return {
+        "role": plan.geometry.role,
+        "layers": plan.geometry.sizes["layers"],
+        "image_size": by(sides_of(plan.geometry.image_size, "hw")),
+        "group_size": by(plan.geometry.tiling.group_size),  # type: ignore[arg-type]
+        "patch_size": by(plan.geometry.tiling.patch_size),  # type: ignore[arg-type]
+        "execution": plan.setup.execution,
+        "keep": plan.setup.keep if plan.setup.execution == "streamed" else None,
+        "slice_groups": plan.setup.slice_groups,
+        "batch": plan.setup.batch,
+        "precision": plan.setup.precision,
+        "tokens": plan.geometry.length,
+        "groups": plan.geometry.groups,
+        "latents": plan.latents,
+        "parameters": plan.parameters,
+        "seconds": found.second,
+        "all_seconds": found.seconds,
+        "tflop": plan.flops.total / 1e12,
+        "attention_tflop": plan.flops.attention / 1e12,
+        "tflops_per_second": found.rate / 1e12,
+        "peak_bytes": found.peak,
+        "predicted_bytes": plan.memory.total,
+        "scratch_bytes": plan.memory.scratch,
+        "loss": found.loss,
+        "device": found.device,
+        "threads": found.threads,
+    }

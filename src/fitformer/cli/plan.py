@@ -1,0 +1,182 @@
+"""How much a training step on a huge image costs, and how to run it in a given memory, before anything runs.
+
+fitformer plan --image-size 40000x30000 --preset base --memory 16GB
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fitformer.cli.info import SIZES, size
+from fitformer.cli.options import positive
+from fitformer.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fitformer.planning import Geometry, Plan, Wish
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fitformer plan`."""
+    add_geometry(parser)
+    add_wish(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def add_geometry(parser: argparse.ArgumentParser) -> None:
+    """What the model is and what it is given."""
+    geometry = parser.add_argument_group("model and image")
+    geometry.add_argument(
+        "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
+    )
+    geometry.add_argument("--preset", default="small", help="tiny, small, base or large (default: small)")
+    geometry.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS")
+    geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
+    geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")
+    geometry.add_argument("--channels", type=positive, default=3, help="of the image (default: 3)")
+    for name in SIZES:
+        kind: Callable[[str], Any] = str if name == "layers" else positive
+        geometry.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the preset's")
+
+
+def add_wish(parser: argparse.ArgumentParser) -> None:
+    """How it is to run."""
+    running = parser.add_argument_group("how to run")
+    running.add_argument("--memory", metavar="AMOUNT", help="budget, such as 16GB (10^9 bytes each) or 7.5GiB")
+    running.add_argument(
+        "--execution", choices=("auto", "plain", "checkpointed", "streamed"), default="auto", help="default: what fits"
+    )
+    running.add_argument("--keep", choices=("memory", "host", "disk"), help="of streamed: where data tokens are kept")
+    running.add_argument("--kept-precision", choices=("bf16",), help="of streamed: keep data tokens in half the room")
+    running.add_argument("--slice", type=positive, metavar="GROUPS", help="of streamed: groups computed at a time")
+    running.add_argument("--batch-size", type=positive, default=1, help="examples at once (default: 1)")
+    running.add_argument("--precision", choices=("32", "bf16"), default="32", help="default: 32")
+    running.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose memory counts (default: cpu)")
+
+
+def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) -> "Geometry":
+    """The geometry asked for; `image_size` stands where none was given.
+
+    Raises:
+        InputError: no image size, no such preset, sizes that do not fit.
+    """
+    from fitformer.planning import Geometry
+
+    wanted = image_size if arguments.image_size is None else arguments.image_size
+    if wanted is None:
+        raise InputError("say the size of the image, such as --image-size 6400 or --image-size 40000x30000")
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels}
+    found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **sizes)
+    return found if found.group_size is None else found.checked()
+
+
+def wish_of(arguments: argparse.Namespace) -> "Wish":
+    """The way to run that was asked for.
+
+    Raises:
+        InputError: an amount of memory that is none, or options of streamed execution with another one.
+    """
+    from fitformer.amounts import bytes_of
+    from fitformer.planning import Wish
+
+    streamed = {"--keep": arguments.keep, "--slice": arguments.slice, "--kept-precision": arguments.kept_precision}
+    for name, value in streamed.items():
+        if value is not None and arguments.execution in ("plain", "checkpointed"):
+            raise InputError(f"{name} is for streamed execution; leave it out, or take --execution streamed")
+    return Wish(
+        budget=None if arguments.memory is None else bytes_of(arguments.memory),
+        execution=arguments.execution,
+        keep=arguments.keep,
+        slice_groups=arguments.slice,
+        kept_precision=arguments.kept_precision,
+        batch=arguments.batch_size,
+        precision="bf16" if arguments.precision == "bf16" else 32,
+        device=arguments.device,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan; the exit status is 1 if nothing fits."""
+    from fitformer.planning import choose
+
+    plan = choose(geometry_of(arguments), wish_of(arguments))
+    if arguments.json:
+        print(json.dumps(as_plain(plan), indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(table(plan))
+        console.print(plan.verdict, highlight=False, soft_wrap=True)
+    return 0 if plan.fits else 1
+
+
+def as_plain(plan: "Plan") -> dict[str, Any]:
+    """What the table says, as plain data."""
+    from dataclasses import asdict
+
+    geometry = plan.geometry
+    return {
+        "role": geometry.role,
+        "image_size": geometry.image_size,
+        "group_size": geometry.tiling.group_size,
+        "patch_size": geometry.tiling.patch_size,
+        "groups": geometry.groups,
+        "tokens": geometry.length,
+        "tokens_per_group": geometry.tokens_per_group,
+        "latents": plan.latents,
+        "parameters": plan.parameters,
+        "flops": asdict(plan.flops),
+        "setup": asdict(plan.setup),
+        "memory": {**asdict(plan.memory), "total": plan.memory.total},
+        "fits": plan.fits,
+        "verdict": plan.verdict,
+    }
+
+
+def table(plan: "Plan") -> "Table":
+    """Sizes, operations and memory of a plan."""
+    from rich import box
+    from rich.table import Table
+
+    from fitformer.amounts import in_words
+    from fitformer.cli.info import short
+    from fitformer.cuts import by
+
+    geometry, memory = plan.geometry, plan.memory
+    found = Table(show_header=False, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    found.add_column(no_wrap=True)
+    found.add_column(justify="right", no_wrap=True)
+    found.add_column()
+    tiling = geometry.tiling
+    high, wide = tiling.grid(*geometry.image_size)  # type: ignore[misc]
+    cut = f"{high} x {wide} of {by(tiling.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
+    found.add_row("groups", f"{geometry.groups:,}", cut)
+    beyond = plan.tokens - geometry.length
+    found.add_row(
+        "tokens", f"{geometry.length:,}", f"and {beyond:,} that fill up groups at the edges" if beyond else ""
+    )
+    found.add_row("latents", f"{plan.latents:,}", f"{geometry.sizes['latents_per_group']} a group")
+    found.add_row("parameters", short(plan.parameters), f"layers {geometry.sizes['layers']}")
+    operations = f"of a training step, attention {short(plan.flops.attention)}"
+    found.add_row("FLOPs", short(plan.flops.total), operations, end_section=True)
+    for name, count, what in (
+        ("weights", memory.weights, "parameters and gradients"),
+        ("optimizer", memory.optimizer, "two averages of AdamW"),
+        ("kept tokens", memory.kept, "data tokens between blocks, latents"),
+        (
+            "working set",
+            memory.working,
+            "of one slice or layer" if plan.setup.execution == "streamed" else "activations",
+        ),
+        ("process", memory.process, "Python, torch, decoded tiles"),
+    ):
+        found.add_row(name, in_words(count), what)
+    found.add_row("peak memory", in_words(memory.total), end_section=True)
+    for name, count in (("scratch on disk", memory.scratch), ("on the host", memory.host)):
+        if count:
+            found.add_row(name, in_words(count), "data tokens between blocks")
+    return found
