@@ -9,6 +9,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -19,7 +20,7 @@ from PIL import Image
 from fitformer.data.readers import LazyImage, check_channels, open_image, to_tiled_tiff, write_tiled_tiff
 from fitformer.data.readers.areas import average
 from fitformer.data.readers.cache import TileCache
-from fitformer.data.readers.levels import Tiles
+from fitformer.data.readers.levels import Tiles, blocks
 from fitformer.errors import InputError, MissingExtra
 
 
@@ -308,7 +309,7 @@ def test_blocks_cover_every_pixel_once(tmp_path):
     tiff(tmp_path / "image.tif", array, tile=(64, 48))
     counts = np.zeros(array.shape[:2], int)
     with open_image(tmp_path / "image.tif") as image:
-        for top, left, height, width in image.blocks(pixels=6000):
+        for top, left, height, width in blocks(image, pixels=6000):
             assert top % 64 == left % 48 == 0
             counts[top : top + height, left : left + width] += 1
     assert (counts == 1).all()
@@ -348,6 +349,15 @@ def test_grey_from_white_and_palettes_are_read_as_seen(tmp_path):
     table = np.random.default_rng(1).integers(0, 256, (3, 256)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "palette.tif", array[..., 0], photometric="palette", colormap=table * 257)
     check_windows(tmp_path / "palette.tif", table.T.astype(np.uint8)[array[..., 0]])
+
+
+def test_colours_of_sixteen_bits_are_warned_of(tmp_path):
+    array = pixels(20, 30, dtype="uint16")
+    (tmp_path / "image.png").write_bytes(imagecodecs.png_encode(array))
+    with pytest.warns(UserWarning, match=r"image\.png has 16 bits a channel, of which Pillow keeps 8"):
+        image = open_image(tmp_path / "image.png")
+    with image:
+        assert np.array_equal(image.window(0, 0, 20, 30), array >> 8)
 
 
 def test_cameras_pictures_are_set_upright(tmp_path):
@@ -756,7 +766,7 @@ def test_written_tiles_are_read_again(channels, dtype, compression, pyramid, giv
         if pyramid:
             # Twice rounded, at most twice half a step off; the odd last column counts twice.
             got, expected = image.thumbnail(275, 132), average(Whole(array[:, :528]), 275, 132)
-            series = file.series[0].levels[2].asarray().reshape(275, 133, channels)[:, :132]
+            series = file.pages[2].asarray().reshape(275, 133, channels)[:, :132]
             assert np.abs(series - expected.astype(float)).max() <= (1.01 if dtype != "float32" else 1e-5)
             assert got.shape == expected.shape
 
@@ -771,8 +781,11 @@ def test_jpeg_tiles(tmp_path):
 
 def test_written_slides_open_in_openslide(tmp_path):
     array = pixels(600, 700)
-    write_tiled_tiff(tmp_path / "image.svs", array.shape, "uint8", cut(array))
+    write_tiled_tiff(tmp_path / "image.svs", array.shape, "uint8", cut(array), tile=256, pyramid=True)
     check_windows(tmp_path / "image.svs", array)
+    with open_image(tmp_path / "image.svs") as image, tifffile.TiffFile(tmp_path / "image.svs") as file:
+        assert image.level_shapes == ((600, 700), (300, 350))
+        assert np.array_equal(image.thumbnail(300, 350), file.pages[1].asarray())
 
 
 @pytest.mark.parametrize(

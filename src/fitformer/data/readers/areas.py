@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fitformer.data.readers.levels import Level, blocks
+from fitformer.data.readers.levels import Pixels, blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def _even(cells: int, bins: int) -> Overlap:
     return overlap(np.arange(cells + 1, dtype=np.int64) * bins, np.arange(bins + 1, dtype=np.int64) * cells)
 
 
-def average(level: Level, rows: int, columns: int) -> np.ndarray:
+def average(level: Pixels, rows: int, columns: int) -> np.ndarray:
     """The level as (rows, columns, channels) averages over equal areas, in its own type; whole numbers are rounded."""
     down, across = _even(level.shape[0], rows), _even(level.shape[1], columns)
     total = np.zeros((rows, columns, level.shape[2]))

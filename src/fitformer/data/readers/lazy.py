@@ -2,13 +2,13 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from fitformer.data.readers.areas import average
-from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, Window, as_pixels, blocks
+from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, as_pixels
 from fitformer.data.readers.npy import open_npy
 from fitformer.data.readers.pictures import open_picture
 from fitformer.data.readers.slides import open_slide
@@ -36,7 +36,7 @@ def _backend(path: str) -> Backend:
 class LazyImage:
     """An image file whose pixels are read when asked for; `open_image` makes it.
 
-    It opens its file at first use, once in each process, and may be used from several threads. Pickling keeps the
+    It reads the header at first use, once in each process, and may be used from several threads. Pickling keeps the
     path and the limit alone. `close` gives up the file and the decoded tiles; the next use opens it again.
     """
 
@@ -63,6 +63,11 @@ class LazyImage:
     def dtype(self) -> np.dtype:
         """uint8, uint16 or float32."""
         return self._levels()[0].dtype
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that are read and decoded at once, at the least."""
+        return self._levels()[0].tile
 
     @property
     def level_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -94,19 +99,17 @@ class LazyImage:
         """
         if min(rows, columns) < 1:
             raise InputError(f"a thumbnail of {rows} x {columns} pixels: its sides must be at least 1")
-        levels = self._levels()
-        for level in reversed(levels[1:]):
-            if level.shape[0] >= rows and level.shape[1] >= columns:
-                try:
-                    return average(level, rows, columns)
-                except InputError:
-                    # A broken reduction: a larger one, or the image itself, serves as well.
-                    continue
-        return average(levels[0], rows, columns)
+        for level in self.reductions(rows, columns):
+            try:
+                return average(level, rows, columns)
+            except InputError:
+                # A broken reduction: a larger one, or the image itself, serves as well.
+                continue
+        return average(self._levels()[0], rows, columns)
 
-    def blocks(self, pixels: int = 2**20) -> Iterator[Window]:
-        """Windows (top, left, height, width) of about so many pixels that cover the image tile by tile."""
-        return blocks(self._levels()[0], pixels)
+    def reductions(self, rows: int, columns: int) -> list[Level]:
+        """The stored reductions of the image that are at least so large, the smallest first."""
+        return [level for level in self._levels()[:0:-1] if level.shape[0] >= rows and level.shape[1] >= columns]
 
     def close(self) -> None:
         """Give up the file and its decoded tiles."""

@@ -23,7 +23,7 @@ Window = tuple[int, int, int, int]
 """Top, left, height, width."""
 
 
-class Level(Protocol):
+class Pixels(Protocol):
     """An image (rows, columns, channels) that is read window by window."""
 
     @property
@@ -44,6 +44,10 @@ class Level(Protocol):
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Pixels (height, width, channels), a new array; the window lies inside."""
         ...
+
+
+class Level(Pixels, Protocol):
+    """An image in a file, or a stored reduction of it."""
 
     def forget(self) -> None:
         """Drop what is kept decoded."""
@@ -201,8 +205,8 @@ def weigh_tiles(path: str, kind: str, needed: int, most_bytes: float) -> None:
         warnings.warn(f"{cost}; {_RETILE}", stacklevel=2)
 
 
-def blocks(level: Level, pixels: int = 2**20) -> Iterator[Window]:
-    """Windows of about so many pixels that cover a level, in whole tiles: every tile is decoded once."""
+def blocks(level: Pixels, pixels: int = 2**20) -> Iterator[Window]:
+    """Windows of about so many pixels that cover an image, in whole tiles: every tile is decoded once."""
     rows, columns, _ = level.shape
     height, width = level.tile
     width = min(columns, width * max(1, 1024 // width))

@@ -36,8 +36,8 @@ def write_tiled_tiff(
     """Write an image (rows, columns, channels) of uint8, uint16 or float32 without ever holding more than a few tiles.
 
     `source` gives the pixels of windows, or is the tiles themselves, row by row, those at the edges smaller. `pyramid`
-    adds reductions by 2, 4, ... as SubIFDs until one fits in 512 x 512; meanwhile the folder holds up to a third of the
-    image's bytes more. The file appears when it is whole.
+    adds reductions by 2, 4, ... as further pages until one fits in 512 x 512; meanwhile the folder holds up to a third
+    of the image's bytes more. The file appears when it is whole.
 
     Raises:
         InputError: a type, tile or compression that cannot be written, or tiles of another shape or number.
@@ -53,7 +53,8 @@ def write_tiled_tiff(
         writer = stack.enter_context(tifffile.TiffWriter(scratch, bigtiff=big))
         for step in range(halvings + 1):
             options = _options(shape, kind, tile, compression)
-            options |= {"subifds": halvings} if step == 0 else {"subfiletype": 1}
+            # Pages marked as reductions, rather than SubIFDs, are what OpenSlide and GIS programs look for.
+            options |= {"subfiletype": 1} if step else {}
             below = None
             if step < halvings:
                 below = _Halves(shape, kind, tile, stack.enter_context(tempfile.TemporaryFile(dir=scratch.parent)))

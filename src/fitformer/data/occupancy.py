@@ -1,0 +1,127 @@
+"""Which groups of an image hold something: by a threshold against the background, or by a mask file."""
+
+import os
+from collections.abc import Callable
+from math import ceil
+
+import numpy as np
+
+from fitformer.cuts import Size, sides_of
+from fitformer.data.readers.areas import Overlap, overlap
+from fitformer.data.readers.lazy import LazyImage, open_image
+from fitformer.data.readers.levels import Pixels, blocks
+from fitformer.errors import InputError
+
+Background = str | float | tuple[float, ...]
+"""`white`, `black`, one level for all channels, or one for each."""
+
+# A coarse look sees at least so many pixels along the side of a group.
+_COARSE = 16
+
+
+def occupied(
+    image: LazyImage,
+    group_size: Size,
+    *,
+    background: Background | None = None,
+    tolerance: float = 0.1,
+    mask: str | os.PathLike[str] | None = None,
+    least: float = 0.0,
+    exact: bool = True,
+) -> np.ndarray:
+    """Which groups hold something, bool (group rows, group columns); groups at the edges may reach beyond it.
+
+    A pixel is something if one of its channels is further from `background` than `tolerance`, a share of the range
+    (255 or 65535; 1 for floats, of which NaN is background). With a `mask`, an image of the same size or an even
+    reduction of it, what is not zero there is something. A group is occupied if more than the share `least` of its
+    pixels inside the image is something, by each of the two that is given; without either, all are.
+
+    All pixels are looked at, block by block: with `least` 0 not even a single one is missed. With `exact` off, a
+    reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
+    faster, and blind to what is smaller than its pixels.
+
+    Raises:
+        InputError: a mask of another shape, a background of other channels, `least` or `tolerance` outside [0, 1).
+    """
+    for name, share in (("least", least), ("tolerance", tolerance)):
+        if not 0 <= share < 1:
+            raise InputError(f"{name} is {share}: a share from 0 to below 1")
+    rows, columns = sides_of(group_size, "hw")
+    size = image.shape[:2]
+    found: np.ndarray = np.ones((ceil(size[0] / rows), ceil(size[1] / columns)), dtype=bool)
+    if background is not None:
+        lowest, highest = _range(image, background, tolerance)
+
+        def differs(pixels: np.ndarray) -> np.ndarray:
+            return np.asarray(((pixels < lowest) | (pixels > highest)).any(axis=2))
+
+        looked_at = image if exact else _reduced(image, rows, columns)
+        np.logical_and(found, _shares(looked_at, differs, size, (rows, columns)) > least, out=found)
+    if mask is not None:
+        with open_image(mask) as drawn:
+            _check_mask(drawn, image)
+            np.logical_and(found, _shares(drawn, _drawn, size, (rows, columns)) > least, out=found)
+    return found
+
+
+def _drawn(pixels: np.ndarray) -> np.ndarray:
+    """What is not zero in a mask; of four channels the last is alpha and says nothing."""
+    colours = pixels[..., :3] if pixels.shape[2] == 4 else pixels
+    return np.asarray((colours != 0).any(axis=2))
+
+
+def _range(image: LazyImage, background: Background, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and highest level (channels,) that is background, in the type of the pixels where that is whole."""
+    whole = image.dtype.kind == "u"
+    top = float(np.iinfo(image.dtype).max) if whole else 1.0
+    named = {"white": top, "black": 0.0}
+    if isinstance(background, str) and background not in named:
+        raise InputError(f"background is {background!r}: choose white, black, a number, or a number for each channel")
+    levels = np.atleast_1d(np.asarray(named[background] if isinstance(background, str) else background, dtype=float))
+    channels = image.shape[2]
+    if levels.shape not in ((1,), (channels,)):
+        raise InputError(f"background has {levels.size} levels, and {image.path} has {channels} channels")
+    lowest, highest = levels - tolerance * top, levels + tolerance * top
+    if whole:
+        # Compared as they are, the pixels need no conversion.
+        lowest, highest = (np.clip(edge, 0, top).astype(image.dtype) for edge in (np.ceil(lowest), np.floor(highest)))
+    return lowest, highest
+
+
+def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:
+    """The smallest stored reduction that still shows a group of that size, or the image itself."""
+    wanted = (ceil(side * _COARSE / group) for side, group in zip(image.shape, (rows, columns)))
+    return next(iter(image.reductions(*wanted)), image)
+
+
+def _shares(
+    source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], group: tuple[int, int]
+) -> np.ndarray:
+    """The share of each group that is something, by a source whose pixels lie evenly over an image of that size."""
+    down, across = (_over_groups(*sides) for sides in zip(source.shape, size, group))
+    whole = np.outer(*(np.bincount(each.bins, each.lengths) for each in (down, across)))
+    found = np.zeros(whole.shape)
+    for top, left, height, width in blocks(source):
+        part, row = down.sums(is_something(source.window(top, left, height, width)), top)
+        part, column = across.sums(part.T, left)
+        found[row : row + part.shape[1], column : column + part.shape[0]] += part.T
+    shares: np.ndarray = found / whole
+    return shares
+
+
+def _over_groups(cells: int, length: int, group: int) -> Overlap:
+    """How evenly spread cells lie over groups of `group` pixels, the last one perhaps cut off."""
+    ends = np.minimum(np.arange(ceil(length / group) + 1, dtype=np.int64) * group, length)
+    return overlap(np.arange(cells + 1, dtype=np.int64) * length, ends * cells)
+
+
+def _check_mask(mask: LazyImage, image: LazyImage) -> None:
+    (rows, columns), (of_rows, of_columns) = image.shape[:2], mask.shape[:2]
+    # The factors that lead from one size to the other, rounded up or down.
+    least = max(rows / (of_rows + 1), columns / (of_columns + 1))
+    most = min(rows / max(of_rows - 1, 1e-9), columns / max(of_columns - 1, 1e-9))
+    if of_rows > rows or of_columns > columns or not least < most:
+        raise InputError(
+            f"the mask {mask.path} has {of_rows} x {of_columns} pixels and {image.path} {rows} x {columns}: a mask has "
+            f"the size of its image, or that divided by one number"
+        )
