@@ -156,7 +156,7 @@ def test_ctrl_c_stops_after_a_step_with_everything_saved(text, tmp_path, monkeyp
     assert main(words("digits-classify", text, tmp_path / "run")) == 0
 
 
-@pytest.mark.parametrize("option", ["--trainer.precision=bf16", "--trainer.gradient_checkpointing=true"])
+@pytest.mark.parametrize("option", ["--trainer.precision=bf16", "--trainer.execution=checkpointed"])
 def test_options_that_change_how_a_step_is_computed_train_all_the_same(option, text, tmp_path):
     more = ["--trainer.steps=2", "--objective.self_cond=masking", "--objective.sample_steps=2", option]
     assert main(words("digits-diffuse", text, tmp_path / "run", *more)) == 0
@@ -167,7 +167,7 @@ def test_options_that_change_how_a_step_is_computed_train_all_the_same(option, t
 @pytest.mark.slow
 # Warnings of the compiler about itself, which Python does not show by default.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-@pytest.mark.parametrize("more", [[], ["--objective.self_cond=masking", "--trainer.gradient_checkpointing=true"]])
+@pytest.mark.parametrize("more", [[], ["--objective.self_cond=masking", "--trainer.execution=checkpointed"]])
 def test_layers_compile(more, text, tmp_path, capfd):
     name = "digits-diffuse" if more else "digits-classify"
     assert main(words(name, text, tmp_path / "run", "--trainer.compile=true", *more)) == 0

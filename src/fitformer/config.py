@@ -28,7 +28,11 @@ HARMLESS = frozenset(
         "trainer.previews",
         "trainer.keep_best",
         "trainer.compile",
-        "trainer.gradient_checkpointing",
+        "trainer.execution",
+        "trainer.keep",
+        "trainer.slice_groups",
+        "trainer.scratch",
+        "trainer.memory",
     }
 )
 """Keys that may change when a run is taken up again: they do not change what is learned, save for rounding."""

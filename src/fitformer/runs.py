@@ -97,6 +97,7 @@ class Run:
         """
         import fitformer
         from fitformer.encoder import FITImageEncoder
+        from fitformer.tasks import set_way
 
         if not (self.model_folder / "model.safetensors").is_file():
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
@@ -105,7 +106,9 @@ class Run:
             "diffuse": fitformer.FITDenoiser,
             "autoregress": fitformer.FITDecoder,
         }
-        return roles[self.recipe.task].from_pretrained(self.model_folder)
+        network = roles[self.recipe.task].from_pretrained(self.model_folder)
+        set_way(network, self.recipe.trainer)
+        return network
 
     def dataset(self, split: Literal["train", "val", "test"] = "test") -> Any:
         """The run's data, `split` being `train`, `val` or `test`, in the order and split that training had."""

@@ -10,6 +10,7 @@ from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
 
 Position = Literal["learned", "sin_cos", "sin_cos2d"]
+LatentPosition = Literal["learned", "sin_cos", "row_column"]
 
 
 def _at_least(lowest: float, **values: float | None) -> None:
@@ -32,7 +33,7 @@ class Model:
         preset: `tiny`, `small`, `base` or `large` (`fitformer.presets`).
         layers: layer string, `(local)global(local)global...`.
         dim, latent_dim, heads, latent_heads, latents_per_group: see `fitformer.trunk.Trunk`.
-        position, latent_position: of data tokens and of latents.
+        position, latent_position: of data tokens and of latents; `row_column` is for images of any size.
         mlp_ratio: inner over outer width of the feed-forwards.
         drop_path, drop_units, drop_att: dropout of branches, feed-forward units, attention weights.
     """
@@ -45,7 +46,7 @@ class Model:
     latent_heads: int | None = None
     latents_per_group: int | None = None
     position: Position = "learned"
-    latent_position: Position = "learned"
+    latent_position: LatentPosition = "learned"
     mlp_ratio: float = 4
     drop_path: float = 0.0
     drop_units: float = 0.0
@@ -57,11 +58,15 @@ class Model:
 
 @dataclass(frozen=True)
 class EncoderModel(Model):
-    """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns)."""
+    """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns).
+
+    `glimpses` are copies of the whole image, shrunk to one group, that stand before its groups.
+    """
 
     group_size: int | tuple[int, int] = 16
     patch_size: int | tuple[int, int] = 4
     mask: Literal["causal"] | None = None
+    glimpses: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,11 @@ class Training:
         checkpoint_every, validate_every, log_every: in optimizer steps.
         validate_batches: at most so many, None for all; 0 for no validation.
         previews: samples drawn at each validation, 0 for none. keep_best: also keep the best checkpoint.
-        compile: layer by layer. gradient_checkpointing: recompute instead of keeping activations.
+        compile: layer by layer.
+        execution: how the trunk runs (`fitformer.execution`). keep, keep_precision, scratch: of the streamed one, where
+            data tokens wait, in which precision (null is as computed) and in which folder on disk (null is the system's
+            for temporary files). slice_groups: groups of a slice; null chooses by `memory`, which is what a step may
+            take, such as 8GB (null is all of the machine's).
     """
 
     steps: int = 1000
@@ -226,11 +235,17 @@ class Training:
     previews: int = 10
     keep_best: bool = False
     compile: bool = False
-    gradient_checkpointing: bool = False
+    execution: Literal["plain", "checkpointed", "streamed"] = "plain"
+    keep: Literal["memory", "host", "disk"] = "memory"
+    keep_precision: Literal["bf16"] | None = None
+    slice_groups: int | None = None
+    scratch: str | None = None
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, log_every=self.log_every)
         _at_least(1, checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
+        _at_least(1, slice_groups=self.slice_groups)
         _at_least(0, seed=self.seed, previews=self.previews, validate_batches=self.validate_batches)
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; the decay lies in [0, 1), 0 switches averaging off")

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of a packaged recipe (see --list), or path of a YAML file")
     parser.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<recipe>)")
     parser.add_argument("--list", action="store_true", help="show the packaged recipes")
+    parser.add_argument("--memory", help="what a step may take, such as 8GB; the same as --trainer.memory")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.epilog = "--SECTION.KEY=VALUE overrides a key of the recipe; --dry-run shows them all."
 
@@ -27,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _list()
     if arguments.recipe is None:
         raise InputError("name a recipe; `fitformer train --list` shows those there are")
-    recipe = config.load(arguments.recipe, arguments.overrides)
+    budget = [] if arguments.memory is None else [f"--trainer.memory={arguments.memory}"]
+    recipe = config.load(arguments.recipe, [*arguments.overrides, *budget])
     if arguments.dry_run:
         print(config.dump(recipe), end="")
         return 0

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Literal
 
 from fitformer.data.arrays import read_arrays, read_digits, read_idx
-from fitformer.data.folders import Columns, read_folder, read_manifest
+from fitformer.data.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.hub import read_huggingface
 from fitformer.data.images import ImageDataset
 from fitformer.data.megapixel import read_megapixel_mnist
@@ -58,7 +58,10 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
         InputError: an unknown source, or data that are missing or broken.
     """
     path, classes, channels = settings.path, settings.classes, settings.channels
-    if channels not in (None, 1, 3, 4):
+    lazy = settings.image_size is None
+    if lazy and settings.source not in ("folder", "manifest"):
+        raise InputError(f"image_size is null, each image's own, which the source {settings.source!r} does not have")
+    if channels not in (None, 1, 3, 4) and not lazy:
         raise InputError(f"channels is {channels}: images have 1 (grey), 3 (colour) or 4 (colour and alpha)")
     columns = Columns(settings.image_column, settings.label_column, settings.split_column)
     match settings.source:
@@ -70,12 +73,14 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_arrays(path, classes, channels)
         case "folder":
             asked = (settings.train_part, settings.val_part, settings.test_part)
-            return read_folder(path, classes, channels, [part for part in asked if part])
+            return read_folder(path, classes, channels, [part for part in asked if part], LAZY if lazy else DECODED)
         case "manifest":
-            return read_manifest(path, columns, classes, channels, settings.max_unreadable)
+            most = settings.max_unreadable
+            return read_manifest(path, columns, classes, channels, most, LAZY if lazy else DECODED)
         case "huggingface":
             return read_huggingface(path, settings.subset, columns, classes, channels)
         case "megapixel-mnist":
+            assert settings.image_size is not None
             return read_megapixel_mnist(path, settings.image_size, settings.split_seed, channels)
         case other:
             known = ["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]

@@ -3,10 +3,11 @@
 import csv
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitformer.data.lazily import is_image_folder, lazy_source, lazy_suffixes
 from fitformer.data.pixels import suffixes
 from fitformer.data.sources import (
     Source,
@@ -23,26 +24,47 @@ from fitformer.errors import InputError, require
 PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 
 
-def image_files(folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class Reading:
+    """What is taken for an image file, by its ending, and the source that files make."""
+
+    suffixes: Callable[[], frozenset[str]]
+    source: Callable[..., Source]
+
+
+DECODED = Reading(suffixes, file_source)
+LAZY = Reading(lazy_suffixes, lazy_source)
+
+
+def image_files(folder: Path, reading: Reading = DECODED) -> list[str]:
     """Every image below a folder, by file name ending, sorted; hidden files and folders are left out."""
-    known = suffixes()
+    known = reading.suffixes()
     found: list[str] = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [
             os.path.join(where, name)
-            for name in names
+            for name in [*names, *filter(is_image_folder, folders)]
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in known
         ]
+        folders[:] = [name for name in folders if not is_image_folder(name)]
     return sorted(found)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith((".", "__")) and not is_image_folder(entry)
+    )
 
 
 def read_folder(
-    path: str | None, classes: tuple[str, ...], channels: int | None, part_names: Sequence[str] = ()
+    path: str | None,
+    classes: tuple[str, ...],
+    channels: int | None,
+    part_names: Sequence[str] = (),
+    reading: Reading = DECODED,
 ) -> dict[str, Source]:
     """A folder of images: a class per subfolder, or flat and without classes; either in part folders, train and so on.
 
@@ -54,23 +76,28 @@ def read_folder(
         raise InputError(f"data source 'folder' needs a folder of images: {root} is a file")
     below = _subfolders(root)
     in_parts = bool(below) and set(below) <= {*PART_NAMES, *part_names}
-    named = {part: _label_files(root / part) for part in below} if in_parts else {"train": _label_files(root)}
-    return number_parts(str(root), named, classes, channels)
+    folders = {part: root / part for part in below} if in_parts else {"train": root}
+    named = {part: _label_files(folder, reading) for part, folder in folders.items()}
+    return number_parts(str(root), named, classes, channels, reading)
 
 
 Labelled = list[tuple[str, str | None]]
 
 
-def _label_files(folder: Path) -> Labelled:
+def _label_files(folder: Path, reading: Reading) -> Labelled:
     """Every image of a part with its class name, None in a flat folder."""
     named: Labelled = []
     for name in _subfolders(folder):
-        files = image_files(folder / name)
+        files = image_files(folder / name, reading)
         named += [(file, name) for file in files]
         if not files:
             warnings.warn(f"the folder {folder / name} has no images and makes no class", stacklevel=2)
-    known = suffixes()
-    loose = sorted(str(entry) for entry in folder.iterdir() if entry.is_file() and entry.suffix.lower() in known)
+    known = reading.suffixes()
+    loose = sorted(
+        str(entry)
+        for entry in folder.iterdir()
+        if (entry.is_file() or is_image_folder(entry)) and entry.suffix.lower() in known
+    )
     if named and loose:
         beside = f"{folder} has images beside its class folders, which are left out: {listed(loose, 3)}"
         warnings.warn(beside, stacklevel=2)
@@ -83,7 +110,11 @@ def _label_files(folder: Path) -> Labelled:
 
 
 def number_parts(
-    title: str, parts: dict[str, Labelled], classes: tuple[str, ...], channels: int | None
+    title: str,
+    parts: dict[str, Labelled],
+    classes: tuple[str, ...],
+    channels: int | None,
+    reading: Reading = DECODED,
 ) -> dict[str, Source]:
     """Sources of several parts with one numbering of their classes.
 
@@ -100,7 +131,7 @@ def number_parts(
             lacking = [file for file, name in named if name is None]
             raise InputError(f"{where}: {len(lacking)} of {len(named)} images have no label: {listed(lacking, 3)}")
         labels = number_labels(known, classes, where) if names else unlabelled(len(named))
-        sources[part] = file_source(where, [file for file, _ in named], labels, classes, channels)
+        sources[part] = reading.source(where, [file for file, _ in named], labels, classes, channels)
     return sources
 
 
@@ -121,7 +152,12 @@ _USUAL = {
 
 
 def read_manifest(
-    path: str | None, columns: Columns, classes: tuple[str, ...], channels: int | None, most_missing: int = 10
+    path: str | None,
+    columns: Columns,
+    classes: tuple[str, ...],
+    channels: int | None,
+    most_missing: int = 10,
+    reading: Reading = DECODED,
 ) -> dict[str, Source]:
     """A CSV, TSV or Parquet table with a row per image: its path (absolute or from the table's folder), label, split.
 
@@ -149,7 +185,7 @@ def read_manifest(
     parts = {
         part: [(p, n or None) for p, n, s in zip(paths, names, split) if s == part] for part in dict.fromkeys(split)
     }
-    return number_parts(str(file), parts, classes, channels)
+    return number_parts(str(file), parts, classes, channels, reading)
 
 
 def _column(what: str, asked: str | None, table: dict[str, list[str]], file: Path) -> str | None:

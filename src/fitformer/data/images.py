@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fitformer.data.order import example_generator
-from fitformer.data.pixels import Unreadable, fit, jitter, random_crop
+from fitformer.data.pixels import Unreadable, fit, jitter, random_crop, shift
 from fitformer.data.settings import Augmentation, Resize
 from fitformer.data.sources import Source, listed
 from fitformer.errors import InputError
@@ -23,6 +23,10 @@ def _light(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np
     return jitter(fit(pixels, size, resize), random)
 
 
+def _shift(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return shift(fit(pixels, size, resize), random)
+
+
 def _crop(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
     return random_crop(pixels, size, random)
 
@@ -32,7 +36,7 @@ def _crop_flip(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random
     return cropped[:, ::-1] if random.random() < 0.5 else cropped
 
 
-AUGMENTATIONS: dict[str, Augment] = {"light": _light, "crop": _crop, "crop-flip": _crop_flip}
+AUGMENTATIONS: dict[str, Augment] = {"light": _light, "crop": _crop, "crop-flip": _crop_flip, "shift": _shift}
 
 
 def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
@@ -45,12 +49,19 @@ def dequantize(values: np.ndarray, levels: int) -> np.ndarray:
     return np.rint(values * (255 / (levels - 1))).astype(np.uint8)
 
 
+def collate_any_size(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose images are a list."""
+    rest = default_collate([{name: item[name] for name in ("label", "index")} for item in items])
+    return {"image": [item["image"] for item in items], **rest}
+
+
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
-    classes) and `index`, that of the image handed out. The randomness of augmentation is a function of
-    (seed, epoch, index).
+    classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
+    image that is read lazily (`collate` puts them in a list, not in a tensor). The randomness of augmentation is a
+    function of (seed, epoch, index).
 
     A file that cannot be read is logged once by name and the next readable image stands in for it; the count is
     shared by the worker processes of a loader.
@@ -62,7 +73,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         source: Source,
-        image_size: int | tuple[int, int],
+        image_size: int | tuple[int, int] | None,
         *,
         resize: Resize = "crop",
         augmentation: Augmentation = "none",
@@ -76,10 +87,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if levels is not None and not 2 <= levels <= 256:
             raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
         self.source, self.seed, self.note = source, seed, note
-        rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if min(rows, columns) < 1:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
-        self.image_size = (rows, columns)
+        if sides is None and (augmentation != "none" or levels is not None):
+            raise InputError("images of any size are read as they are: remove data.augmentation and data.levels")
+        self.image_size = sides
         self.resize, self.levels, self.max_unreadable = resize, levels, max_unreadable
         self.augment = AUGMENTATIONS.get(augmentation)
         # One shared byte per image, so that all workers of a loader see and count what any of them found.
@@ -102,11 +115,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def describe(self) -> str:
         """One line: what, how many, how large."""
-        rows, columns = self.image_size
+        size = "any size" if self.image_size is None else " x ".join(map(str, self.image_size))
         kinds = f"{len(self.classes)} classes" if self.classes else "no classes"
         values = f", {self.levels} levels" if self.levels else ""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.source.title}: {len(self):,} images, {rows} x {columns} x {self.channels}{values}, {kinds}{note}"
+        return f"{self.source.title}: {len(self):,} images, {size} x {self.channels}{values}, {kinds}{note}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,6 +129,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         pixels, label, found = self._read(index)
+        if self.image_size is None:
+            return {"image": pixels, "label": torch.tensor(label), "index": found}
         if self.augment is None:
             pixels = fit(pixels, self.image_size, self.resize)
         else:
@@ -125,7 +140,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
         return {"image": torch.tensor(pixels.copy()), "label": torch.tensor(label), "index": found}
 
-    def _read(self, index: int) -> tuple[np.ndarray, int, int]:
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
+        """How items become a batch; None for the usual way."""
+        return collate_any_size if self.image_size is None else None
+
+    def _read(self, index: int) -> tuple[Any, int, int]:
         """The image at `index`, or the next one after it that can be read."""
         for step in range(len(self)):
             place = (index + step) % len(self)

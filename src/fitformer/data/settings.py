@@ -9,7 +9,7 @@ from typing import Literal
 
 ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
 ByteSource = Literal["python-sources", "python-docs", "files"]
-Augmentation = Literal["none", "light", "crop", "crop-flip"]
+Augmentation = Literal["none", "light", "crop", "crop-flip", "shift"]
 Resize = Literal["crop", "stretch", "pad"]
 
 
@@ -25,7 +25,9 @@ class ImageData:
             `image_size` with five digits each, made of the MNIST files in a folder; `split_seed` says which canvases).
         path: folder, file or Hub name; `digits` needs none.
         subset: the configuration of a Hub dataset that has several.
-        image_size: side, or (rows, columns), of the images handed out, in pixels.
+        image_size: side, or (rows, columns), of the images handed out, in pixels. None (of a `folder` or `manifest`)
+            is each image's own, read lazily from TIFF, OME-TIFF, Zarr, slides and so on; for a model with
+            `latent_position: row_column`.
         resize: how an image of another shape gets there: `crop` (scale the shorter side, cut the centre), `stretch`,
             or `pad` (scale the longer side, the colour of its rim round it).
         channels: 1 grey, 3 colour, 4 colour and alpha; images are converted. None keeps what the files have,
@@ -40,7 +42,10 @@ class ImageData:
             at 0 validation uses the test part.
         split_seed: which examples these are.
         augmentation: of training images only. `light`: shift, turn and scale a little (digits); `crop`: random resized
-            crop; `crop-flip`: the same and a horizontal flip.
+            crop; `crop-flip`: the same and a horizontal flip; `shift`: whole pixels up to a sixteenth of the sides.
+        background: groups that hold nothing else are skipped, by a model with `latent_position: row_column`: `white`,
+            `black`, or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share of the range.
+        masks: folder of mask files, named as the images but for their endings; groups where the mask is 0 are skipped.
         max_unreadable: number of files that may be unreadable before it is an error; each is logged and replaced.
         num_workers: processes that read ahead.
     """
@@ -48,7 +53,7 @@ class ImageData:
     source: ImageSource = "digits"
     path: str | None = None
     subset: str | None = None
-    image_size: int | tuple[int, int] = 32
+    image_size: int | tuple[int, int] | None = 32
     resize: Resize = "crop"
     channels: int | None = None
     levels: int | None = None
@@ -63,6 +68,9 @@ class ImageData:
     validation: float = 0.0
     split_seed: int = 0
     augmentation: Augmentation = "none"
+    background: Literal["none", "white", "black"] = "none"
+    tolerance: float = 0.1
+    masks: str | None = None
     max_unreadable: int = 10
     num_workers: int = 0
 
@@ -102,6 +110,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "train_part": ("folder", "manifest", "huggingface"),
     "val_part": ("folder", "manifest", "huggingface"),
     "test_part": ("folder", "manifest", "huggingface"),
+    "masks": ("folder", "manifest"),
     "max_unreadable": ("folder", "manifest", "huggingface"),
 }
 """Which sources read an option that not all of them read."""

@@ -14,8 +14,11 @@ from fitformer.tasks import Batch, task_of
 def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", workers: int = 0) -> Iterator[Batch]:
     """Every example of a dataset once, in its order, as batches on a device; the last may be smaller."""
     order = EvaluationBatches(len(dataset), batch_size)
-    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
-        yield {name: value.to(device) for name, value in batch.items()}  # type: ignore[misc]
+    collate = getattr(dataset, "collate", None)
+    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate):
+        yield {  # type: ignore[misc]
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
 
 
 def measured(

@@ -54,7 +54,7 @@ def evaluate(
     whole = -(-len(dataset) // batch_size)
     found = _counted(batches(dataset, batch_size, device, recipe.data.num_workers), whole, on_batch)
     if recipe.task == "classify":
-        yield from classification(_scored(network, found), dataset.classes)
+        yield from classification(_scored(network, found, recipe.data), dataset.classes)
     elif recipe.task == "diffuse":
         yield from measured(network, found, recipe)
     else:
@@ -78,9 +78,9 @@ def _counted(found: Iterable[Any], of: int, on_batch: Callable[[int, int], None]
 
 
 @torch.inference_mode()
-def _scored(network: nn.Module, found: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _scored(network: nn.Module, found: Iterable[Any], settings: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in found:
-        yield logits(network, batch["image"]), batch["label"]  # type: ignore[arg-type]
+        yield logits(network, batch["image"], settings), batch["label"]  # type: ignore[arg-type]
 
 
 def autoregressive_baselines(run: Run, dataset: Any, batch_size: int = 64) -> Iterator[tuple[str, float]]:

@@ -9,12 +9,13 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from fitformer.settings import Recipe
+from fitformer.execution import Streamed, Way, checkpointed, plain
+from fitformer.settings import Recipe, Training
 from fitformer.tasks.batch import Batch
 from fitformer.tasks.preview import Preview
 from fitformer.trunk import Trunk
 
-__all__ = ["Batch", "Preview", "Task", "build_model", "task_of", "trunk_of"]
+__all__ = ["Batch", "Preview", "Task", "build_model", "set_way", "task_of", "trunk_of"]
 
 
 class Task(Protocol):
@@ -48,6 +49,16 @@ def build_model(recipe: Recipe, dataset: Any) -> nn.Module:
         InputError: sizes that do not fit together, no classes where the task needs them.
     """
     return task_of(recipe).build(recipe, dataset)
+
+
+def set_way(network: Any, training: Training) -> None:
+    """Have a network's trunk run as `trainer.execution` says."""
+    ways: dict[str, Way] = {"plain": plain, "checkpointed": checkpointed}
+    if training.execution == "streamed":
+        way: Way = Streamed(training.slice_groups, training.keep, training.keep_precision, training.scratch)
+    else:
+        way = ways[training.execution]
+    getattr(network, "encoder", network).run = way
 
 
 def trunk_of(network: Any) -> Trunk:

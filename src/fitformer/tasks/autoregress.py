@@ -12,8 +12,9 @@ from fitformer import generation, grouping
 from fitformer.cuts import sides_of
 from fitformer.decoder import FITDecoder
 from fitformer.errors import InputError
+from fitformer.execution import Work, total
 from fitformer.settings import ByteRecipe, PixelRecipe
-from fitformer.tasks.batch import Batch, arguments
+from fitformer.tasks.batch import Batch, arguments, one_size
 from fitformer.tasks.preview import Preview
 
 BYTES = 256
@@ -28,7 +29,7 @@ def build(recipe: PixelRecipe | ByteRecipe, dataset: Any) -> FITDecoder:
     """
     if isinstance(recipe, ByteRecipe):
         return _build(recipe, _division(recipe), recipe.model.tokens_per_group, BYTES)
-    image = torch.zeros(1, *sides_of(recipe.data.image_size, "hw"), dataset.channels, dtype=torch.uint8)
+    image = torch.zeros(1, *sides_of(one_size(recipe), "hw"), dataset.channels, dtype=torch.uint8)
     t, n = grouping.image_to_pixels(image, recipe.model.patch_size, recipe.objective.order).shape[1:]
     return _build(recipe, t, n, recipe.data.levels or BYTES)
 
@@ -67,10 +68,18 @@ def targets(batch: Batch, recipe: PixelRecipe | ByteRecipe) -> tuple[Tensor, Ten
 
 def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean bits of the tokens `(b, t, n)` that count, a scalar, with gradients: the paper's negative log-likelihood."""
-    logits = network(grouping.shift_right(tokens))
-    if mask is not None:
-        logits, tokens = logits[mask], tokens[mask]
-    return F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten()) / math.log(2)
+    given = grouping.shift_right(tokens)
+    weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+
+    def nats(groups: slice, logits: Tensor, _: Tensor | None) -> Tensor:
+        # A slice's logits are gone before the next one's are there.
+        each = F.cross_entropy(logits.flatten(0, -2).float(), tokens[:, groups].flatten(), reduction="none")
+        return (each * weights[:, groups].flatten()).sum()
+
+    latents = network.trunk.initial_latents(*tokens.shape[:2])
+    added, _ = total(network, Work(tokens.shape[1], latents, lambda groups: (given[:, groups], None), score=nats))
+    assert added is not None
+    return added / weights.sum() / math.log(2)
 
 
 def unit(recipe: PixelRecipe | ByteRecipe) -> str:
@@ -106,7 +115,7 @@ def generate_images(
 ) -> Tensor:
     """Draw images pixel by pixel, uint8 0 .. 255 `(count, H, W, ch)`. Image k depends on (seed, first + k) alone."""
     length = network.num_groups * network.tokens_per_group
-    size, levels = sides_of(recipe.data.image_size, "hw"), network.vocab_size
+    size, levels = sides_of(one_size(recipe), "hw"), network.vocab_size
     parts = []
     for start in range(0, count, batch_size):
         k = min(batch_size, count - start)

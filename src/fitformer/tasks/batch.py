@@ -13,11 +13,12 @@ class Batch(TypedDict, total=False):
     """A collated batch: of images, or of tokens.
 
     Attributes:
-        image: uint8 `(b, H, W, ch)`. label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the example's number.
+        image: uint8 `(b, H, W, ch)`, or a list of lazily read images.
+        label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the example's number.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
     """
 
-    image: Tensor
+    image: Any
     label: Tensor
     index: Tensor
     tokens: Tensor
@@ -27,6 +28,17 @@ class Batch(TypedDict, total=False):
 def arguments(model: Model, *drop: str) -> dict[str, Any]:
     """A model section as arguments of `from_preset`: what departs from the preset, without the keys in `drop`."""
     return {key: value for key, value in asdict(model).items() if value is not None and key not in {"preset", *drop}}
+
+
+def one_size(recipe: Any) -> int | tuple[int, int]:
+    """The one size of a recipe's images.
+
+    Raises:
+        InputError: `data.image_size` is null, images of any size.
+    """
+    if recipe.data.image_size is None:
+        raise InputError(f"data.image_size is null; the task {recipe.task} needs images of one size")
+    return recipe.data.image_size
 
 
 def need_classes(dataset: Any, what: str) -> int:

@@ -1,41 +1,109 @@
 """Classification: cross-entropy of the class of an image."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+from glob import escape
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from fitformer.cuts import Size
+from fitformer.data.occupancy import occupied
+from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.settings import ImageData
 from fitformer.diffusion import pixels_to_signal
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.settings import ClassifyRecipe
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
+from fitformer.tiling import ArraySource, GroupedImage, PixelSource, Tiling
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
-    """An image encoder with a head for the dataset's classes.
+    """An image encoder with a head for the dataset's classes; of images of any size with `row_column` positions.
 
     Raises:
-        InputError: data without classes, sizes that do not divide.
+        InputError: data without classes, sizes that do not divide, images of any size for an encoder of one.
     """
     need_no_levels(recipe)
+    any_size = recipe.model.latent_position == "row_column"
+    if not any_size:
+        _need_one_size(recipe)
     return FITImageEncoder.from_preset(
         recipe.model.preset,
-        image_size=recipe.data.image_size,
+        image_size=None if any_size else recipe.data.image_size,
         channels=dataset.channels,
         num_classes=need_classes(dataset, "classification"),
         **arguments(recipe.model),
     )
 
 
-def logits(network: FITImageEncoder, images: Tensor) -> Tensor:
-    """Logits `(b, classes)` of uint8 images `(b, H, W, ch)`, which the network sees in [-1, 1]."""
-    return network(pixels_to_signal(images))
+def _need_one_size(recipe: ClassifyRecipe) -> None:
+    data = recipe.data
+    asked = {"image_size: null": data.image_size is None, "background": data.background != "none", "masks": data.masks}
+    if named := [name for name, is_asked in asked.items() if is_asked]:
+        raise InputError(
+            f"data.{named[0]} is for models of images of any size; set model.latent_position to row_column"
+        )
+
+
+def logits(network: FITImageEncoder, images: Tensor | Sequence[PixelSource], data: ImageData | None = None) -> Tensor:
+    """Logits `(b, classes)` of images, which the network sees in [-1, 1].
+
+    Args:
+        network: the classifier.
+        images: uint8 `(b, H, W, ch)`, or sources of pixels of any size.
+        data: says which groups are empty and skipped; none by default.
+    """
+    if network.groups is not None:
+        assert isinstance(images, Tensor)
+        return network(pixels_to_signal(images))
+    return network([grouped(network, image, data) for image in images])
+
+
+def grouped(network: FITImageEncoder, image: Tensor | PixelSource, data: ImageData | None = None) -> GroupedImage:
+    """An image of any size as groups of a network, without those that `data` calls empty."""
+    source = ArraySource(image) if isinstance(image, Tensor) else image
+    return GroupedImage(source, network.tiling, _occupied(source, network.tiling, data), network.glimpses)
+
+
+def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray | None:
+    """The groups that hold something, by the settings; None for all."""
+    if data is None or (data.background == "none" and data.masks is None):
+        return None
+    background = None if data.background == "none" else data.background
+    if not isinstance(source, LazyImage):
+        return occupied(source, tiling.group_size, background=background, tolerance=data.tolerance)
+    return _occupied_file(source.path, tiling.group_size, background, data.tolerance, data.masks)
+
+
+@lru_cache(maxsize=2**16)
+def _occupied_file(
+    path: str, group_size: Size, background: str | None, tolerance: float, masks: str | None
+) -> np.ndarray:
+    # Looking takes as long as reading the image: it is done once for all epochs.
+    with open_image(path) as image:
+        mask = None if masks is None else _mask_of(path, masks)
+        return occupied(image, group_size, background=background, tolerance=tolerance, mask=mask)
+
+
+def _mask_of(path: str, folder: str) -> str:
+    stem = Path(path).name.partition(".")[0]
+    found = sorted(str(entry) for entry in Path(folder).glob(f"{escape(stem)}.*"))
+    if len(found) != 1:
+        raise InputError(
+            f"{path} needs one mask, {stem}.* in {folder}, and there are {len(found)}{': ' if found else ''}"
+            f"{', '.join(found)}"
+        )
+    return found[0]
 
 
 def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, smoothed as the recipe says, and accuracy."""
-    predicted = logits(network, batch["image"])
+    predicted = logits(network, batch["image"], recipe.data)
     value = F.cross_entropy(predicted.float(), batch["label"], label_smoothing=recipe.objective.label_smoothing)
     return value, {"accuracy": _accuracy(predicted, batch["label"])}
 
@@ -49,7 +117,7 @@ def measure(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> t
     label = batch["label"]
     if bool((label < 0).any()):
         raise InputError("some held-out examples have no label, so accuracy cannot be measured")
-    predicted = logits(network, batch["image"])
+    predicted = logits(network, batch["image"], recipe.data)
     return {"loss": F.cross_entropy(predicted.float(), label), "accuracy": _accuracy(predicted, label)}, len(label)
 
 

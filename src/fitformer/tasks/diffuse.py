@@ -11,9 +11,10 @@ from torch import Tensor
 from fitformer import diffusion
 from fitformer.denoiser import FITDenoiser
 from fitformer.errors import InputError
+from fitformer.execution import Work, total
 from fitformer.grouping import ImageGroups
 from fitformer.settings import DiffuseRecipe
-from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
+from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
 from fitformer.tasks.preview import Preview
 
 _GOLDEN = 0.6180339887498949
@@ -42,7 +43,7 @@ def build(recipe: DiffuseRecipe, dataset: Any) -> FITDenoiser:
 
 def groups(recipe: DiffuseRecipe, channels: int) -> ImageGroups:
     """How images are cut for the denoiser."""
-    return ImageGroups(recipe.data.image_size, recipe.model.group_size, recipe.model.patch_size, channels)
+    return ImageGroups(one_size(recipe), recipe.model.group_size, recipe.model.patch_size, channels)
 
 
 def loss(network: FITDenoiser, batch: Batch, recipe: DiffuseRecipe) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,10 +85,26 @@ def _error(
     if network.cond_dim is not None:
         cond = one_hot(batch["label"], network.cond_dim)
         cond = diffusion.drop_condition(cond, objective.condition_dropout) if training else cond
-    output, _ = network(seen, gamma, cond, _earlier_latents(network, recipe, seen, gamma, cond, training))
-    return diffusion.loss(
-        objective.prediction, output.float(), xt, x0, eps, gamma, on=objective.loss_on, b_scale=objective.b_scale
+    earlier = _earlier_latents(network, recipe, seen, gamma, cond, training)
+    batch_size, groups_in_all = x0.shape[:2]
+
+    def share(groups: slice, output: Tensor, _: Tensor | None) -> Tensor:
+        # A slice's part of the mean over all groups; its prediction is gone before the next one's is there.
+        noisy, clean, drawn = (each[:, groups] for each in (xt, x0, eps))
+        options: dict[str, Any] = {"on": objective.loss_on, "b_scale": objective.b_scale}
+        mean = diffusion.loss(objective.prediction, output.float(), noisy, clean, drawn, gamma, **options)
+        return mean * (output.shape[1] / groups_in_all)
+
+    work = Work(
+        groups=groups_in_all,
+        latents=network.initial_latents(batch_size, groups_in_all, earlier),
+        read=lambda groups: (seen[:, groups], None),
+        score=share,
+        condition=network.condition(batch_size, gamma, cond),
     )
+    added, _ = total(network, work)
+    assert added is not None
+    return added
 
 
 def _earlier_latents(

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fitformer.settings import Recipe
 from fitformer.tasks import build_model, task_of
 from fitformer.training import keeping
 from fitformer.training.learner import Data, Learner
+from fitformer.training.room import with_room
 from fitformer.training.watching import Bar, Lines, Observer, loggers
 
 __all__ = ["train"]
@@ -47,6 +49,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.trainer.seed)
         network = build_model(recipe, examples)
+    training = with_room(recipe, network, examples)
     run = runs.start(run_dir, recipe)
     runs.note_data(run, examples, held_out)
     step = _resumed_step(run, network)
@@ -55,7 +58,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
         return True
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
-    return _fit(run, Learner(network, recipe), Data(recipe, examples, held_out), step)
+    return _fit(run, Learner(network, replace(recipe, trainer=training)), Data(recipe, examples, held_out), step)
 
 
 def _say(text: str) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fitformer.data.order import EvaluationBatches, StepBatches
-from fitformer.execution import checkpointed
 from fitformer.settings import Recipe
-from fitformer.tasks import Batch, optimizers, task_of, trunk_of
+from fitformer.tasks import Batch, optimizers, set_way, task_of, trunk_of
 
 
 def step_seed(seed: int, micro_step: int, rank: int) -> int:
@@ -34,8 +33,7 @@ class Learner(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
         trunk = trunk_of(self.network)
-        if self.recipe.trainer.gradient_checkpointing:
-            getattr(self.network, "encoder", self.network).run = checkpointed
+        set_way(self.network, self.recipe.trainer)
         if self.recipe.trainer.compile:
             # Layers of a class share their compiled variants (widths, training or not), and torch gives up after 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -110,7 +108,7 @@ class Data(pl.LightningDataModule):
             trainer.global_step * training.accumulate,
             total_steps=training.steps * training.accumulate,
         )
-        return StepLoader(self.train, batch_sampler=batches, **self._reading())
+        return StepLoader(self.train, batch_sampler=batches, **self._reading(self.train))
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out example once."""
@@ -118,11 +116,12 @@ class Data(pl.LightningDataModule):
         assert trainer is not None
         size = self.recipe.trainer.batch_size
         batches = EvaluationBatches(len(self.held_out), size, trainer.global_rank, trainer.world_size)
-        return DataLoader(self.held_out, batch_sampler=batches, **self._reading())
+        return DataLoader(self.held_out, batch_sampler=batches, **self._reading(self.held_out))
 
-    def _reading(self) -> dict[str, Any]:
+    def _reading(self, dataset: Any) -> dict[str, Any]:
         workers = self.recipe.data.num_workers
         return {
+            "collate_fn": getattr(dataset, "collate", None),
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),

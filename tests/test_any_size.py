@@ -1,0 +1,209 @@
+"""Training on files of any size, from the command line: streamed, within a budget, and refused where it must be."""
+
+import re
+import shutil
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+
+pytest.importorskip("lightning", reason="needs the extra train")
+
+from fitformer import config
+from fitformer.cli import main
+from fitformer.errors import InputError
+from fitformer.runs import Run
+from fitformer.settings import ClassifyRecipe
+from fitformer.tasks import autoregress, diffuse, set_way
+from fitformer.tasks.classify import grouped
+
+SIZES = [(90, 70), (33, 130), (64, 64), (100, 41)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(path, size, marked, dtype=np.uint8):
+    """A white canvas with a grey patch, and in it a mark."""
+    top = np.iinfo(dtype).max
+    pixels = np.full((*size, 3), top, dtype)
+    pixels[4:28, 6:30] = top // 3
+    if marked:
+        pixels[10:20, 10:20] = (top, 0, 0)
+    tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    root = tmp_path_factory.mktemp("slides")
+    for part in ("train", "test"):
+        for name in ("plain", "marked"):
+            (root / part / name).mkdir(parents=True)
+            for k, size in enumerate(SIZES):
+                draw(root / part / name / f"{k}.tif", size, name == "marked")
+    return root
+
+
+@pytest.fixture
+def recipe(slides, tmp_path):
+    given = {
+        "task": "classify",
+        "model": {"group_size": 32, "patch_size": 8, "latent_position": "row_column", "layers": "(1)1(1)1"},
+        "data": {"source": "folder", "path": str(slides), "image_size": None, "background": "white"},
+        "optimizer": {"warmup_steps": 5, "lr": 3e-3},
+        "trainer": {"steps": 24, "batch_size": 4, "validate_every": 12, "checkpoint_every": 12, "accelerator": "cpu"},
+    }
+    path = tmp_path / "slides.yaml"
+    path.write_text(yaml.safe_dump(given))
+    return str(path)
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_training_on_files_of_any_size_learns_and_streams_as_it_runs_plainly(recipe, tmp_path):
+    """The way to run may change in the middle of a run; what is learned does not."""
+    plainly, streamed = tmp_path / "plain", tmp_path / "streamed"
+    assert main(["train", recipe, "--run-dir", str(plainly)]) == 0
+    first = ["--trainer.steps=24", "--trainer.execution=streamed", "--trainer.keep=disk", "--memory=1GB"]
+    assert main(["train", recipe, *first, "--run-dir", str(streamed)]) == 0
+    for name, wanted in weights(plainly).items():
+        torch.testing.assert_close(weights(streamed)[name], wanted, rtol=2e-3, atol=2e-4, msg=name)
+    for run in (plainly, streamed):
+        last = [line for line in Run.open(run).metrics() if "val/accuracy" in line][-1]
+        assert last["val/accuracy"] == 1.0
+
+
+def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", recipe, "--memory=50MB", "--run-dir", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "a training step needs" in said
+    assert "the budget is 50 MB" in said
+    assert len(said.splitlines()) == 1
+    assert not run.exists()
+    assert main(["train", recipe, "--memory=lots", "--run-dir", str(run)]) == 2
+    assert "no amount of memory" in capsys.readouterr().err
+
+
+def test_empty_groups_are_found_once_and_skipped(recipe, slides):
+    settings = config.load(recipe).data
+    network = fit(recipe)
+    image = settings_image(settings, slides)
+    assert grouped(network, image, settings).num_groups == 1
+    assert grouped(network, image).num_groups == 3 * 3
+    assert grouped(network, image, settings).num_groups == 1
+
+
+def fit(recipe):
+    from fitformer import data
+    from fitformer.tasks import build_model
+
+    loaded = config.load(recipe)
+    return build_model(loaded, data.build(loaded.data, "train"))
+
+
+def settings_image(settings, slides):
+    from fitformer.data.readers import open_image
+
+    return open_image(slides / "train" / "plain" / "0.tif")
+
+
+def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    mask = np.zeros((90, 70), np.uint8)
+    mask[40:80, :10] = 1
+    tifffile.imwrite(folder / "0.tif", mask)
+    loaded = config.load(recipe, ["--data.background=none", f"--data.masks={folder}"])
+    network = fit(recipe)
+    image = settings_image(loaded.data, slides)
+    assert grouped(network, image, loaded.data).places.tolist() == [[1, 0], [2, 0]]
+    (folder / "0.png").touch()
+    with pytest.raises(InputError, match=r"needs one mask, 0\.\* in .*, and there are 2"):
+        grouped(network, image, config.load(recipe, [f"--data.masks={folder}", "--data.tolerance=0.2"]).data)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--model.latent_position=learned", "data.image_size: null is for models of images of any size"),
+        ("--data.augmentation=light", "images of any size are read as they are"),
+        ("--data.source=digits", "which the source 'digits' does not have"),
+        ("--data.channels=1", "mixed channel counts: .* has 3"),
+        ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
+    ],
+)
+def test_bad_settings_say_what_to_change(recipe, tmp_path, capsys, override, message):
+    with pytest.warns(UserWarning, match="does not read") if "digits" in override else nullcontext():
+        assert main(["train", recipe, override, "--run-dir", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_that_breaks_in_mid_run_is_one_error_and_the_checkpoint_stays(recipe, slides, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(slides, copy)
+    run = tmp_path / "run"
+    words = ["train", recipe, f"--data.path={copy}", "--trainer.validate_batches=0", "--run-dir", str(run)]
+    assert main([*words, "--trainer.steps=24", "--trainer.checkpoint_every=2"]) == 0
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    again = tmp_path / "again"
+    for file in (copy / "train").rglob("*.tif"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    words[-1] = str(again)
+    assert main([*words, "--trainer.steps=24"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ".tif" in said
+    assert "Traceback" not in said
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["diffuse", "autoregress"])
+def test_losses_of_tokens_stream_as_they_run_plainly(task):
+    overrides = {
+        "diffuse": ["--objective.self_cond=half", "--model.drop_units=0.1"],
+        "autoregress": ["--model.drop_units=0.1"],
+    }
+    loaded = config.load(f"digits-{task}", overrides[task])
+    from fitformer import data
+    from fitformer.tasks import build_model
+
+    examples = data.build(loaded.data, "train")
+    torch.manual_seed(0)
+    network = build_model(loaded, examples)
+    batch = torch.utils.data.default_collate([examples[k] for k in range(4)])
+    module, found = {"diffuse": diffuse, "autoregress": autoregress}[task], []
+    for way in ("plain", "streamed"):
+        training = config.load(f"digits-{task}", [f"--trainer.execution={way}", "--trainer.slice_groups=1"]).trainer
+        set_way(network, training)
+        network.zero_grad()
+        torch.manual_seed(1)
+        value, _ = module.loss(network, batch, loaded)
+        value.backward()
+        found.append((value.detach(), {name: p.grad for name, p in network.named_parameters()}))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    largest = max(g.abs().max().item() for g in found[0][1].values() if g is not None)
+    for name, wanted in found[0][1].items():
+        if wanted is not None:
+            torch.testing.assert_close(found[1][1][name], wanted, rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["--trainer.steps=2", "--trainer.execution=streamed", "--trainer.slice_groups=2"]
+    assert main(["train", recipe, *words, "--run-dir", str(run)]) == 0
+    loaded = Run.open(run)
+    assert isinstance(loaded.recipe, ClassifyRecipe)
+    assert loaded.model().encoder.run.groups == 2
+    assert main(["evaluate", str(run)]) == 0
+    assert "accuracy" in capsys.readouterr().out
