@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from fitformer.data import build
 from fitformer.data.megapixel import DIGITS, SIDE, SMALLEST, line_patterns, read_megapixel_mnist
+from fitformer.data.pixels import shift
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 
@@ -144,3 +146,28 @@ def test_bad_input_is_one_clear_error(mnist, tmp_path):
         read_megapixel_mnist(write_mnist(tmp_path, classes=9), 512, 0, None)
     with pytest.raises(InputError, match=r"images 20 x 20 of 10 classes"):
         read_megapixel_mnist(write_mnist(tmp_path, side=20), 512, 0, None)
+
+
+def test_shifted_images_are_the_same_pixels_elsewhere(mnist):
+    settings = ImageData(source="megapixel-mnist", path=mnist, image_size=(160, 320), augmentation="shift")
+    plain, shifted = build(replace(settings, augmentation="none")), build(settings)
+    steps = set()
+    for index in range(40):
+        before, after = plain[0, index]["image"].numpy()[..., 0], shifted[0, index]["image"].numpy()[..., 0]
+        found = [
+            (down, right)
+            for down in range(-10, 11)
+            for right in range(-20, 21)
+            if np.array_equal(np.pad(before, 20)[20 - down : 180 - down, 20 - right : 340 - right], after)
+        ]
+        assert found
+        steps.update(found)
+    assert len(steps) > 30
+    assert np.array_equal(shifted[3, 7]["image"], build(settings)[3, 7]["image"])
+    assert not np.array_equal(shifted[3, 7]["image"], shifted[4, 7]["image"])
+
+
+def test_what_comes_in_at_the_edge_has_the_colour_of_the_rim():
+    moved = shift(np.full((32, 64, 3), (9, 8, 7), np.uint8), np.random.default_rng(0), most=0.5)
+    assert (moved == (9, 8, 7)).all()
+    assert np.array_equal(shift(moved[:3, :3], np.random.default_rng(0)), moved[:3, :3])

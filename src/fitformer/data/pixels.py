@@ -199,3 +199,15 @@ def jitter(
         (width, height), Image.Transform.AFFINE, matrix, _CUBIC, fillcolor=fill[0] if channels == 1 else fill
     )
     return to_array(moved)
+
+
+def shift(pixels: np.ndarray, random: np.random.Generator, most: float = 1 / 16) -> np.ndarray:
+    """Moved by up to the share `most` of its sides, in whole pixels: no pixel is changed; its rim's colour comes in."""
+    moved = np.empty_like(pixels)
+    moved[:] = rim(pixels)
+    sides = pixels.shape[:2]
+    steps = [int(random.integers(-int(most * side), int(most * side), endpoint=True)) for side in sides]
+    there = tuple(slice(max(step, 0), side + min(step, 0)) for step, side in zip(steps, sides, strict=True))
+    here = tuple(slice(max(-step, 0), side - max(step, 0)) for step, side in zip(steps, sides, strict=True))
+    moved[there] = pixels[here]
+    return moved
