@@ -18,11 +18,20 @@ class Overlap:
     def sums(self, values: np.ndarray, first: int) -> tuple[np.ndarray, int]:
         """Sums over bins of the values (cells, ...) of cells `first` onwards, weighted by length; and the first bin."""
         start, stop = np.searchsorted(self.cells, (first, first + len(values)))
-        lengths = self.lengths[start:stop].reshape(-1, *[1] * (values.ndim - 1))
-        weighted = values[self.cells[start:stop] - first] * lengths
-        bins = self.bins[start:stop]
-        begins = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
-        return np.add.reduceat(weighted, begins, axis=0), int(bins[0])
+        cells, lengths = self.cells[start:stop] - first, self.lengths[start:stop]
+        begins = np.flatnonzero(np.diff(self.bins[start:stop], prepend=-1))
+        ends = [*begins[1:], stop - start]
+        parts = [_weighted(values[cells[a] : cells[b - 1] + 1], lengths[a:b]) for a, b in zip(begins, ends)]
+        return np.stack(parts), int(self.bins[start])
+
+
+def _weighted(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The sum over the first axis, weighted; most of the lengths are the same, the largest."""
+    whole = lengths.max()
+    total = values.sum(axis=0, dtype=np.float64 if values.dtype.kind == "f" else np.uint64) * whole
+    for index in np.flatnonzero(lengths != whole):
+        total -= (whole - lengths[index]) * values[index]
+    return np.asarray(total)
 
 
 def overlap(cell_edges: np.ndarray, bin_edges: np.ndarray) -> Overlap:
