@@ -7,12 +7,14 @@ import tifffile
 import torch
 from PIL import Image
 
-from fitformer import FITImageEncoder
+from fitformer import FITImageEncoder, config, data, runs
+from fitformer.cli import main
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
 from fitformer.seeing import HeatMap, relevance, write_geojson, write_overlay, write_tiff
 from fitformer.seeing.overlay import grey, painted, thumbnail_size
 from fitformer.seeing.slides import Slide, Slides, find
+from fitformer.tasks import build_model
 from fitformer.tiling import ArraySource, GroupedImage
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
@@ -189,6 +191,7 @@ def test_pixels_of_any_type_become_grey():
     for kind in (np.uint16, np.float32):
         assert grey(bytes_.astype(kind) * 3).tolist() == [[0, 255]]
         assert np.isfinite(grey(np.full((2, 2, 5), 9, dtype=kind))).all()
+    assert grey(np.array([[[1.0], [np.nan], [3.0]]], dtype=np.float32)).tolist() == [[0, 0, 255]]
 
 
 def test_the_overlay_is_a_small_png(tmp_path):
@@ -484,6 +487,15 @@ def test_nothing_readable_is_an_error(tmp_path):
         Slides(classifier(), CLASSES[:2], tmp_path, {})
 
 
+def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
+    pixels = np.ones((16, 9, 1), dtype=np.float32)
+    pixels[3, 3] = np.nan
+    np.save(folder / "b.npy", pixels)
+    made = work(tmp_path / "out")
+    assert made.run(find([folder])) == 3
+    assert "pixels that are no numbers" in made.broken[str(folder / "b.npy")]
+
+
 def test_an_output_that_cannot_be_written_is_no_broken_image(folder, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match="out"):
@@ -491,10 +503,76 @@ def test_an_output_that_cannot_be_written_is_no_broken_image(folder, tmp_path):
 
 
 def test_skipped_groups_are_empty_in_the_maps(folder, tmp_path):
-    def occupied(image):
-        return np.arange(6).reshape(2, 3) % 2 == 0
+    def group(image):
+        return GroupedImage(image, classifier().tiling, np.arange(6).reshape(2, 3) % 2 == 0)
 
-    work(tmp_path / "out", occupied=occupied).run(find([folder / "deep" / "a.npy"]))
+    work(tmp_path / "out", group=group).run(find([folder / "deep" / "a.npy"]))
     cells = tifffile.imread(tmp_path / "out" / "a.npy.looked.tif")
     assert np.isnan(cells).sum() == 4 * 4 + 4 * 4 + 4 * 1
     assert read_record(tmp_path / "out" / "a.npy.json")["groups"] == 3
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run, untrained, that takes images of any size and skips what is black."""
+    tiny = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4"]
+    keys = [f"model.{key}" for key in (*tiny, "patch_size=2", "latent_position=row_column", "glimpses=1")]
+    recipe = config.load("digits-classify", [*keys, "data.image_size=8", "data.background=black"])
+    train, test = (data.build(recipe.data, split, seed=0) for split in ("train", "test"))
+    run = runs.start(tmp_path_factory.mktemp("runs") / "digits", recipe)
+    runs.note_data(run, train, test)
+    torch.manual_seed(0)
+    build_model(recipe, train).save_pretrained(run.model_folder)
+    return str(run.path)
+
+
+@pytest.fixture
+def slides(tmp_path):
+    """A folder of two images, of which the second is half black, and a broken one."""
+    (tmp_path / "slides").mkdir()
+    pixels = image_of(21, 18).pixels
+    tifffile.imwrite(tmp_path / "slides" / "a.tif", pixels[..., 0], tile=(16, 16))
+    pixels[:, 8:] = 0
+    np.save(tmp_path / "slides" / "b.npy", pixels)
+    (tmp_path / "slides" / "c.tif").write_bytes(b"no image")
+    return tmp_path / "slides"
+
+
+def test_the_command_writes_what_was_seen_and_goes_on(run_folder, slides, tmp_path, capsys):
+    words = ["predict", run_folder, str(slides), "--output", str(tmp_path / "seen")]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'seen'}: 2 of 3 images labelled now, 1 could not be read (broken.csv)\n"
+    assert err.startswith(f"fitformer: skipped {slides / 'c.tif'} (")
+    assert len(rows_of(tmp_path / "seen" / "results.csv")) == 2
+    assert np.isnan(tifffile.imread(tmp_path / "seen" / "b.npy.looked.tif")[:, 4:]).all()
+    (slides / "c.tif").unlink()
+    assert main([*words, "--keep", "disk"]) == 0
+    assert capsys.readouterr().out.endswith(": 0 of 2 images labelled now, 2 were there already\n")
+
+
+def test_the_command_labels_alone_without_a_folder(run_folder, slides, tmp_path, capsys):
+    main(["predict", run_folder, str(slides), "--output", str(tmp_path / "seen")])
+    capsys.readouterr()
+    assert main(["predict", run_folder, str(slides)]) == 0
+    out, err = capsys.readouterr()
+    assert "c.tif" in err
+    for row, seen in zip(csv.DictReader(out.splitlines()), rows_of(tmp_path / "seen" / "results.csv"), strict=True):
+        assert (row["file"], row["label"]) == (seen["file"], seen["label"])
+        assert float(row["probability"]) == pytest.approx(float(seen["probability"]), abs=2e-6)
+    assert main(["predict", run_folder, str(slides), "--output", str(tmp_path / "labels.json")]) == 0
+    assert len(read_record(tmp_path / "labels.json")) == 2
+
+
+def test_the_command_says_in_a_line_what_is_wrong(run_folder, slides, tmp_path, capsys):
+    def refusal(*words):
+        assert main(["predict", run_folder, *map(str, words)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "none of the 1 images can be read" in refusal(slides / "c.tif", "--output", tmp_path / "seen")
+    assert "none of the 1 files can be read" in refusal(slides / "c.tif")
+    assert "--format is for labels alone" in refusal(slides, "--output", tmp_path / "seen", "--format", "csv")
+    assert "a.tif is a file" in refusal(slides, "--output", slides / "a.tif")

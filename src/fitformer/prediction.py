@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from fitformer.data.pixels import Unreadable, decode, fit, suffixes
-from fitformer.data.readers import open_image
+from fitformer.data.readers import LazyImage, open_image
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.evaluation.recognition import classify
 from fitformer.grouping import ImageGroups
+from fitformer.tiling import GroupedImage
 
 Resize = Literal["crop", "stretch", "pad"]
 FORMATS = ("csv", "json")
+
+Group = Callable[[LazyImage], GroupedImage]
+"""Cuts an image into groups, without those that are skipped."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ def predict(
     *,
     resize: Resize = "crop",
     batch_size: int = 64,
+    group: Group | None = None,
     on_unreadable: Callable[[Unreadable], None] = lambda fault: None,
 ) -> Iterator[Prediction]:
     """Label image files, brought to the classifier's size as `resize` says (`data.settings.ImageData`).
 
-    A classifier of any size takes each as it is, one at a time, reading it as `classifier.encoder.run` does.
+    A classifier of any size takes each as it is, one at a time, reading it as `classifier.encoder.run` does; `group`
+    cuts it into groups, if some are to be skipped.
     Files that cannot be read are left out; `on_unreadable` is told of each.
 
     Raises:
@@ -79,7 +85,7 @@ def predict(
         on_unreadable(fault)
 
     shares = (
-        _of_any_size(classifier, files, note)
+        _of_any_size(classifier, files, group or classifier.grouped, note)
         if classifier.groups is None
         else _of_one_size(classifier, _readable(classifier.groups, files, resize, note), batch_size)
     )
@@ -106,13 +112,13 @@ def _of_one_size(
 
 @torch.inference_mode()
 def _of_any_size(
-    classifier: FITImageEncoder, files: Iterable[Path], on_unreadable: Callable[[Unreadable], None]
+    classifier: FITImageEncoder, files: Iterable[Path], group: Group, on_unreadable: Callable[[Unreadable], None]
 ) -> Iterator[tuple[Path, Tensor]]:
     """Probabilities of images that are read as the classifier's way to run asks for their pixels."""
     for file in files:
         try:
             with open_image(file) as image:
-                probabilities = classifier([image])[0].float().softmax(-1).cpu()
+                probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
         except (InputError, PermissionError) as error:
             on_unreadable(Unreadable(str(file), str(error)))
             continue

@@ -19,8 +19,11 @@ from fitformer.errors import InputError
 from fitformer.files import write_atomically
 
 if TYPE_CHECKING:
+    from fitformer.data.settings import ImageData
     from fitformer.encoder import FITImageEncoder
+    from fitformer.execution.kept import Keep
     from fitformer.runs import Run
+    from fitformer.settings import Training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     large = parser.add_argument_group("of a run that takes images of any size")
     large.add_argument(
-        "--keep", choices=("memory", "host", "disk"), default="memory", help="where data tokens are kept between blocks"
-    )
+        "--keep", choices=("memory", "host", "disk"),
+        help="where data tokens wait between blocks (default: the recipe's trainer.keep)",
+    )  # fmt: skip
     large.add_argument(
         "--y", choices=("down", "up"), default="down",
         help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",
@@ -46,34 +50,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Label and print, or write into a folder what was seen."""
     from fitformer.encoder import FITImageEncoder
-    from fitformer.execution import Streamed
+    from fitformer.settings import ClassifyRecipe
 
     of = open_run(arguments.run, "classify")
     network = of.model().to(device_of(arguments))
     assert isinstance(network, FITImageEncoder)
-    any_size = network.groups is None
-    if any_size:
-        network.encoder.run = Streamed(keep=arguments.keep)
-    elif (arguments.keep, arguments.y) != ("memory", "down"):
+    assert isinstance(of.recipe, ClassifyRecipe)
+    if network.groups is None:
+        _stream(network, of.recipe.trainer, arguments.keep)
+        if arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
+            return _see(arguments, of, network, of.recipe.data)
+    elif arguments.keep or arguments.y != "down":
         raise InputError(f"--keep and --y are for a run that takes images of any size; {arguments.run} takes one size")
-    if any_size and arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
-        return _see(arguments, of, network)
-    return _label(arguments, of, network)
+    return _label(arguments, of, network, of.recipe.data)
 
 
-def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder") -> int:
+def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None") -> None:
+    """Have images read piece by piece, also by a run that was trained on small ones."""
+    from fitformer.execution import Streamed
+
+    network.encoder.run = Streamed(
+        training.slice_groups, keep or training.keep, training.keep_precision, training.scratch
+    )
+
+
+def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
     from fitformer.prediction import as_text, expand, predict
     from fitformer.seeing.slides import find
-    from fitformer.settings import ClassifyRecipe
+    from fitformer.tasks.classify import grouped
 
-    assert isinstance(of.recipe, ClassifyRecipe)
-    files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
     found = predict(
         network,
-        files,
+        expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)],
         of.classes,
-        resize=of.recipe.data.resize,
+        resize=data.resize,
         batch_size=arguments.batch_size,
+        group=lambda image: grouped(network, image, data),
         on_unreadable=lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr),
     )
     by_ending = "json" if arguments.output is not None and arguments.output.suffix == ".json" else "csv"
@@ -86,8 +98,9 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder")
     return 0
 
 
-def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder") -> int:
+def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
     from fitformer.seeing.slides import Slides, find, identity
+    from fitformer.tasks.classify import grouped
 
     if arguments.format is not None:
         raise InputError(
@@ -97,12 +110,14 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder") -
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
     slides = find(arguments.files, arguments.output)
+    skipped = {"background": data.background, "tolerance": data.tolerance, "masks": data.masks}
     with progress("looking") as show:
         work = Slides(
             network,
             of.classes,
             arguments.output,
-            {"model": identity(of.model_folder)},
+            {"model": identity(of.model_folder), **skipped},
+            group=lambda image: grouped(network, image, data),
             y=arguments.y,
             show=lambda done, of: show(round(1000 * done), 1000 * of),
             on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),

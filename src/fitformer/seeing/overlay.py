@@ -27,13 +27,15 @@ def thumbnail_size(rows: int, columns: int, longest: int = LONGEST) -> tuple[int
 def grey(thumbnail: np.ndarray) -> np.ndarray:
     """Brightness (rows, columns) from 0 to 255 of pixels (rows, columns, channels) of any type.
 
-    Bytes are taken as they are, other types stretched from their darkest to their brightest pixel.
+    Bytes are taken as they are, others stretched from their darkest to their brightest pixel; what
+    is no number is dark.
     """
     mean = thumbnail[..., :3].astype(np.float32).mean(axis=-1)
     if thumbnail.dtype == np.uint8:
         return mean
-    low, high = float(mean.min()), float(mean.max())
-    return (mean - low) * (255 / max(high - low, 1e-12))
+    known = np.isfinite(mean)
+    low, high = float(mean.min(where=known, initial=np.inf)), float(mean.max(where=known, initial=-np.inf))
+    return np.where(known, mean - low, 0) * (255 / max(high - low, 1e-12))
 
 
 def painted(thumbnail: np.ndarray, values: np.ndarray, colours: Colours = "heat") -> np.ndarray:

@@ -23,26 +23,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fitformer.data.pixels import suffixes
+from fitformer.data.lazily import is_image_folder, lazy_suffixes
 from fitformer.data.readers import LazyImage, open_image
-from fitformer.data.readers.lazy import BACKENDS
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.files import write_atomically
-from fitformer.prediction import Prediction, as_text, decided
+from fitformer.prediction import Group, Prediction, as_text, decided
 from fitformer.seeing.heatmap import HeatMap
 from fitformer.seeing.overlay import thumbnail_size, write_overlay
 from fitformer.seeing.raster import write_tiff
 from fitformer.seeing.relevance import Seen, Tell, relevance
 from fitformer.seeing.shapes import write_geojson
-from fitformer.tiling import GroupedImage
 
 OUTPUTS = (".looked.png", ".moved.png", ".looked.tif", ".moved.tif", ".geojson")
 RECORD = ".json"
 # Rewriting the table of thousands after each of them would take longer than they do.
 TABLE_SECONDS = 10.0
-
-Occupied = Callable[[LazyImage], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]
     for path in map(Path, paths):
         slides = list(_below(path, output)) if path.is_dir() and not _is_image(path) else [Slide(path, path.name)]
         if not slides:
-            raise InputError(f"the folder {path} holds no images ({', '.join(sorted(BACKENDS)[:6])}, .png, ...)")
+            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
         for slide in slides:
             other = found.setdefault(slide.name, slide)
             if other.path != slide.path:
@@ -75,8 +71,7 @@ def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]
 
 
 def _is_image(path: Path) -> bool:
-    kinds = suffixes() | BACKENDS.keys()
-    return path.suffix.lower() == ".zarr" if path.is_dir() else path.suffix.lower() in kinds
+    return is_image_folder(path) if path.is_dir() else path.suffix.lower() in lazy_suffixes()
 
 
 def _below(folder: Path, output: Path | None, name: str = "") -> Iterator[Slide]:
@@ -107,7 +102,7 @@ class Slides:
         classes: names, as many as its classes.
         output: the folder to write to.
         made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
-        occupied: which groups of an image are not skipped; all by default.
+        group: cuts an image into groups, without those to be skipped; by default none is.
         y: see `write_geojson`.
         show: is told how many images are done, of how many, with the share of the one at work.
         on_broken: is told of every image that could not be read, and why.
@@ -119,8 +114,8 @@ class Slides:
     classifier: FITImageEncoder
     classes: Sequence[str]
     output: Path
-    made_with: Mapping[str, str]
-    occupied: Occupied | None = None
+    made_with: Mapping[str, Any]
+    group: Group | None = None
     y: Literal["down", "up"] = "down"
     show: Callable[[float, int], None] = lambda done, of: None
     on_broken: Callable[[str, str], None] = lambda file, reason: None
@@ -176,10 +171,10 @@ class Slides:
         return True
 
     def _see(self, image: LazyImage, tell: Tell) -> Seen:
-        occupied = None if self.occupied is None else self.occupied(image)
-        return relevance(
-            self.classifier, GroupedImage(image, self.classifier.tiling, occupied, self.classifier.glimpses), tell
-        )
+        seen = relevance(self.classifier, image if self.group is None else self.group(image), tell)
+        if not bool(seen.logits.isfinite().all()):
+            raise InputError(f"{image.path} is answered with {seen.logits.tolist()}: it has pixels that are no numbers")
+        return seen
 
     def _note_broken(self, slide: Slide, reason: str) -> None:
         file = str(slide.path)
@@ -216,7 +211,7 @@ class Slides:
         return path
 
     @property
-    def _key(self) -> dict[str, str]:
+    def _key(self) -> dict[str, Any]:
         return {**self.made_with, "y": self.y}
 
     def _is_complete(self, slide: Slide, of: dict[str, int]) -> bool:
