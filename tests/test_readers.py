@@ -826,3 +826,48 @@ def test_large_strips_and_pictures_are_converted_whatever_their_size(tmp_path, m
     check_windows(tmp_path / "tiles.tif", array)
     with open_image(tmp_path / "tiles.tif", most_bytes=256 * 256 * 3) as image:
         assert image.level_shapes == ((600, 700), (300, 350))
+
+
+def test_large_images_are_written_as_bigtiff(tmp_path, monkeypatch):
+    monkeypatch.setattr("fitformer.data.readers.writing._CLASSIC_BYTES", 1000)
+    array = pixels(100, 100)
+    write_tiled_tiff(tmp_path / "image.tif", array.shape, "uint8", cut(array), tile=32)
+    with tifffile.TiffFile(tmp_path / "image.tif") as file:
+        assert file.is_bigtiff
+    check_windows(tmp_path / "image.tif", array, [(0, 0, 100, 100)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a.tif", "b.svs", "d.npy", "e.png", "f.tif", "g.jpg"])
+def test_damaged_bytes_are_one_clear_error_or_pixels(name, tmp_path):
+    array, random = pixels(), np.random.default_rng(0)
+    writers(tmp_path, array)
+    tiff(tmp_path / "f.tif", array, compression="jpeg", rowsperstrip=16)
+    Image.fromarray(array).save(tmp_path / "g.jpg")
+    path = tmp_path / name
+    whole = path.read_bytes()
+    said = []
+    for trial in range(60):
+        data = bytearray(whole)
+        for place in random.integers(0, 600 if trial % 2 else len(data), 3):
+            data[place] = random.integers(0, 256)
+        path.write_bytes(data[: random.integers(1, len(data))] if trial % 5 == 0 else data)
+        try:
+            with open_image(path) as image:
+                image.window(0, 0, min(300, image.shape[0]), min(300, image.shape[1]))
+        except InputError as error:
+            said.append(str(error))
+    assert len(said) >= 12
+    assert all(name in message and "\n" not in message for message in said)
+
+
+def test_files_that_change_after_they_were_opened(tmp_path):
+    for path in writers(tmp_path, pixels()):
+        if path.suffix in (".tif", ".npy", ".png"):
+            image = open_image(path)
+            truncate(path, 0.3)
+            with pytest.raises(InputError, match=rf"{path.name}.* cannot be read"):
+                image.window(150, 0, 53, 171)
+            path.unlink()
+            with pytest.raises(InputError, match=rf"{path.name}.* cannot be read"):
+                image.window(0, 0, 203, 171)

@@ -1,35 +1,28 @@
 """One clear error for whatever a library raises at a broken file."""
 
 import errno
-import lzma
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import UnidentifiedImageError
 
-from fitformer.errors import InputError
+from fitformer.errors import InputError, MissingExtra
 
-# What libraries raise at files that are not what they seem: for want of checks, all kinds of things.
-_BROKEN: tuple[type[Exception], ...] = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError),
-    *(struct.error, zlib.error, lzma.LZMAError),
-)
 # The machine's trouble, not the file's: calling the file broken would hide it.
-_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES}
+_NOT_THE_FILES = (InputError, MissingExtra, MemoryError, Warning)
 
 
 @contextmanager
-def readable(what: str, *also: type[Exception]) -> Iterator[None]:
-    """Raise InputError that `what` cannot be read if what is done inside fails at the file; InputErrors pass.
+def readable(what: str) -> Iterator[None]:
+    """Raise InputError that `what` cannot be read if what is done inside fails at the file.
 
-    `also` are errors of a library that derive from none of the usual ones.
+    Any exception counts: at files that are not what they seem, libraries raise all kinds of them.
     """
     try:
         yield
-    except (*_BROKEN, *also) as error:
-        if isinstance(error, (InputError, PermissionError)) or getattr(error, "errno", None) in _MACHINE:
+    except Exception as error:
+        if isinstance(error, _NOT_THE_FILES) or getattr(error, "errno", None) in _MACHINE:
             raise
         raise InputError(f"{what} cannot be read: {_reason(error)}") from error
 
@@ -37,4 +30,8 @@ def readable(what: str, *also: type[Exception]) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is no image in a format known here"
-    return " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(str(error).split())
+    # What these say is about a line of code and not about the file.
+    if isinstance(error, (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)) or not words:
+        return f"it is damaged, or not what its name says ({type(error).__name__}: {words})"
+    return words

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fitformer.data.readers import cache
+from fitformer.data.readers.faults import readable
 from fitformer.errors import InputError
 
 WHOLE_BYTES = 2**30
@@ -130,7 +131,8 @@ class Mapped:
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Pixels (height, width, channels), copied from the file."""
-        whole = np.memmap(mode="r", **self._map).transpose(self._axes)  # type: ignore[call-overload]
+        with readable(str(self._map["filename"])):
+            whole = np.memmap(mode="r", **self._map).transpose(self._axes)  # type: ignore[call-overload]
         part = np.array(whole[top : top + height, left : left + width], dtype=self.dtype, order="C", subok=False)
         return part.reshape(height, width, self.shape[2])
 

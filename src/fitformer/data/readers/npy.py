@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from fitformer.data.readers.axes import guessed
+from fitformer.data.readers.faults import readable
 from fitformer.data.readers.levels import Mapped, Opened
 from fitformer.errors import InputError
 
@@ -17,14 +18,11 @@ def open_npy(path: str, most_bytes: float) -> Opened:
     Raises:
         InputError: not an array file, a truncated one, or one that is no image.
     """
-    try:
-        with open(path, "rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, by_columns, dtype = read(stream)
-            offset = stream.tell()
-    except ValueError as error:
-        raise InputError(f"{path} is no array that numpy saved: {' '.join(str(error).split())}") from error
+    with readable(path), open(path, "rb") as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(stream)
+        offset = stream.tell()
     if dtype.hasobject or dtype.names:
         raise InputError(f"{path} holds {dtype} and not numbers: save an array of uint8, uint16 or float32")
     order = guessed(shape, path)

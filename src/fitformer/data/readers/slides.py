@@ -19,7 +19,7 @@ def open_slide(path: str, most_bytes: float) -> Opened:
         InputError: OpenSlide does not know it, or it is broken.
     """
     openslide = require("openslide", extra="gigapixel")
-    with readable(path, openslide.OpenSlideError):
+    with readable(path):
         slide = openslide.OpenSlide(path)
     return Opened([_Region(path, slide, level) for level in range(slide.level_count)], slide.close)
 
@@ -53,8 +53,7 @@ class _Region:
         # OpenSlide takes the corner in pixels of the full size, whatever the level.
         scale = self.slide.level_downsamples[self.level]
         corner = round(left * scale), round(top * scale)
-        errors = require("openslide", extra="gigapixel").OpenSlideError
-        with readable(f"{self.path}: the window at row {top:,}, column {left:,} of level {self.level}", errors):
+        with readable(f"{self.path}: the window at row {top:,}, column {left:,} of level {self.level}"):
             return _over_white(np.asarray(self.slide.read_region(corner, self.level, (width, height))))
 
     def forget(self) -> None:

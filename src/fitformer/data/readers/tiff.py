@@ -3,6 +3,7 @@
 Only the tiles or strips that a window touches are read and decoded; uncompressed strips are mapped, not decoded.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from math import ceil
@@ -18,6 +19,7 @@ from fitformer.errors import InputError, require
 _JPEG = {6, 7, 33007, 34892}
 _GREY_FROM_WHITE, _GREY, _RGB, _PALETTE = 0, 1, 2, 3
 _YCBCR = 6
+_SILENT = logging.NullHandler()
 _COLOURS = {5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camera"}
 
 
@@ -29,6 +31,8 @@ def open_tiff(path: str, most_bytes: float) -> Opened:
             `most_bytes`, or no image of rows and columns.
     """
     tifffile = require("tifffile", extra="gigapixel")
+    # What is wrong with a file is said in one error; without a handler, its log would be printed besides.
+    logging.getLogger("tifffile").addHandler(_SILENT)
     levels: list[Level] = []
     with readable(path), tifffile.TiffFile(path) as file:
         if not file.series:
