@@ -14,6 +14,7 @@ pytest.importorskip("lightning", reason="needs the extra train")
 
 from fitformer import config
 from fitformer.cli import main
+from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.runs import Run
 from fitformer.settings import ClassifyRecipe
@@ -207,3 +208,19 @@ def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
     assert loaded.model().encoder.run.groups == 2
     assert main(["evaluate", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_images_in_memory_skip_their_empty_groups_too():
+    loaded = config.load(
+        "digits-classify",
+        [
+            "--model.latent_position=row_column",
+            "--data.background=black",
+            "--model.group_size=8",
+            "--model.patch_size=4",
+        ],
+    )
+    network = FITImageEncoder("(1)1", None, 8, 4, 2, 8, 8, 2, 2, channels=1, latent_position="row_column")
+    pixels = torch.zeros(32, 32, 1, dtype=torch.uint8)
+    pixels[9, 20] = 255
+    assert grouped(network, pixels, loaded.data).places.tolist() == [[1, 2]]

@@ -1,5 +1,8 @@
 import csv
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from fitformer.seeing import HeatMap, relevance, write_geojson, write_overlay, w
 from fitformer.seeing.overlay import grey, painted, thumbnail_size
 from fitformer.seeing.slides import Slide, Slides, find
 from fitformer.tasks import build_model
-from fitformer.tiling import ArraySource, GroupedImage
+from fitformer.tiling import PixelArray, GroupedImage
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
 WAYS = [plain, checkpointed, Streamed(groups=1), Streamed(groups=3), Streamed(groups=2, keep="disk")]
@@ -30,7 +33,7 @@ def classifier(layers="(1)1(1)1", **more):
 
 
 def image_of(rows, columns, seed=0):
-    return ArraySource(np.random.default_rng(seed).integers(0, 256, (rows, columns, 1), dtype=np.uint8))
+    return PixelArray(np.random.default_rng(seed).integers(0, 256, (rows, columns, 1), dtype=np.uint8))
 
 
 def heatmap(cells, image_size, group_size=(8, 4), patch_size=(2, 1)):
@@ -66,7 +69,7 @@ def test_the_look_at_a_group_averages_one_over_the_patches_that_hold_pixels():
 def test_what_moved_is_the_change_of_the_logit_as_a_patch_fades():
     model = classifier()
     model = model.double()
-    image = GroupedImage(ArraySource(np.random.default_rng(1).normal(size=(16, 8, 1))), model.tiling)
+    image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(16, 8, 1))), model.tiling)
     seen, embed, step = relevance(model, image), model.encoder.embed, 1e-5
     best = int(seen.logits.argmax())
     for group, patch in ((0, 0), (1, 7), (3, 15)):
@@ -101,7 +104,7 @@ def test_the_patch_that_stands_out_is_where_the_map_has_it():
         read.attention.query.weight.zero_()
         odd = model.encoder.embed(torch.ones(1, 1, 16, 2))[0, 0, :1]
         read.attention.query.bias.copy_(10 * read.attention.key(read.context_norm(odd))[0])
-    seen = relevance(model, ArraySource(pixels))
+    seen = relevance(model, PixelArray(pixels))
     cells = HeatMap.of(seen.looked, seen.image).cells
     assert np.unravel_index(cells.argmax(), cells.shape) == (5, 5)
 
@@ -122,7 +125,7 @@ def test_what_cannot_be_explained_is_refused():
         relevance(classifier("(2)"), image_of(8, 8))
     model = classifier()
     with pytest.raises(InputError, match="2 channels"):
-        relevance(model, ArraySource(np.zeros((8, 8, 2), dtype=np.uint8)))
+        relevance(model, PixelArray(np.zeros((8, 8, 2), dtype=np.uint8)))
     model.head = None
     with pytest.raises(InputError, match="no head"):
         relevance(model, image_of(8, 8))
@@ -403,7 +406,7 @@ def read_record(path):
 def test_what_is_written_is_what_was_seen(folder, tmp_path):
     model = classifier()
     work(tmp_path / "out", model).run(find([folder / "deep" / "a.npy"]))
-    seen = relevance(model, ArraySource(np.load(folder / "deep" / "a.npy")))
+    seen = relevance(model, PixelArray(np.load(folder / "deep" / "a.npy")))
     for what in ("looked", "moved"):
         cells = HeatMap.of(getattr(seen, what), seen.image).cells
         np.testing.assert_allclose(tifffile.imread(tmp_path / "out" / f"a.npy.{what}.tif"), cells, rtol=1e-4, atol=1e-6)
@@ -457,6 +460,31 @@ def test_the_table_holds_what_earlier_commands_labelled(folder, tmp_path):
     work(tmp_path / "out").run(find([folder / "b.tif"]))
     work(tmp_path / "out").run(find([folder / "deep"]))
     assert len(rows_of(tmp_path / "out" / "results.csv")) == 3
+
+
+def test_the_same_images_called_otherwise_are_not_made_again(folder, tmp_path, monkeypatch):
+    work(tmp_path / "out").run(find([folder]))
+    monkeypatch.chdir(folder.parent)
+    assert work(tmp_path / "out").run(find(["in"])) == 0
+    assert len(rows_of(tmp_path / "out" / "results.csv")) == 3
+
+
+@pytest.mark.parametrize("way", [plain, Streamed(groups=1)])
+def test_an_image_that_is_damaged_in_the_middle_is_broken(folder, tmp_path, way):
+    pixels = image_of(64, 64).pixels[..., 0]
+    tifffile.imwrite(folder / "b.tif", pixels, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(folder / "b.tif") as file:
+        start, count = file.pages[0].dataoffsets[9], file.pages[0].databytecounts[9]
+    whole = bytearray((folder / "b.tif").read_bytes())
+    whole[start : start + count] = bytes(count)
+    (folder / "b.tif").write_bytes(whole)
+    model = classifier()
+    model.encoder.run = way
+    made = work(tmp_path / "out", model)
+    assert made.run(find([folder])) == 2
+    assert str(folder / "b.tif") in made.broken
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not list((tmp_path / "out").glob("b.tif*"))
 
 
 def test_broken_images_are_listed_and_tried_again_once_mended(folder, tmp_path):
@@ -552,6 +580,25 @@ def test_the_command_writes_what_was_seen_and_goes_on(run_folder, slides, tmp_pa
     (slides / "c.tif").unlink()
     assert main([*words, "--keep", "disk"]) == 0
     assert capsys.readouterr().out.endswith(": 0 of 2 images labelled now, 2 were there already\n")
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_nothing_half_done(run_folder, tmp_path, capsys):
+    (tmp_path / "slides").mkdir()
+    for k in range(40):
+        np.save(tmp_path / "slides" / f"{k:02}.npy", image_of(100, 100, seed=k).pixels)
+    words = ["predict", run_folder, str(tmp_path / "slides"), "--output", str(tmp_path / "seen")]
+    process = subprocess.Popen([sys.executable, "-m", "fitformer", *words], stdout=subprocess.DEVNULL)
+    while len(list((tmp_path / "seen").glob("*.json"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    made = len(list((tmp_path / "seen").glob("*.json")))
+    assert main(words) == 0
+    assert f"{40 - made} of 40 images labelled now, {made} were there already" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "seen" / "results.csv")) == 40
+    assert len(list((tmp_path / "seen").iterdir())) == 40 * len(ENDINGS) + 1
 
 
 def test_the_command_labels_alone_without_a_folder(run_folder, slides, tmp_path, capsys):

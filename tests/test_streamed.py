@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fitformer
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, Work, checkpointed, kept, plain, total
-from fitformer.tiling import ArraySource, GroupedImage
+from fitformer.tiling import GroupedImage, PixelArray
 
 T, N = 7, 6
 SIZES = {"latents_per_group": 2, "dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 3}
@@ -342,7 +342,7 @@ PICTURES = [(29, 50), (8, 12), (3, 70), (29, 50), (16, 24)]
 @pytest.mark.parametrize("glimpses", [0, 2])
 def test_a_batch_of_mixed_sizes_equals_the_images_one_by_one(layers, glimpses):
     model = image_encoder(layers, glimpses=glimpses)
-    images = [ArraySource(picture(*size, seed)) for seed, size in enumerate(PICTURES)]
+    images = [PixelArray(picture(*size, seed)) for seed, size in enumerate(PICTURES)]
     together = model(images)
     alone = torch.cat([model([image]) for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -352,7 +352,7 @@ def test_a_batch_of_mixed_sizes_equals_the_images_one_by_one(layers, glimpses):
 @pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
 def test_images_stream_as_they_run_plainly(layers):
     model = image_encoder(layers, glimpses=1, **DROPS)
-    images = [ArraySource(picture(*size, seed)) for seed, size in enumerate(PICTURES[:2])]
+    images = [PixelArray(picture(*size, seed)) for seed, size in enumerate(PICTURES[:2])]
     results = []
     for way in (plain, Streamed(2, keep="disk")):
         model.encoder.run = way
@@ -367,7 +367,7 @@ def test_images_stream_as_they_run_plainly(layers):
 def test_pixels_of_a_slice_are_read_when_its_turn_comes():
     read = []
 
-    class Noting(ArraySource):
+    class Noting(PixelArray):
         def window(self, *place):
             read.append(place)
             return super().window(*place)
@@ -384,7 +384,7 @@ def test_pixels_of_a_slice_are_read_when_its_turn_comes():
 @pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
 def test_a_masked_token_changes_nothing(layers):
     """Neither in the outputs nor in the gradients, whatever it holds."""
-    model, image = image_encoder(layers), GroupedImage(ArraySource(picture(29, 50)), image_encoder().tiling)
+    model, image = image_encoder(layers), GroupedImage(PixelArray(picture(29, 50)), image_encoder().tiling)
     read, mask, results = image.read, image.mask(slice(None)), []
     assert mask is not None
     assert 0 < int((~mask).sum()) < mask.numel()
@@ -408,21 +408,21 @@ def test_empty_groups_are_skipped_and_cost_nothing():
     model, pixels = image_encoder(), picture(32, 48)
     occupied = np.ones((4, 4), dtype=bool)
     occupied[1, 2] = occupied[3] = False
-    logits = model([GroupedImage(ArraySource(pixels), model.tiling, occupied)])
+    logits = model([GroupedImage(PixelArray(pixels), model.tiling, occupied)])
     changed = pixels.copy()
     changed[8:16, 24:36] = 0
     changed[24:] = 255
-    image = GroupedImage(ArraySource(changed), model.tiling, occupied)
+    image = GroupedImage(PixelArray(changed), model.tiling, occupied)
     assert image.num_groups == 11
     assert torch.equal(model([image]), logits)
-    assert not torch.allclose(model([ArraySource(changed)]), model([ArraySource(pixels)]))
+    assert not torch.allclose(model([PixelArray(changed)]), model([PixelArray(pixels)]))
 
 
 def test_where_a_group_stands_is_known_to_the_model():
     model, pixels = image_encoder(), picture(8, 12)
     corner, far = (np.zeros((4, 4), dtype=bool) for _ in range(2))
     corner[0, 0] = far[2, 3] = True
-    tiled = ArraySource(np.tile(pixels, (4, 4, 1)))
+    tiled = PixelArray(np.tile(pixels, (4, 4, 1)))
     one, other = (model([GroupedImage(tiled, model.tiling, where)]) for where in (corner, far))
     assert not torch.allclose(one, other, atol=1e-4)
 
@@ -434,7 +434,7 @@ def test_a_glimpse_sees_what_was_skipped():
     changed = pixels.copy()
     changed[24:] = 255
     before, after = (
-        model([GroupedImage(ArraySource(each), model.tiling, occupied, glimpses=1)]) for each in (pixels, changed)
+        model([GroupedImage(PixelArray(each), model.tiling, occupied, glimpses=1)]) for each in (pixels, changed)
     )
     assert not torch.allclose(before, after, atol=1e-4)
 
@@ -446,17 +446,17 @@ def test_whole_images_of_one_size_are_those_of_the_fixed_table():
     pixels = np.stack([picture(16, 24, seed) for seed in range(2)])
     signal = torch.from_numpy(pixels).float() / 127.5 - 1
     expected = model(signal)
-    torch.testing.assert_close(model([ArraySource(each) for each in pixels]), expected)
+    torch.testing.assert_close(model([PixelArray(each) for each in pixels]), expected)
     model.encoder.run = Streamed(1)
     torch.testing.assert_close(model(signal), expected)
-    torch.testing.assert_close(model([ArraySource(each) for each in pixels]), expected)
+    torch.testing.assert_close(model([PixelArray(each) for each in pixels]), expected)
 
 
 def test_feature_maps_of_any_size():
     model = image_encoder("(1)2(1)")
     occupied = np.ones((4, 5), dtype=bool)
     occupied[0, 0] = False
-    image = GroupedImage(ArraySource(picture(29, 50)), model.tiling, occupied)
+    image = GroupedImage(PixelArray(picture(29, 50)), model.tiling, occupied)
     (maps,) = model.forward_features([image])
     assert maps.shape == (8, 8, 13)
     assert torch.equal(maps[:, :2, :3], torch.zeros(8, 2, 3))
@@ -467,22 +467,22 @@ def test_feature_maps_of_any_size():
 def test_sixteen_bits_and_floats_are_the_same_pictures(dtype):
     model, pixels = image_encoder(), picture(16, 24)
     other = (pixels.astype(np.uint16) * 257) if dtype == np.uint16 else (pixels / 127.5 - 1).astype(np.float32)
-    torch.testing.assert_close(model([ArraySource(other)]), model([ArraySource(pixels)]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model([PixelArray(other)]), model([PixelArray(pixels)]), rtol=1e-4, atol=1e-5)
 
 
 def test_images_that_cannot_be():
     model = image_encoder()
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
-        model([ArraySource(np.zeros((8, 8, 3), np.uint8))])
+        model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
     with pytest.raises(InputError, match="has no occupied group among 4"):
-        GroupedImage(ArraySource(picture(16, 24)), model.tiling, np.zeros((2, 2), bool))
+        GroupedImage(PixelArray(picture(16, 24)), model.tiling, np.zeros((2, 2), bool))
     with pytest.raises(InputError, match="2 x 2 groups, and 3 x 2 are said"):
-        GroupedImage(ArraySource(picture(16, 24)), model.tiling, np.ones((3, 2), bool))
+        GroupedImage(PixelArray(picture(16, 24)), model.tiling, np.ones((3, 2), bool))
     with pytest.raises(InputError, match="are a table"):
         fitformer.FITImageEncoder("(1)1", None, 8, 4, **SIZES)
     fixed = fitformer.FITImageEncoder("(1)1", (16, 24), (8, 12), 4, channels=2, **SIZES)
     with pytest.raises(InputError, match="image of 8 x 24 given to an encoder of 16 x 24"):
-        fixed([ArraySource(picture(8, 24))])
+        fixed([PixelArray(picture(8, 24))])
 
 
 # ------------------------------------------------------------------------------------------------------ processes
@@ -500,7 +500,7 @@ def _rank(rank, folder):
         torch.manual_seed(rank)
         for step in range(2):  # the first one accumulates alone
             with wrapped.no_sync() if step == 0 else torch.enable_grad():
-                wrapped([ArraySource(picture(29, 50, rank + step))]).square().sum().backward()
+                wrapped([PixelArray(picture(29, 50, rank + step))]).square().sum().backward()
         results.append(([torch.zeros(())], {name: p.grad for name, p in model.named_parameters()}))
     check_equal(results[1], results[0])
     dist.barrier()

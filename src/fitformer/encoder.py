@@ -12,7 +12,7 @@ from fitformer.grouping import ImageGroups
 from fitformer.layers import check_sizes, layer_norm, linear
 from fitformer.positions import PositionTable
 from fitformer.pretrained import Pretrained
-from fitformer.tiling import ArraySource, GroupedImage, PixelSource, Tiling, stacked, to_signal
+from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling, stacked, to_signal
 from fitformer.trunk import Trunk
 
 MASKS = {None: "none", "none": "none", "causal": "global"}
@@ -319,7 +319,7 @@ class FITImageEncoder(Pretrained, nn.Module):
                 has a table of positions.
         """
         if not isinstance(image, GroupedImage):
-            source = ArraySource(image) if isinstance(image, Tensor) else image
+            source = PixelArray(image) if isinstance(image, Tensor) else image
             image = GroupedImage(source, self.tiling, glimpses=self.glimpses)
         if image.tiling != self.tiling or image.glimpses != self.glimpses:
             raise InputError(

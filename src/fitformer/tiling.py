@@ -40,7 +40,7 @@ class PixelSource(Protocol):
         """The whole image, averaged down to `(rows, columns, channels)`."""
 
 
-class ArraySource:
+class PixelArray:
     """An image in memory, `(H, W, channels)`, as a source of windows.
 
     Raises:
@@ -63,6 +63,11 @@ class ArraySource:
     def dtype(self) -> np.dtype:
         """Of the array."""
         return self.pixels.dtype
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that are as easily read as less of them: all."""
+        return self.shape[:2]
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """A view of the window."""

@@ -19,7 +19,7 @@ from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.settings import ClassifyRecipe
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
-from fitformer.tiling import ArraySource, GroupedImage, PixelSource, Tiling
+from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
@@ -66,7 +66,7 @@ def logits(network: FITImageEncoder, images: Tensor | Sequence[PixelSource], dat
 
 def grouped(network: FITImageEncoder, image: Tensor | PixelSource, data: ImageData | None = None) -> GroupedImage:
     """An image of any size as groups of a network, without those that `data` calls empty."""
-    source = ArraySource(image) if isinstance(image, Tensor) else image
+    source = PixelArray(image) if isinstance(image, Tensor) else image
     return GroupedImage(source, network.tiling, _occupied(source, network.tiling, data), network.glimpses)
 
 
