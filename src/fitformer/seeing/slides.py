@@ -137,7 +137,7 @@ class Slides:
             InputError: none of the images can be read (names them).
             OSError: an output cannot be written.
         """
-        self.predictions = {record["file"]: _prediction(record) for record in self._records()}
+        self.predictions = dict(self._recorded())
         made, told = 0, time.monotonic()
         try:
             for k, slide in enumerate(slides):
@@ -179,7 +179,7 @@ class Slides:
     def _note_broken(self, slide: Slide, reason: str) -> None:
         file = str(slide.path)
         self.broken[file] = reason
-        self.predictions.pop(file, None)
+        self.predictions.pop(slide.name, None)
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
         self.on_broken(file, reason)
 
@@ -201,7 +201,7 @@ class Slides:
             "made_with": self._key,
         }
         _write_text(self._fresh(slide, RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        self.predictions[prediction.file] = prediction
+        self.predictions[slide.name] = prediction
 
     def _fresh(self, slide: Slide, ending: str) -> Path:
         """The path of an output, cleared of what a killed process left beside it."""
@@ -219,22 +219,24 @@ class Slides:
         return (
             self._is_ours(record)
             and record["of"] == of
-            and record["file"] == str(slide.path)
             and all((self.output / (slide.name + ending)).is_file() for ending in OUTPUTS)
         )
 
     def _is_ours(self, record: Any) -> bool:
         return isinstance(record, dict) and record.get("made_with") == self._key
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _recorded(self) -> Iterator[tuple[str, Prediction]]:
+        """Names and predictions of all images in the output folder that were made as these are."""
         for path in sorted(self.output.rglob("*" + RECORD)):
             record = _read(path)
             if self._is_ours(record):
-                yield record
+                name = path.relative_to(self.output).as_posix().removesuffix(RECORD)
+                keys = ("file", "label", "probability", "probabilities")
+                yield name, Prediction(*(record[key] for key in keys))
 
     def _write_tables(self) -> None:
         if self.predictions:
-            ordered = [self.predictions[file] for file in sorted(self.predictions)]
+            ordered = sorted(self.predictions.values(), key=lambda prediction: prediction.file)
             _write_text(self.output / "results.csv", as_text(ordered))
         if self.broken:
             text = io.StringIO()
@@ -242,10 +244,6 @@ class Slides:
             _write_text(self.output / "broken.csv", text.getvalue())
         else:
             (self.output / "broken.csv").unlink(missing_ok=True)
-
-
-def _prediction(record: Mapping[str, Any]) -> Prediction:
-    return Prediction(record["file"], record["label"], record["probability"], record["probabilities"])
 
 
 def _read(path: Path) -> Any:
