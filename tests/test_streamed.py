@@ -509,3 +509,16 @@ def _rank(rank, folder):
 
 def test_gradients_across_processes_are_those_of_plain(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", [Streamed(2), Streamed(2, keep="host"), Streamed(2, keep="disk"), checkpointed], ids=str)
+@pytest.mark.parametrize("role", ROLES)
+def test_every_way_equals_plain_on_a_gpu(role, way):
+    build, call = ROLES[role]
+    torch.set_default_device("cuda")
+    try:
+        model = build(**DROPS).double().cuda()
+        check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
+    finally:
+        torch.set_default_device(None)

@@ -69,4 +69,4 @@ def _hashed(x: Tensor) -> Tensor:
 
 def group_keys(batch: int, groups: int) -> Tensor:
     """Keys `(b, t)` for `GroupRandom`, drawn from torch's own generator on the CPU."""
-    return torch.randint(2**62, (batch, groups))
+    return torch.randint(2**62, (batch, groups), device="cpu")
