@@ -16,11 +16,11 @@ from fitformer.data.readers.faults import readable
 from fitformer.data.readers.levels import Converted, Level, Mapped, Opened, Tiles, weigh_tiles
 from fitformer.errors import InputError, require
 
+# Values of the tag Compression, and of PhotometricInterpretation.
 _JPEG = {6, 7, 33007, 34892}
-_GREY_FROM_WHITE, _GREY, _RGB, _PALETTE = 0, 1, 2, 3
-_YCBCR = 6
-_SILENT = logging.NullHandler()
+_GREY_FROM_WHITE, _PALETTE, _YCBCR = 0, 3, 6
 _COLOURS = {5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camera"}
+_SILENT = logging.NullHandler()
 
 
 def open_tiff(path: str, most_bytes: float) -> Opened:
@@ -39,7 +39,8 @@ def open_tiff(path: str, most_bytes: float) -> Opened:
             raise InputError(f"{path} holds no image")
         for series in _pyramid(file.series):
             try:
-                levels.append(_level(path, series, most_bytes))
+                with readable(path):
+                    levels.append(_level(path, series, most_bytes))
             except InputError:
                 # Reductions are a convenience: the image itself serves in place of a broken one.
                 if not levels:
@@ -68,7 +69,7 @@ def _reduces(small: dict[str, int], large: dict[str, int]) -> bool:
         return False
     factors = [large[axis] / small[axis] for axis in "YX"]
     # Sides that do not divide were rounded.
-    return min(factors) >= 2 and all(abs(large[a] / max(factors) - small[a]) < 1 for a in "YX")
+    return min(factors) > 1.5 and all(abs(large[a] / max(factors) - small[a]) < 1 for a in "YX")
 
 
 def _level(path: str, series: Any, most_bytes: float) -> Level:
