@@ -43,7 +43,6 @@ class GroupRandom:
         self.low, self.high = (keys & 0x7FFFFFFF).int(), (keys >> 31).int()
         self.drawn = stream << 16
 
-    @torch.compiler.disable
     def kept(self, shape: Sequence[int], rate: float) -> Tensor:
         """Booleans of a shape `(r, ...)`, each false with probability `rate`."""
         self.drawn += 1
