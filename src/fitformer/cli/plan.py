@@ -173,6 +173,7 @@ def table(plan: "Plan") -> "Table":
             "of one slice or layer" if plan.setup.execution == "streamed" else "activations",
         ),
         ("process", memory.process, "Python, torch, decoded tiles"),
+        ("allocator", memory.slack, "freed, and not given back"),
     ):
         found.add_row(name, in_words(count), what)
     found.add_row("peak memory", in_words(memory.total), end_section=True)

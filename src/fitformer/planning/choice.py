@@ -225,6 +225,6 @@ def _split(of: Memory) -> str:
         "optimizer": of.optimizer,
         "kept tokens": of.kept,
         "working set": of.working,
-        "process": of.process,
+        "process and allocator": of.process + of.slack,
     }
     return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size)

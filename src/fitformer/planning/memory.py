@@ -21,8 +21,8 @@ from fitformer.trunk import Trunk
 Execution = Literal["plain", "checkpointed", "streamed"]
 Keep = Literal["memory", "host", "disk"]
 MIB = 2**20
-# Python, torch and this library, as they stand before the first tensor; what libraries of matrix products set aside.
-PROCESS, LIBRARIES = 235 * MIB, 40 * MIB
+# Python, torch and this library with its optimizer, before the first tensor; measured.
+PROCESS = 320 * MIB
 # On a GPU: what libraries of matrix products take from torch.
 WORKSPACE = 64 * MIB
 
@@ -72,11 +72,12 @@ class Memory:
     """Bytes at the peak of a training step.
 
     Attributes:
-        weights: parameters, and their gradients as far as they are there at the peak.
+        weights: parameters and all their gradients (at an earlier peak, their room is slack).
         optimizer: the two averages of AdamW.
         kept: data tokens between blocks and latents that wait for the backward pass.
         working: what one stage computes on, forward and backward, and pixels.
         process: Python, torch, decoded tiles; on a GPU the workspace of its libraries.
+        slack: freed, and not given back by the C library, see `_slack`; none on a GPU.
         scratch: on disk, and not part of the total. host: on the host of a GPU, not part of the total either.
     """
 
@@ -85,18 +86,19 @@ class Memory:
     kept: int
     working: int
     process: int
+    slack: int = 0
     scratch: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.optimizer + self.kept + self.working + self.process
+        return self.weights + self.optimizer + self.kept + self.working + self.process + self.slack
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What there is at one time of a step: kept, working, gradients of parameters."""
+    """What there is at one time of a step: kept, working, gradients of parameters so far."""
 
     kept: int
     working: int
@@ -121,14 +123,28 @@ def memory(model: Model, setup: Setup) -> Memory:
     away = step.boundaries if setup.execution == "streamed" else 0
     on_gpu = setup.device == "cuda"
     return Memory(
-        weights=step.parameters * (FLOAT + copies) + most.gradients,
+        weights=step.parameters * (2 * FLOAT + copies),
         optimizer=2 * step.parameters * FLOAT,
         kept=most.kept,
         working=most.working,
-        process=WORKSPACE if on_gpu else PROCESS + LIBRARIES + tiles,
+        process=WORKSPACE if on_gpu else PROCESS + tiles,
+        slack=0 if on_gpu else _slack(setup.execution, most, step.parameters * FLOAT),
         scratch=away if setup.keep == "disk" else 0,
         host=away if setup.keep == "host" and on_gpu else 0,
     )
+
+
+def _slack(execution: str, most: _Moment, gradients: int) -> int:
+    """Bytes that are free at the peak and yet held: fitted to measured peaks, the rest follows from shapes.
+
+    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back. With a fixed threshold
+    (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
+    """
+    if execution == "plain":
+        return max(min(200 * MIB, most.working // 2) - gradients, 0)
+    if execution == "checkpointed":
+        return min(most.kept + most.working, 500 * MIB)
+    return min(100 * MIB + most.working * 11 // 20, 500 * MIB)
 
 
 class _Step:
