@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -295,6 +297,101 @@ def test_a_disk_that_fails_in_mid_step_leaves_nothing_behind(tmp_path, monkeypat
     assert len(open_scratch()) == before
 
 
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("layers", ["(1)2(2)1", "(2)1"])
+def test_layers_that_the_loss_does_not_use_get_no_gradient(layers, used):
+    """Not even zeros, with which an optimizer would decay their weights."""
+    torch.manual_seed(0)
+    model = fitformer.FITEncoder(layers, T, N, in_channels=5, **SIZES)
+
+    def call(model, x):
+        return [model(x)[used]]
+
+    check_equal(outcome(model, None, call, Streamed(2)), outcome(model, None, call, plain))
+
+
+def test_what_is_named_twice_gets_its_gradient_once():
+    model, results = encoder(), []
+    x = torch.randn(2, T, N, 5, generator=torch.Generator().manual_seed(0))
+    for way in (plain, Streamed(2)):
+        model.run = way
+        model.zero_grad()
+        work = work_of(model, x, lambda groups, out, mask: out.pow(3).sum(), depends_on=list(model.parameters()))
+        total(model, work)[0].backward()
+        results.append(([torch.zeros(())], {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(results[1], results[0])
+
+
+def test_mixed_precision_of_the_backward_pass_is_not_entered():
+    model, seen = encoder(), []
+    model.run = Streamed(3)
+
+    def score(groups, out, mask):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return out.sum()
+
+    added, _ = total(model, work_of(model, torch.ones(2, T, N, 5), score))
+    with torch.autocast("cpu", torch.bfloat16):
+        added.backward()
+    assert seen == [False] * 6
+
+
+def test_nothing_of_a_pass_outlives_its_backward_pass():
+    """Neither what it kept, though the loss is still there, nor a second copy of the gradients."""
+    model = encoder()
+    model.run = Streamed(2)
+    _, latents = model(torch.randn(1, T, N, 5))
+    node = latents.grad_fn
+    while type(node).__name__ != "_StreamBackward":
+        node = node.next_functions[0][0]
+    done, sums = weakref.ref(node.done), {}
+    node.register_hook(lambda found, _: sums.update({g.data_ptr(): g.shape for g in found if g is not None}))
+    latents.pow(3).sum().backward()
+    assert done() is None
+    blocks = [p.grad for p in model.trunk.blocks.parameters() if p.grad is not None]
+    assert all(gradient.data_ptr() in sums for gradient in blocks)
+
+
+@pytest.mark.parametrize("keep", ["memory", "host", "disk"])
+def test_evaluation_streams(keep):
+    model = encoder().eval()
+    x = torch.randn(1, T, N, 5)
+    with torch.inference_mode():
+        wanted = model(x)[1]
+        model.run = Streamed(2, keep)
+        torch.testing.assert_close(model(x)[1], wanted)
+
+
+def test_an_error_in_the_middle_ends_the_reading_and_the_scratch(tmp_path):
+    model = encoder()
+    model.run = Streamed(1, keep="disk", folder=tmp_path)
+    before = len(open_scratch()), threading.active_count()
+    for fails_backward in (False, True):
+
+        def score(groups, out, mask, fails_backward=fails_backward):
+            if groups.start == 3 and out.requires_grad == fails_backward:
+                raise InputError("no such score")
+            return out.sum()
+
+        with pytest.raises(InputError, match="no such score") as caught:  # noqa: PT012
+            added, _ = total(model, work_of(model, torch.ones(2, T, N, 5), score))
+            added.backward()
+        # The error is still there, and all that it came through.
+        assert caught.tb is not None
+        assert (len(open_scratch()), threading.active_count()) == before
+
+
+def test_scratch_for_all_blocks_is_asked_for_at_once(tmp_path, monkeypatch):
+    model = denoiser()
+    size = T * N * SIZES["dim"] * 4
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 2 * size - 1}))
+    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    with pytest.raises(InputError, match="of scratch"):
+        denoise(model, torch.randn(2, T, N, 5))
+    with torch.no_grad():  # needs one room only
+        denoise(model, torch.randn(2, T, N, 5))
+
+
 def test_an_error_of_the_reader_reaches_the_caller():
     model = encoder()
     model.run = Streamed(2)
@@ -512,7 +609,9 @@ def test_gradients_across_processes_are_those_of_plain(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("way", [Streamed(2), Streamed(2, keep="host"), Streamed(2, keep="disk"), checkpointed], ids=str)
+@pytest.mark.parametrize(
+    "way", [Streamed(2), Streamed(2, keep="host"), Streamed(2, keep="disk"), checkpointed], ids=str
+)
 @pytest.mark.parametrize("role", ROLES)
 def test_every_way_equals_plain_on_a_gpu(role, way):
     build, call = ROLES[role]

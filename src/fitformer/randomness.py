@@ -69,3 +69,18 @@ def _hashed(x: Tensor) -> Tensor:
 def group_keys(batch: int, groups: int) -> Tensor:
     """Keys `(b, t)` for `GroupRandom`, drawn from torch's own generator on the CPU."""
     return torch.randint(2**62, (batch, groups), device="cpu")
+
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The state of torch's generators, on the CPU and on a GPU that computes."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Go back to a state of `random_state`."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,9 +1,12 @@
 """Where the data tokens between two blocks are kept while slices come and go: in memory, on the host, or on disk."""
 
+import errno
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Literal, Protocol
@@ -43,12 +46,13 @@ class InMemory:
     def put(self, groups: slice, x: Tensor) -> None:
         """Copy in."""
         assert self.tokens is not None
-        self.tokens[:, groups].copy_(x, non_blocking=True)
+        # Of the type kept before it travels: from or to pinned memory only a copy as it is needs no other one.
+        self.tokens[:, groups].copy_(x.detach().to(self.tokens.dtype), non_blocking=True)
 
     def get(self, groups: slice) -> Tensor:
         """Copy out, unless they are where and what they should be."""
         assert self.tokens is not None
-        return self.tokens[:, groups].to(self.device, self.computed, non_blocking=True)
+        return self.tokens[:, groups].to(self.device, non_blocking=True).to(self.computed)
 
     def close(self) -> None:
         """Let go of the tensor."""
@@ -59,54 +63,52 @@ class OnDisk:
     """Tokens in a scratch file that has no name: whatever happens to the process, nothing of it is left behind.
 
     Raises:
-        InputError: the folder's disk has no room for it; says how much is needed.
+        OSError: the folder's disk failed or is full; names the folder. So do `put` and `get`.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path) -> None:
         batch, groups, *token = shape
         self.shape, self.dtype, self.device, self.computed = (batch, *token), dtype, like.device, like.dtype
-        self.row = batch * prod(token) * dtype.itemsize
-        self.folder = Path(tempfile.gettempdir()) if folder is None else folder
-        need_room(self.folder, groups * self.row)
-        file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
-        self.file = file.fileno()
-        self.close = weakref.finalize(self, file.close)
-        # Taken now, so that no disk is found full in the middle of a step.
-        os.posix_fallocate(self.file, 0, groups * self.row)
+        self.row, self.folder = batch * prod(token) * dtype.itemsize, folder
+        with self._named():
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            self.file = file.fileno()
+            self.close = weakref.finalize(self, file.close)
+            # Taken now, so that no disk is found full in the middle of a step.
+            os.posix_fallocate(self.file, 0, groups * self.row)
 
     def put(self, groups: slice, x: Tensor) -> None:
-        """Write.
-
-        Raises:
-            OSError: the disk failed or is full; names the folder.
-        """
+        """Write."""
         first, _, _ = groups.indices(2**62)
         # By groups first: a slice of them is one piece of the file.
         rows = x.detach().to("cpu", self.dtype).transpose(0, 1).contiguous()
         left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
-        try:
+        with self._named():
             while left:
                 written = os.pwrite(self.file, left, place)
                 left, place = left[written:], place + written
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} (scratch for data tokens)", str(self.folder)) from error
 
     def get(self, groups: slice) -> Tensor:
-        """Read.
-
-        Raises:
-            OSError: the disk failed; names the folder.
-        """
+        """Read."""
         first, last, _ = groups.indices(2**62)
         batch, *token = self.shape
-        rows = torch.empty(last - first, batch, *token, dtype=self.dtype)
+        rows = torch.empty(last - first, batch, *token, dtype=self.dtype, device="cpu")
         left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
-        while left:
-            found = os.preadv(self.file, [left], place)
-            if not found:
-                raise OSError(0, "the scratch file for data tokens ends too early", str(self.folder))
-            left, place = left[found:], place + found
+        with self._named():
+            while left:
+                found = os.preadv(self.file, [left], place)
+                if not found:
+                    raise OSError(errno.EIO, "the file ends too early")
+                left, place = left[found:], place + found
         return rows.transpose(0, 1).to(self.device, self.computed)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of a failing disk what was on it, and in which folder."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (scratch for data tokens)", str(self.folder)) from error
 
 
 def need_room(folder: Path, size: int) -> None:
@@ -125,8 +127,17 @@ def need_room(folder: Path, size: int) -> None:
         )
 
 
-def room(keep: Keep, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None) -> Kept:
-    """Room for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type."""
+def rooms(
+    count: int, keep: Keep, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None
+) -> Sequence[Kept]:
+    """Rooms for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type.
+
+    Raises:
+        InputError: the folder's disk has no room for all of them; says how much is needed.
+        OSError: it failed.
+    """
     if keep == "disk":
-        return OnDisk(shape, dtype, like, folder)
-    return InMemory(shape, dtype, like, keep == "host")
+        folder = Path(tempfile.gettempdir()) if folder is None else folder
+        need_room(folder, count * prod(shape) * dtype.itemsize)
+        return [OnDisk(shape, dtype, like, folder) for _ in range(count)]
+    return [InMemory(shape, dtype, like, keep == "host") for _ in range(count)]
