@@ -567,8 +567,19 @@ def test_sixteen_bits_and_floats_are_the_same_pictures(dtype):
     torch.testing.assert_close(model([PixelArray(other)]), model([PixelArray(pixels)]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_run_in_the_precision_of_the_weights(dtype):
+    model, pixels = image_encoder("(1)2(1)").to(dtype), picture(16, 24)
+    signal = pixels / 127.5 - 1
+    for image in (PixelArray(pixels), PixelArray(signal), torch.from_numpy(signal).to(dtype)):
+        assert model([image]).dtype == dtype
+        assert model.forward_features([image])[0].dtype == dtype
+
+
 def test_images_that_cannot_be():
     model = image_encoder()
+    with pytest.raises(InputError, match="places of 3 groups given for an input of 7"):
+        encoder(latent_position="row_column")(torch.ones(1, T, N, 5), places=torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
         model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
     with pytest.raises(InputError, match="has no occupied group among 4"):

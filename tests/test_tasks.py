@@ -248,6 +248,13 @@ def test_previews_are_written_as_a_grid_or_as_text(tmp_path):
 
 def test_pixels_go_to_the_network_between_minus_one_and_one():
     seen = []
-    classify.logits(lambda images: seen.append(images), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
+
+    class Network:
+        groups = True  # of images of one size
+
+        def __call__(self, images):
+            seen.append(images)
+
+    classify.logits(Network(), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
     assert seen[0].flatten().tolist() == [-1, 1]
     assert diffusion.signal_to_pixels(seen[0]).flatten().tolist() == [0, 255]

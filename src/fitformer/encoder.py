@@ -284,7 +284,7 @@ class FITImageEncoder(Pretrained, nn.Module):
         for image in map(self.grouped, images):
             tokens, mask = self._placed(*image.read(slice(None)))
             latents = self.latents([image])
-            x, _ = self.encoder.run(self.encoder.trunk, self.encoder.embed(to_signal(tokens)), latents, None, mask)
+            x, _ = self.encoder.run(self.encoder.trunk, self._embed(tokens), latents, None, mask)
             maps.append(image.map(self.encoder.finish(x)[0]))
         return maps
 
@@ -359,7 +359,7 @@ class FITImageEncoder(Pretrained, nn.Module):
             groups=images[0].num_groups,
             latents=self.latents(images),
             read=read,
-            embed=lambda groups, tokens: self.encoder.embed(to_signal(tokens)),
+            embed=lambda groups, tokens: self._embed(tokens),
             score=None if self.ends_in_latents else added,
         )
 
@@ -378,6 +378,10 @@ class FITImageEncoder(Pretrained, nn.Module):
                 means = added / torch.tensor([[image.count()] for image in together], device=added.device)
             pooled.update(zip(where, means, strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""
+        return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
 
     def _placed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens and mask on the encoder's device."""

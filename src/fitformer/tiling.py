@@ -48,7 +48,10 @@ class PixelArray:
     """
 
     def __init__(self, pixels: np.ndarray | Tensor) -> None:
-        array = pixels.detach().cpu().numpy() if isinstance(pixels, Tensor) else pixels
+        if isinstance(pixels, Tensor):
+            # numpy knows no bfloat16.
+            pixels = (pixels.detach().float() if pixels.dtype == torch.bfloat16 else pixels.detach()).cpu().numpy()
+        array = pixels
         if array.ndim != 3:
             raise InputError(f"an image has three axes (rows, columns, channels), not shape {tuple(array.shape)}")
         self.pixels = array
@@ -91,7 +94,7 @@ def to_signal(tokens: Tensor) -> Tensor:
     if tokens.dtype not in (torch.uint8, torch.uint16):
         raise InputError(f"pixels are {tokens.dtype}; images hold uint8, uint16 or floats")
     half = torch.iinfo(tokens.dtype).max / 2
-    return tokens.float() / half - 1
+    return tokens.float().div_(half).sub_(1)
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,14 @@ class Trunk(nn.Module):
         groups by default.
 
         Raises:
-            InputError: more groups than there are positions, or places given to a table.
+            InputError: more groups than there are positions, places of another number of groups or given to a table.
         """
         if not isinstance(self.latent_position, PositionTable):
             if places is None:
                 places = torch.arange(num_groups, device=self.latent_position.slots.device)
                 places = torch.stack([torch.zeros_like(places), places], dim=-1)
+            if places.shape[-2] != num_groups:
+                raise InputError(f"places of {places.shape[-2]} groups given for an input of {num_groups}")
             return self.latent_position(places).expand(batch, -1, -1, -1)
         if places is not None:
             raise InputError("places of groups given to a model with a table of latents; build it with 'row_column'")
