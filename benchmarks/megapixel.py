@@ -8,6 +8,7 @@ the whole canvas, averaged down to 64 x 64 pixels. With one, of its model too; i
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import torch.nn.functional as F
 
 from fitformer import data, pictures
 from fitformer.data.settings import ImageData
-from fitformer.diffusion import pixels_to_signal
 from fitformer.evaluation.run import evaluate
 from fitformer.runs import Run
+from fitformer.seeing.heatmap import HeatMap
+from fitformer.seeing.overlay import painted
+from fitformer.seeing.relevance import relevance
+from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import grid, write_picture
 
 SMALL = 64
@@ -48,15 +52,35 @@ def baselines(settings: ImageData) -> Iterator[tuple[str, float]]:
         yield f"{name} ({model.score(x, y):.1%} in training)", float(model.score(x_test, y_test))
 
 
+def smoothed(curve: pictures.Curve, window: int = 25) -> pictures.Curve:
+    """Means of so many neighbouring measurements, at the last one's step."""
+    steps, values = (np.asarray(side) for side in curve)
+    count = len(values) // window
+    return steps[window - 1 :: window][:count].tolist(), values[: count * window].reshape(count, -1).mean(1).tolist()
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """Pictures (k, H, W, 3) at half their size."""
+    k, rows, columns, _ = images.shape
+    return images.reshape(k, rows // 2, 2, columns // 2, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+
+
 def draw(run: Run, folder: Path, count: int = 4) -> None:
-    """The learning curve, and test canvases above maps of where each block's latents looked."""
+    """The learning curve; test canvases above maps of where the latents looked, and of what moved the decision."""
     curves = pictures.metric_curves(run.metrics(), "train/accuracy", "val/accuracy")
+    curves["train/accuracy"] = smoothed(curves["train/accuracy"])
     pictures.write_curves(folder / "megapixel-curve.png", curves, y="accuracy")
-    dataset = run.dataset("test")
-    images = torch.stack([dataset[index]["image"] for index in range(count)])
-    maps = pictures.latent_attention(run.model(), pixels_to_signal(images))
-    rows = [pictures.as_colour(images), *(pictures.overlay(images, looked) for looked in maps)]
-    write_picture(folder / "megapixel-looked.png", grid(torch.cat(rows)[:, ::2, ::2], columns=count, enlarge=1))
+    dataset, network = run.dataset("test"), run.model()
+    canvases, looked, moved = [], [], []
+    for index in range(count):
+        image, label = dataset[index]["image"], int(dataset[index]["label"])
+        seen = relevance(network, grouped(network, image, run.recipe.data))
+        print(f"test canvas {index}: {label}, taken for {int(seen.logits.argmax())}", file=sys.stderr)
+        canvases.append(pictures.as_colour(image[None])[0].numpy())
+        for pile, values, colours in ((looked, seen.looked, "heat"), (moved, seen.moved, "signed")):
+            pile.append(painted(image.numpy(), HeatMap.of(values, seen.image).shrunk(*image.shape[:2]), colours))
+    sheet = grid(torch.from_numpy(halved(np.stack(canvases + looked + moved))), columns=count, enlarge=1)
+    write_picture(folder / "megapixel-looked.png", sheet)
 
 
 def main() -> None:
