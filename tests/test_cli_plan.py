@@ -62,7 +62,7 @@ def test_the_table_ends_in_one_line_with_the_verdict(capsys):
 
 @pytest.mark.parametrize("role", ["denoiser", "decoder"])
 def test_other_roles_are_planned_too(capsys, role):
-    size = ("--image-size", "32", "--group-size", "8") if role == "decoder" else TINY[2:] + ("--group-size", "128")
+    size = ("--image-size", "32", "--group-size", "8") if role == "decoder" else (*TINY[2:], "--group-size", "128")
     found = plan(capsys, "--preset", "tiny", "--role", role, *size)
     assert found["tokens_per_group"] == (8 * 8 * 3 if role == "decoder" else 64)
 

@@ -1,11 +1,31 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
+from fitformer.amounts import bytes_of, in_words
 from fitformer.errors import InputError
-from fitformer.planning import count_parameters, flops, group_plan, on_meta, parts
+from fitformer.layers import CrossLayer, TransformerLayer
+from fitformer.planning import (
+    Geometry,
+    Setup,
+    count_parameters,
+    flops,
+    group_plan,
+    memory,
+    need_room,
+    on_meta,
+    parts,
+    slice_for,
+)
+from fitformer.planning.activations import Looked, Numbers, of_cross, of_layer
+from fitformer.planning.geometry import grouped
+from fitformer.planning.memory import _Step
+from fitformer.presets import preset
 
 SIZE = {"dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 3, "latents_per_group": 3}
 GROUPS = {"num_groups": 4, "tokens_per_group": 6}
@@ -92,3 +112,145 @@ def test_attention_of_local_layers_grows_linearly_and_of_global_ones_quadratical
 def test_an_unknown_role_is_named():
     with pytest.raises(InputError, match=r"no role 'FITEncodr'.*FITEncoder"):
         on_meta("FITEncodr", {})
+
+
+def kept_by_autograd(model, run):
+    """Bytes that autograd keeps for the backward pass of `run()`, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run()
+    return sum(storage.nbytes() for storage in found.values()), out
+
+
+WIDE = {"dim": 64, "latent_dim": 96, "heads": 4, "latent_heads": 4, "latents_per_group": 4}
+KEPT = {
+    "plain": (FITEncoder, {"in_channels": 24}),
+    "denoiser": (FITDenoiser, {"out_dim": 24}),
+    "decoder": (FITDecoder, {"vocab_size": 40}),
+    "dropout": (FITEncoder, {"in_channels": 24, "drop_units": 0.2, "drop_att": 0.2, "drop_path": 0.1}),
+}
+
+
+def run_of(model):
+    batch, groups, n = 2, 6, 32
+    if isinstance(model, FITDecoder):
+        tokens = torch.randint(40, (batch, groups, n))
+        return lambda: torch.nn.functional.cross_entropy(model(tokens).flatten(0, 2), tokens.flatten())
+    x, other = torch.randn(batch, groups, n, 24), torch.randn(batch, groups, n, 24)
+    if isinstance(model, FITDenoiser):
+        return lambda: (model(x, torch.rand(batch))[0] - other).square().mean()
+    return lambda: model(x)[1].mean()
+
+
+@pytest.mark.parametrize("precision", [32, "bf16"])
+@pytest.mark.parametrize("name", KEPT)
+def test_activations_are_those_that_autograd_keeps(name, precision):
+    role, own = KEPT[name]
+    layers = "(2)2(1)1" if role is FITEncoder else "(2)2(1)"
+    model = role(layers, 6, 32, **WIDE, **own)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        kept, _ = kept_by_autograd(model, run_of(model))
+    step = _Step(model, Setup(batch=2, precision=precision))
+    # The last norm, and copies of weights in mixed precision, are not activations of the layers.
+    copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2) if precision == "bf16" else 0
+    stages = [step.stem(step.tokens), *(s for i in range(2) for s in (*step.grouped(i, 12), *step.globals(i)))]
+    predicted = sum(stage.kept for stage in [*stages, *step.ends(step.tokens)]) + step.start_of_latents()
+    assert kept - copies == pytest.approx(predicted, rel=0.06)
+
+
+def test_a_layer_is_counted_to_the_byte():
+    layer = TransformerLayer(32, 4)
+    x = torch.randn(3, 10, 32, requires_grad=True)
+    kept, _ = kept_by_autograd(layer, lambda: layer(x))
+    # What came in is counted by what made it, and what goes out is kept by what takes it.
+    assert of_layer(layer, Looked(3, 10, 10), Numbers()).kept == kept
+    cross = CrossLayer(48, 32, 32, 4)
+    latents = torch.randn(3, 4, 48, requires_grad=True)
+    kept, _ = kept_by_autograd(cross, lambda: cross(latents, x))
+    assert of_cross(cross, Looked(3, 4, 10), Numbers()).kept == kept - x.nbytes
+
+
+def small(**setup):
+    config = dict(preset("small"), image_size=None, group_size=256, patch_size=16, latent_position="row_column")
+    return on_meta("FITImageEncoder", config), Setup(**{"groups": 100, **setup})
+
+
+def test_streaming_needs_less_than_checkpointing_and_that_less_than_plain():
+    peaks = [memory(*small(execution=way)).total for way in ("plain", "checkpointed", "streamed")]
+    assert peaks == sorted(peaks, reverse=True)
+    kept = [memory(*small(execution="streamed", keep=keep, kept_precision=half)) for keep, half in PLACES]
+    assert kept[0].kept > kept[1].kept > kept[2].kept
+    assert kept[2].scratch == 2 * (kept[0].kept - kept[1].kept) == 100 * 256 * 256 * 4
+
+
+PLACES = (("memory", None), ("memory", "bf16"), ("disk", None))
+
+
+def test_the_working_set_of_streaming_does_not_grow_with_the_image():
+    few, many = (memory(*small(execution="streamed", keep="disk", slice_groups=8, groups=t)) for t in (100, 400))
+    latents = 300 * 16 * 512 * 4
+    assert many.working - few.working < 40 * latents
+    plain = [memory(*small(groups=t)).working for t in (100, 400)]
+    assert plain[1] / plain[0] == pytest.approx(4, rel=0.02)
+
+
+def test_a_slice_is_the_largest_that_fits_a_budget():
+    model, setup = small(execution="streamed")
+    most = slice_for(model, setup)
+    assert most == 4096 // 256
+    budget = memory(model, replace(setup, slice_groups=6)).total
+    found = slice_for(model, setup, budget)
+    assert 4 <= found <= 6
+    assert memory(model, replace(setup, slice_groups=found)).total <= budget
+    assert slice_for(model, setup, 1) == 1
+
+
+def test_what_has_no_room_says_what_it_needs_and_what_would_do():
+    model, setup = small(execution="plain")
+    assert need_room(model, setup, 10**11).total < 10**11
+    with pytest.raises(InputError, match=r"needs .* GB of memory and the budget is 1.2 GB.*streamed .* fits, from"):
+        need_room(model, setup, 12 * 10**8)
+    with pytest.raises(InputError, match=r"take a smaller model"):
+        need_room(model, setup, 10**7)
+    with pytest.raises(InputError, match="execution is 'fast'; known are plain"):
+        Setup(execution="fast")
+
+
+def test_groups_of_the_fewest_operations_are_chosen_and_their_attention_grows_as_the_paper_says():
+    def attention(side):
+        best, *others = grouped(Geometry.of_preset("encoder", "small", side))
+        assert all(best.flops().total <= other.flops().total for other in others)
+        return best.flops().attention
+
+    growth = math.log(attention(6400) / attention(1600)) / math.log(16)
+    assert growth <= 4 / 3
+
+
+def test_a_model_of_any_size_wants_to_know_the_number_of_groups():
+    model, _ = small()
+    with pytest.raises(InputError, match="say how many"):
+        flops(model)
+    assert flops(model, groups=200).linear == pytest.approx(2 * flops(model, groups=100).linear, rel=1e-3)
+
+
+@pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), (7, 7)])
+def test_amounts_of_memory_are_read(text, count):
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8XB", "-1GB", "0"])
+def test_no_amounts_of_memory_are_refused(text):
+    with pytest.raises(InputError, match="memory"):
+        bytes_of(text)
+
+
+def test_amounts_are_said_in_units_of_a_thousand():
+    assert [in_words(count) for count in (999, 1234567, 2e9, 1e13)] == ["999 B", "1.23 MB", "2 GB", "10 TB"]

@@ -73,11 +73,11 @@ def _weights(attention: Attention, at: Looked, numbers: Numbers) -> int:
 
 
 def of_ffn(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:
-    """Bytes kept of a feed-forward branch: normalised input, units before and after GELU, dropout."""
+    """Bytes kept of a feed-forward branch: normalised input, units before GELU and after dropout, what it dropped."""
     if ffn is None:
         return 0
     dim, units = ffn.inner.in_features, ffn.inner.out_features
-    dropped = units * (1 + numbers.product) if ffn.dropout else 0
+    dropped = units if ffn.dropout else 0
     return tokens * (dim * numbers.product + 2 * units * numbers.product + dropped + STATISTICS)
 
 
