@@ -171,3 +171,20 @@ def test_what_comes_in_at_the_edge_has_the_colour_of_the_rim():
     moved = shift(np.full((32, 64, 3), (9, 8, 7), np.uint8), np.random.default_rng(0), most=0.5)
     assert (moved == (9, 8, 7)).all()
     assert np.array_equal(shift(moved[:3, :3], np.random.default_rng(0)), moved[:3, :3])
+
+
+def test_the_recipe_trains_on_the_groups_that_hold_something(mnist, tmp_path):
+    pytest.importorskip("lightning", reason="needs the extra train")
+    from fitformer import config
+    from fitformer.runs import Run
+    from fitformer.tasks.classify import grouped
+    from fitformer.training import train
+
+    short = ["--trainer.steps=2", "--trainer.validate_batches=1", "--trainer.accelerator=cpu", f"--data.path={mnist}"]
+    recipe = config.load("megapixel-mnist", short)
+    assert train(recipe, tmp_path / "run")
+    network, test = Run.open(tmp_path / "run").model(), build(recipe.data, "test")
+    image = test[5]["image"]
+    touched = (image.numpy()[..., 0] > 0).reshape(8, 64, 8, 64).any(axis=(1, 3))
+    assert grouped(network, image, recipe.data).places.tolist() == np.argwhere(touched).tolist()
+    assert 5 <= touched.sum() < 40
