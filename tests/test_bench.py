@@ -65,7 +65,7 @@ def test_every_way_to_run_measures_the_same_step(role, tmp_path):
 def test_a_step_is_measured_and_its_file_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = measure(Bench(geometry("encoder"), Wish(execution="streamed", slice_groups=2), steps=2, warmup=1))
-    assert len(found.seconds) == 2
+    assert len(found.seconds) == len(found.cpu_seconds) == 2
     assert min(found.seconds) > 0
     assert found.peak > 50e6
     assert math.isfinite(found.loss)
@@ -108,7 +108,7 @@ def test_scaling_runs_each_size_in_its_own_process_and_draws_it(capsys, tmp_path
     said = capsys.readouterr().out
     found = json.loads(plot.with_suffix(".json").read_text())
     assert [step["tokens"] for step in found["steps"]] == [64, 144]
-    assert set(found["exponents"]) == {"time", "memory", "attention", "operations"}
+    assert set(found["exponents"]) == {"time", "cpu_time", "memory", "attention", "operations"}
     assert "exponents against tokens" in said
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -52,8 +52,8 @@ def scaling(sizes: Sequence[int], options: Sequence[str], tell: Callable[[Result
         tell: is called with each result as it comes.
 
     Returns:
-        `steps`, the results as `fitformer bench step --json` gives them, and `exponents` of time, memory, attention
-        and all operations against the number of tokens.
+        `steps`, the results as `fitformer bench step --json` gives them, and `exponents` of time, CPU time, memory,
+        attention and all operations against the number of tokens.
 
     Raises:
         InputError: fewer than two sizes, or a step that failed; says what it said.
@@ -70,7 +70,13 @@ def scaling(sizes: Sequence[int], options: Sequence[str], tell: Callable[[Result
 def exponents(steps: Sequence[Result]) -> dict[str, float]:
     """Exponents against the number of tokens."""
     lengths = [step["tokens"] for step in steps]
-    columns = {"time": "seconds", "memory": "peak_bytes", "attention": "attention_tflop", "operations": "tflop"}
+    columns = {
+        "time": "seconds",
+        "cpu_time": "cpu_seconds",
+        "memory": "peak_bytes",
+        "attention": "attention_tflop",
+        "operations": "tflop",
+    }
     return {name: exponent(lengths, [step[key] for step in steps]).exponent for name, key in columns.items()}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,15 @@ class Measured:
 
     Attributes:
         plan: how it ran, and the memory that was predicted.
-        seconds: of each step. peak: bytes, of the whole process or of what torch allocated on a GPU.
+        seconds: of each step, on the clock. cpu_seconds: of all threads of this process, of each step: other work on
+            the machine disturbs them less.
+        peak: bytes, of the whole process or of what torch allocated on a GPU.
         loss: of the last step. device: in words. threads: of torch.
     """
 
     plan: Plan
     seconds: list[float]
+    cpu_seconds: list[float]
     peak: int
     loss: float
     device: str
@@ -60,7 +64,7 @@ class Measured:
     @property
     def second(self) -> float:
         """Of the median step."""
-        return sorted(self.seconds)[len(self.seconds) // 2]
+        return median(self.seconds)
 
     @property
     def rate(self) -> float:
@@ -101,13 +105,15 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
     sources: list[PixelSource] = [open_image(path) for _ in range(plan.setup.batch)]
     loss = loss_of(model, plan.geometry, sources, device)
     mixed = torch.autocast(device.type, torch.bfloat16) if plan.setup.precision == "bf16" else nullcontext()
-    seconds, value = [], 0.0
+    seconds, cpu_seconds, value = [], [], 0.0
     for k in range(-bench.warmup, bench.steps):
-        took, value = _step(loss, optimizer, mixed, device)
+        start, busy = time.perf_counter(), time.process_time()
+        value = _step(loss, optimizer, mixed, device)
         if k >= 0:
-            seconds.append(took)
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - busy)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Measured(plan, seconds, peak_bytes(device), value, name, torch.get_num_threads())
+    return Measured(plan, seconds, cpu_seconds, peak_bytes(device), value, name, torch.get_num_threads())
 
 
 def way_of(setup: Setup, folder: str | Path | None = None) -> Way:
@@ -135,9 +141,8 @@ def _step(
     optimizer: torch.optim.Optimizer,
     mixed: AbstractContextManager,
     device: torch.device,
-) -> tuple[float, float]:
-    """Seconds of one training step, and its loss."""
-    start = time.perf_counter()
+) -> float:
+    """One training step; its loss."""
     with mixed:
         value = loss()
     value.backward()
@@ -145,7 +150,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start, value.item()
+    return value.item()
 
 
 def as_plain(found: Measured) -> dict[str, object]:
@@ -168,6 +173,7 @@ def as_plain(found: Measured) -> dict[str, object]:
         "parameters": plan.parameters,
         "seconds": found.second,
         "all_seconds": found.seconds,
+        "cpu_seconds": median(found.cpu_seconds),
         "tflop": plan.flops.total / 1e12,
         "attention_tflop": plan.flops.attention / 1e12,
         "tflops_per_second": found.rate / 1e12,
