@@ -128,22 +128,23 @@ def memory(model: Model, setup: Setup) -> Memory:
         kept=most.kept,
         working=most.working,
         process=WORKSPACE if on_gpu else PROCESS + tiles,
-        slack=0 if on_gpu else _slack(setup.execution, most, step.parameters * FLOAT),
+        slack=0 if on_gpu else _slack(setup.execution, most, step),
         scratch=away if setup.keep == "disk" else 0,
         host=away if setup.keep == "host" and on_gpu else 0,
     )
 
 
-def _slack(execution: str, most: _Moment, gradients: int) -> int:
+def _slack(execution: str, most: _Moment, step: "_Step") -> int:
     """Bytes that are free at the peak and yet held: fitted to measured peaks, the rest follows from shapes.
 
     glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back. With a fixed threshold
     (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
     """
     if execution == "plain":
-        return max(min(200 * MIB, most.working // 2) - gradients, 0)
+        return max(min(200 * MIB, most.working // 2) - step.parameters * FLOAT, 0)
     if execution == "checkpointed":
-        return min(most.kept + most.working, 500 * MIB)
+        small = step.tokens * step.x < 32 * MIB
+        return min(most.kept + most.working, (500 if small else 150) * MIB)
     return min(100 * MIB + most.working * 11 // 20, 500 * MIB)
 
 
