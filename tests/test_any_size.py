@@ -1,7 +1,9 @@
 """Training on files of any size, from the command line: streamed, within a budget, and refused where it must be."""
 
+import os
 import re
 import shutil
+import signal
 from contextlib import nullcontext
 
 import numpy as np
@@ -14,13 +16,15 @@ pytest.importorskip("lightning", reason="needs the extra train")
 
 from fitformer import config
 from fitformer.cli import main
+from fitformer.data import images
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.runs import Run
 from fitformer.settings import ClassifyRecipe
-from fitformer.tasks import autoregress, diffuse, set_way
+from fitformer.tasks import autoregress, classify, diffuse, set_way
 from fitformer.tasks.classify import grouped
 
+COLOUR = {(): {"photometric": "minisblack"}, (3,): {"photometric": "rgb"}}
 SIZES = [(90, 70), (33, 130), (64, 64), (100, 41)]
 
 
@@ -140,7 +144,8 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--model.latent_position=learned", "data.image_size: null is for models of images of any size"),
         ("--data.augmentation=light", "images of any size are read as they are"),
         ("--data.source=digits", "which the source 'digits' does not have"),
-        ("--data.channels=1", "mixed channel counts: .* has 3"),
+        ("--data.channels=1", "data.channels is 1 and .* has 3; .* remove data.channels"),
+        ("--data.masks=nowhere", "needs one mask"),
         ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
     ],
 )
@@ -224,3 +229,116 @@ def test_images_in_memory_skip_their_empty_groups_too():
     pixels = torch.zeros(32, 32, 1, dtype=torch.uint8)
     pixels[9, 20] = 255
     assert grouped(network, pixels, loaded.data).places.tolist() == [[1, 2]]
+
+
+@pytest.fixture
+def odd(slides, tmp_path):
+    """Puts one more image into a copy of the slides; gives the copy."""
+
+    def put(pixels, part="train"):
+        folder = tmp_path / "odd"
+        shutil.copytree(slides, folder)
+        tifffile.imwrite(folder / part / "plain" / "odd.tif", pixels, tile=(32, 32), **COLOUR[pixels.shape[2:]])
+        return folder
+
+    return put
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((40, 50), np.uint8), "mixed channel counts: .*odd.tif has 1 and .*0.tif has 3"),
+        (np.zeros((40, 50, 3), np.float32), "mixed types of pixels: .*odd.tif has float32 and .*0.tif has uint8"),
+    ],
+)
+def test_images_unlike_the_others_are_refused_before_the_run_starts(
+    recipe, odd, tmp_path, capsys, pixels, message, part
+):
+    run = tmp_path / "run"
+    assert main(["train", recipe, f"--data.path={odd(pixels, part)}", "--run-dir", str(run)]) == 2
+    assert re.search(message, said(capsys))
+    assert not run.exists()
+
+
+def said(capsys):
+    """The one line of an error."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_an_image_of_nothing_but_background_is_named(recipe, odd, tmp_path, capsys):
+    folder = odd(np.full((40, 50, 3), 255, np.uint8))
+    words = [f"--data.path={folder}", "--trainer.batch_size=9", "--trainer.validate_batches=0"]
+    assert main(["train", recipe, *words, "--run-dir", str(tmp_path / "run")]) == 2
+    assert re.search("odd.tif has no group that holds anything .background white, tolerance 0.1.: ", said(capsys))
+
+
+@pytest.mark.parametrize("batch_size", [9, 1])
+def test_pixels_that_are_no_numbers_do_not_reach_a_checkpoint(recipe, tmp_path, capsys, batch_size):
+    root = tmp_path / "floats"
+    for k in range(9):
+        pixels = np.zeros((40, 50, 3), np.float32)
+        pixels[3, 4] = np.nan if k == 5 else 0
+        (root / f"{k % 2}").mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(root / f"{k % 2}" / f"{k}.tif", pixels, tile=(32, 32), photometric="rgb")
+    words = [f"--data.path={root}", "--data.background=none", "--data.holdout=0.1", "--trainer.validate_batches=0"]
+    run = tmp_path / "run"
+    more = [f"--trainer.batch_size={batch_size}", "--trainer.checkpoint_every=1"]
+    assert main(["train", recipe, *words, *more, "--run-dir", str(run)]) == 2
+    assert re.search("1/5.tif: answered with no numbers", said(capsys))
+    if batch_size == 1:
+        assert all(weight.isfinite().all() for weight in weights(run).values() if weight.is_floating_point())
+
+
+def test_weights_that_are_no_numbers_do_not_take_the_place_of_a_checkpoint(tmp_path, capsys):
+    words = ["train", "digits-classify", "--trainer.steps=4", "--trainer.batch_size=4", "--trainer.validate_batches=0"]
+    words += ["--trainer.accelerator=cpu", "--trainer.checkpoint_every=1", "--run-dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fitformer.tasks.classify.loss", lambda network, *rest: (network.head.weight.sum() * np.inf, {}))
+        assert main(words) == 2
+    assert "training diverged: at step 1 some weights are no numbers" in said(capsys)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_scratch_that_is_too_small_is_said_before_the_run_starts(recipe, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    words = ["train", recipe, "--trainer.execution=streamed", "--trainer.keep=disk", "--run-dir", str(run)]
+    assert main([*words, f"--trainer.scratch={tmp_path / 'nowhere'}"]) == 2
+    assert "trainer.scratch: there is no folder" in said(capsys)
+    monkeypatch.setattr("fitformer.training.room.disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1000))
+    assert main([*words, "--data.background=none", f"--trainer.scratch={tmp_path}"]) == 2
+    assert re.search("needs [0-9.]+ KB of scratch between blocks, and .* has 1 KB free", said(capsys))
+    assert not run.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_worker_that_dies_is_one_error_and_the_checkpoint_stays(recipe, tmp_path, capsys, monkeypatch):
+    collate = images.collate_any_size
+
+    def fatal(items):
+        if items[0]["index"] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(items)
+
+    monkeypatch.setattr(images, "collate_any_size", fatal)
+    run = tmp_path / "run"
+    words = ["--data.num_workers=1", "--trainer.batch_size=1", "--trainer.checkpoint_every=1"]
+    assert main(["train", recipe, *words, "--trainer.validate_batches=0", "--run-dir", str(run)]) == 2
+    line = said(capsys)
+    assert re.search(r"a process that reads ahead \(data.num_workers, pid\S* \d+\) ", line)
+    assert re.search(r"the same command goes on from step \d+, the last that was saved", line)
+
+
+def test_told_twice_to_stop_a_run_stops_at_once(recipe, tmp_path, capsys, monkeypatch):
+    """In the middle of a step, with the exit status of an interrupted command."""
+    loss = classify.loss
+
+    def interrupted(*given):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*given)
+
+    monkeypatch.setattr(classify, "loss", interrupted)
+    assert main(["train", recipe, "--trainer.validate_batches=0", "--run-dir", str(tmp_path / "run")]) == 130
+    assert said(capsys) == "fitformer: interrupted"

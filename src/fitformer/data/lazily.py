@@ -9,7 +9,7 @@ import numpy as np
 from fitformer.data.pixels import Unreadable, suffixes
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.readers.lazy import BACKENDS
-from fitformer.data.sources import Files, check_channels
+from fitformer.data.sources import Files
 from fitformer.errors import InputError, MissingExtra
 
 ZARR = ".zarr"
@@ -22,25 +22,45 @@ def lazy_suffixes() -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class LazySource:
-    """Image files as `LazyImage`s, each of its own size."""
+    """Image files as `LazyImage`s, each of its own size; their pixels are as `like`'s, an image of the same files."""
 
     title: str
     files: Files
     labels: np.ndarray
     classes: tuple[str, ...]
-    channels: int
+    like: LazyImage
+
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return self.like.shape[2]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = opened(str(self.files[index]))
-        check_channels(image.shape[2], self.channels, image.path, self.title)
+        _check_alike(image, self.like)
         return image, int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The file's path."""
         return str(self.files[index])
+
+
+def _check_alike(image: LazyImage, other: LazyImage) -> None:
+    """Raise InputError if two images differ in their channels, or in whether their pixels are whole numbers."""
+    if image.shape[2] != other.shape[2]:
+        raise InputError(
+            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; images of "
+            "any size are read as they are: convert the one or the other, or leave it out"
+        )
+    # Whole numbers are scaled by the range of their type; there is no such range of floats.
+    if (image.dtype.kind == "f") != (other.dtype.kind == "f"):
+        raise InputError(
+            f"mixed types of pixels: {image.path} has {image.dtype} and {other.path} has {other.dtype}; floats are "
+            "read as they are, whole numbers scaled to -1 .. 1: convert the one or the other, or leave it out"
+        )
 
 
 def opened(path: str) -> LazyImage:
@@ -55,29 +75,33 @@ def opened(path: str) -> LazyImage:
     except MissingExtra:
         raise
     except InputError as error:
-        raise Unreadable(path, str(error)) from error
+        raise Unreadable(path, str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")) from error
 
 
 def lazy_source(
     title: str, files: Files, labels: np.ndarray, classes: tuple[str, ...], channels: int | None
 ) -> LazySource:
-    """A `LazySource`; without `channels`, with those of the first file that can be opened.
+    """A `LazySource`, whose images are like the first file that can be opened.
 
     Raises:
-        InputError: no files, or none that can be opened.
+        InputError: no files, none that can be opened, or its channels are not `channels`.
     """
     if not len(files):
         raise InputError(f"{title}: no images")
-    if channels is None:
-        channels = _first_channels(title, files)
-    return LazySource(title, files, labels, classes, channels)
+    first = _first(title, files)
+    if channels not in (None, first.shape[2]):
+        raise InputError(
+            f"data.channels is {channels} and {first.path} has {first.shape[2]}; images of any size are read as they "
+            "are: remove data.channels, or convert the files"
+        )
+    return LazySource(title, files, labels, classes, first)
 
 
-def _first_channels(title: str, files: Files) -> int:
+def _first(title: str, files: Files) -> LazyImage:
     broken = []
     for index in range(len(files)):
         try:
-            return opened(str(files[index])).shape[2]
+            return opened(str(files[index]))
         except Unreadable as error:
             broken.append(str(error))
     raise InputError(f"{title}: no image is readable, e.g. {broken[0]}")

@@ -87,7 +87,15 @@ def _occupied_file(
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
         mask = None if masks is None else _mask_of(path, masks)
-        return occupied(image, group_size, background=background, tolerance=tolerance, mask=mask)
+        found = occupied(image, group_size, background=background, tolerance=tolerance, mask=mask)
+    if not found.any():
+        left = [f"background {background}, tolerance {tolerance}"] if background else []
+        left += [f"mask {mask}"] if mask else []
+        raise InputError(
+            f"{path} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
+            f"data.{'tolerance' if background else 'masks'}"
+        )
+    return found
 
 
 def _mask_of(path: str, folder: str) -> str:
@@ -102,10 +110,26 @@ def _mask_of(path: str, folder: str) -> str:
 
 
 def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy in nats, smoothed as the recipe says, and accuracy."""
+    """Cross-entropy in nats, smoothed as the recipe says, and accuracy.
+
+    Raises:
+        InputError: images of any size are answered with no numbers (names them).
+    """
     predicted = logits(network, batch["image"], recipe.data)
     value = F.cross_entropy(predicted.float(), batch["label"], label_smoothing=recipe.objective.label_smoothing)
+    if network.groups is None and not bool(predicted.isfinite().all()):
+        _refuse_answers(predicted, batch["image"])
     return value, {"accuracy": _accuracy(predicted, batch["label"])}
+
+
+def _refuse_answers(predicted: Tensor, images: Any) -> None:
+    """Raise InputError that images are answered with no numbers, by their names."""
+    which = (~predicted.isfinite().all(-1)).nonzero().flatten().tolist()
+    names = [getattr(images[k], "path", f"image {k} of a batch") for k in which]
+    raise InputError(
+        f"{', '.join(names)}: answered with no numbers; look for pixels that are none (nan, inf), else training "
+        "diverged: lower optimizer.lr"
+    )
 
 
 def measure(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[dict[str, Tensor], int]:

@@ -1,6 +1,7 @@
 """Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,10 +22,14 @@ from fitformer.settings import Recipe
 from fitformer.tasks import build_model, task_of
 from fitformer.training import keeping
 from fitformer.training.learner import Data, Learner
-from fitformer.training.room import with_room
+from fitformer.training.room import sizes_of, with_room
 from fitformer.training.watching import Bar, Lines, Observer, loggers
 
 __all__ = ["train"]
+
+
+# In torch's words, raised wherever the training process is when it is told.
+_DEAD_WORKER = re.compile(r"DataLoader worker \((pid\S* [\d, ]+)\) (.*?)(?:\.|$)")
 
 
 def train(recipe: Recipe, run_dir: str | Path) -> bool:
@@ -42,7 +47,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
 
     Raises:
         InputError: the directory belongs to another recipe, a checkpoint does not fit, the data or sizes are wrong.
-        OSError: a checkpoint could not be written.
+        OSError: a checkpoint could not be written, or a process that reads data died.
     """
     examples = data.build(recipe.data, "train", seed=recipe.trainer.seed)
     held_out = _held_out(recipe)
@@ -69,7 +74,11 @@ def _say(text: str) -> None:
 def _held_out(recipe: Recipe) -> Any:
     if recipe.trainer.validate_batches == 0:
         return None
-    return data.build(recipe.data, "val", seed=recipe.trainer.seed)
+    held_out: Any = data.build(recipe.data, "val", seed=recipe.trainer.seed)
+    if getattr(held_out, "image_size", 0) is None:
+        # Files that do not go with the others are found now, not at the first validation.
+        sizes_of(held_out.source)
+    return held_out
 
 
 def _resumed_step(run: Run, network: torch.nn.Module) -> int:
@@ -95,6 +104,17 @@ def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
         except keeping.Interrupted:
             _say(f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command goes on from there")
             return False
+        except SystemExit as error:
+            # Told to stop at once, Lightning ends the process without a word.
+            raise KeyboardInterrupt from error
+        except RuntimeError as error:
+            if not (found := _DEAD_WORKER.search(str(error))):
+                raise
+            raise ChildProcessError(
+                f"a process that reads ahead (data.num_workers, {found[1]}) {found[2]}, perhaps for want of memory; "
+                f"the same command goes on from step {max(keeper.saved_at, step)}, the last that was saved, and with "
+                "--data.num_workers=0 takes least memory"
+            ) from error
     _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
     return True
 

@@ -135,6 +135,7 @@ class Keeper(Callback):
         Raises:
             Interrupted: a signal asked to stop; everything is saved.
             OSError: no room on the disk.
+            InputError: the weights are no numbers any more, and would take the place of a checkpoint.
         """
         training, step = self.run.recipe.trainer, trainer.global_step
         if trainer.fit_loop._should_accumulate():
@@ -152,6 +153,11 @@ class Keeper(Callback):
         return trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
 
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in pl_module.network.parameters()):
+            raise InputError(
+                f"training diverged: at step {trainer.global_step} some weights are no numbers; the checkpoint before "
+                "is kept; lower optimizer.lr, or look for pixels that are no numbers"
+            )
         trainer.save_checkpoint(self.run.last_checkpoint)
         if trainer.is_global_zero:
             export(self.average.network() if self.average else pl_module.network, self.run.model_folder)

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import disk_usage
+from tempfile import gettempdir
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from fitformer.amounts import bytes_of
+from fitformer.amounts import bytes_of, in_words
 from fitformer.data.pixels import Unreadable
+from fitformer.data.settings import ImageData
 from fitformer.encoder import FITImageEncoder
+from fitformer.errors import InputError
 from fitformer.planning import Setup, memory, need_room, slice_for
 from fitformer.settings import Recipe, Training
 
@@ -22,7 +26,8 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
     """The recipe's training, with the size of slices chosen where it is left open.
 
     Raises:
-        InputError: a step needs more memory than `trainer.memory`, or than there is; says what to change.
+        InputError: a step needs more memory than `trainer.memory`, or than there is, or more scratch than its disk has
+            free; says what to change.
     """
     training = recipe.trainer
     device = _device(training)
@@ -43,7 +48,25 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
         setup = replace(setup, slice_groups=slice_for(model, setup, budget))
     if training.memory is not None or memory(model, setup).total > budget:
         need_room(model, setup, budget)
+    _need_scratch(recipe, memory(model, setup).scratch)
     return replace(training, slice_groups=setup.slice_groups)
+
+
+def _need_scratch(recipe: Recipe, needed: int) -> None:
+    training, data = recipe.trainer, recipe.data
+    if not needed:
+        return
+    folder = Path(training.scratch or gettempdir())
+    if not folder.is_dir():
+        raise InputError(f"trainer.scratch: there is no folder {folder}")
+    # How much of an image is empty shows only when it is read; then a step asks for its own room.
+    skips = isinstance(data, ImageData) and (data.background != "none" or data.masks is not None)
+    if (free := disk_usage(folder).free) < needed and not skips:
+        raise InputError(
+            f"the largest image needs {in_words(needed)} of scratch between blocks, and {folder} has {in_words(free)} "
+            "free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 (half of it), or "
+            "trainer.keep to memory"
+        )
 
 
 def machine_memory(device: str = "cpu") -> int:
@@ -63,13 +86,17 @@ def _most_groups(network: nn.Module, examples: Any) -> int | None:
     """Groups of the largest image, none of them skipped; None where the model knows them."""
     if not isinstance(network, FITImageEncoder) or network.groups is not None:
         return None
-    sizes = [examples.image_size] if examples.image_size is not None else _sizes(examples.source)
+    sizes = [examples.image_size] if examples.image_size is not None else sizes_of(examples.source)
     counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
     return network.glimpses + max(counts)
 
 
-def _sizes(source: Any) -> list[tuple[int, int]]:
-    """Rows and columns of all images of a source that can be opened, by their headers."""
+def sizes_of(source: Any) -> list[tuple[int, int]]:
+    """Rows and columns of all images of a source that can be opened, by their headers.
+
+    Raises:
+        InputError: their channels or types differ.
+    """
     sizes = []
     for index in range(len(source)):
         try:
