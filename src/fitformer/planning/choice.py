@@ -28,12 +28,10 @@ class Wish:
 
     Attributes:
         budget: bytes of memory; None for no bound.
-        scratch: bytes that a disk has for data tokens; None for no bound.
         execution, keep, slice_groups, kept_precision, batch, precision, device: as in `Setup`.
     """
 
     budget: int | None = None
-    scratch: int | None = None
     execution: Literal["auto", "plain", "checkpointed", "streamed"] = "auto"
     keep: Keep | None = None
     slice_groups: int | None = None
@@ -151,8 +149,7 @@ def _way_out(model: Model, setup: Setup, budget: int) -> str:
 
 
 def _fits(plan: Plan, wish: Wish) -> bool:
-    fits = wish.budget is None or plan.memory.total <= wish.budget
-    return fits and (wish.scratch is None or plan.memory.scratch <= wish.scratch)
+    return wish.budget is None or plan.memory.total <= wish.budget
 
 
 def _fitting(plan: Plan, wish: Wish) -> str:
@@ -164,12 +161,8 @@ def _fitting(plan: Plan, wish: Wish) -> str:
 
 def _advice(plan: Plan, geometry: Geometry, wish: Wish) -> str:
     """Why the best plan does not fit, and the nearest one that does."""
-    assert wish.budget is not None or wish.scratch is not None
-    if wish.scratch is not None and plan.memory.scratch > wish.scratch:
-        short = f"{_way(plan.setup)} needs {in_words(plan.memory.scratch)} of scratch, "
-        short += f"and the disk has {in_words(wish.scratch)}"
-    else:
-        short = f"{_way(plan.setup)} needs {in_words(plan.memory.total)} of {in_words(wish.budget or 0)}"
+    assert wish.budget is not None
+    short = f"{_way(plan.setup)} needs {in_words(plan.memory.total)} of {in_words(wish.budget)}"
     for words, better, loosened in _looser(geometry, wish):
         for candidate in islice(grouped(better), TRIED):
             for found in _plans(candidate, loosened):
