@@ -108,9 +108,10 @@ def compare(tokens: int, preset: str, few: int | None, repeats: int) -> Row:
 
 
 def crossing(rows: list[Row]) -> float:
-    """Tokens at which both take the same time, on the lines through the two shortest lengths; may lie before them."""
-    first = rows[:2]
-    fit, vit = (exponent([r.tokens for r in first], [getattr(r, name) for r in first]) for name in ("fit", "vit"))
+    """Tokens at which both take the same time, on the power laws through the lengths right before and after it."""
+    after = next(k for k, row in enumerate(rows) if row.ratio > 1)
+    near = rows[after - 1 : after + 1]
+    fit, vit = (exponent([r.tokens for r in near], [getattr(r, name) for r in near]) for name in ("fit", "vit"))
     return (fit.factor / vit.factor) ** (1 / (vit.exponent - fit.exponent))
 
 
@@ -124,8 +125,7 @@ def plot(path: Path, rows: list[Row], preset: str) -> None:
     axes.plot(lengths, [row.vit for row in rows], "s-", label="ViT, same width and layers, flash attention")
     for row in rows:
         axes.annotate(f"{row.ratio:.1f}x", (row.tokens, row.vit), textcoords="offset points", xytext=(-10, 6))
-    equal = [row for row in rows if row.ratio <= 1]
-    if equal and len(equal) < len(rows):
+    if rows[0].ratio <= 1 < rows[-1].ratio:
         axes.axvline(crossing(rows), linestyle=":", color="grey", label=f"equal at {crossing(rows):,.0f} tokens")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -106,11 +106,14 @@ def write_plot(path: str | Path, found: dict[str, Any]) -> None:
     ):
         values = [step[key] / unit for step in steps]
         fit = exponent(lengths, values)
-        axes = figure.add_subplot(1, 2, place + 1, xlabel="data tokens L", ylabel=what, xscale="log", yscale="log")
+        axes = figure.add_subplot(1, 2, place + 1, xlabel="data tokens L", ylabel=what, xscale="log")
         axes.plot(lengths, values, "o", label="measured")
         axes.plot(lengths, [fit.at(length) for length in lengths], label=f"L^{fit.exponent:.2f}")
-        if key == "peak_bytes":
+        if key == "seconds":
+            axes.set_yscale("log")
+        else:
             axes.plot(lengths, [step["predicted_bytes"] / unit for step in steps], "x", label="predicted")
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     path = Path(path)
