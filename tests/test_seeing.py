@@ -18,7 +18,7 @@ from fitformer.seeing import HeatMap, relevance, write_geojson, write_overlay, w
 from fitformer.seeing.overlay import grey, painted, thumbnail_size
 from fitformer.seeing.slides import Slide, Slides, find
 from fitformer.tasks import build_model
-from fitformer.tiling import PixelArray, GroupedImage
+from fitformer.tiling import GroupedImage, PixelArray
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
 WAYS = [plain, checkpointed, Streamed(groups=1), Streamed(groups=3), Streamed(groups=2, keep="disk")]

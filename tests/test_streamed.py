@@ -269,7 +269,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: usage)
     model = encoder()
     model.run = Streamed(2, keep="disk", folder=tmp_path)
-    with pytest.raises(InputError, match=r"need 0\.00 GiB of scratch, and .* has 0\.00 GiB free"):
+    with pytest.raises(InputError, match=r"need .* of scratch, and .* has 1 KB free"):
         model(torch.randn(1, T, N, 5))
     model.run = Streamed(2, keep="disk", folder=tmp_path / "absent")
     with pytest.raises(InputError, match="there is no folder"):

@@ -119,6 +119,8 @@ def _of_any_size(
         try:
             with open_image(file) as image:
                 probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise InputError("its logits are not finite numbers: does it hold pixels that are none?")
         except (InputError, PermissionError) as error:
             on_unreadable(Unreadable(str(file), str(error)))
             continue

@@ -169,7 +169,7 @@ class GroupedImage:
                 f"{_name(source)} has {by(self.grid)} groups, and {by(kept.shape)} are said to be occupied"
             )
         if not kept.any():
-            raise InputError(f"{_name(source)} has no occupied group among {kept.size}; lower the threshold")
+            raise InputError(f"{_name(source)} has no occupied group among {kept.size}: nothing is left to look at")
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.places = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
         self._glimpse: np.ndarray | None = None

@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fitformer.amounts import in_words
 from fitformer.errors import InputError
 
 Keep = Literal["memory", "host", "disk"]
 Shape = tuple[int, int, int, int]
-GIB = 2**30
 
 
 class Kept(Protocol):
@@ -122,8 +122,8 @@ def need_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(
-            f"the data tokens between blocks need {size / GIB:.2f} GiB of scratch, and {folder} has "
-            f"{free / GIB:.2f} GiB free; give another folder, keep them in bf16 (half of it), or in memory"
+            f"the data tokens between blocks need {in_words(size)} of scratch, and {folder} has "
+            f"{in_words(free)} free; give another folder, keep them in bf16 (half of it), or in memory"
         )
 
 

@@ -141,7 +141,8 @@ class LazyImage:
 def _open(path: str, most_bytes: float) -> Opened:
     if not os.path.exists(path):
         beside = Path(path).parent
-        names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
+        # Not itself: a link that leads nowhere.
+        names = [entry.name for entry in beside.iterdir() if entry.name != Path(path).name] if beside.is_dir() else []
         raise InputError(f"there is no {path}{nearest(Path(path).name, names)}")
     opened = _backend(path)(path, most_bytes)
     try:
