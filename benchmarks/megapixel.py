@@ -10,6 +10,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run.open(arguments.run) if arguments.run else None
     settings = ImageData(source="megapixel-mnist", path=arguments.mnist, image_size=arguments.size)
-    settings = run.recipe.data if run else settings
+    settings = replace(run.recipe.data, augmentation="none") if run else settings
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | of the test canvases |\n|---|---|")
     for name, accuracy in baselines(settings):
