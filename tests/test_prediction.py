@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +116,18 @@ def test_samples_on_disk_say_what_they_are(tmp_path):
 def test_any_class_name_makes_a_file_name(name, tmp_path):
     (tmp_path / f"0-{file_safe(name)}.png").touch()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_image_of_no_numbers_gets_no_label(tmp_path):
+    network = FITImageEncoder.from_preset(
+        "tiny", image_size=None, group_size=8, patch_size=4, channels=1, num_classes=2, latent_position="row_column"
+    ).eval()
+    pixels = np.zeros((9, 12, 1), dtype=np.float32)
+    np.save(tmp_path / "whole.npy", pixels)
+    pixels[3, 3] = np.nan
+    np.save(tmp_path / "broken.npy", pixels)
+    faults: list = []
+    files = [tmp_path / "whole.npy", tmp_path / "broken.npy"]
+    found = list(predict(network, files, ("a", "b"), on_unreadable=faults.append))
+    assert [Path(each.file).name for each in found] == ["whole.npy"]
+    assert "not finite" in str(faults[0])
