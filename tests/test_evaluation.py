@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -137,3 +139,18 @@ def test_recognition_counts_what_the_classifier_says(classifier):
     assert dict(recognised(classifier, images, wrong, "abc"))["recognised"] == pytest.approx(6 / 7)
     with pytest.raises(InputError, match="knows 3 classes and the samples have 2"):
         list(recognised(classifier, images, said, "ab"))
+
+
+class _Dying(torch.utils.data.Dataset):
+    """A dataset whose reader is killed, as by a system that is out of memory."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_dies_is_one_clear_error():
+    with pytest.raises(ChildProcessError, match=r"reads ahead \(data.num_workers, pid.*killed.*num_workers 0"):
+        list(batches(_Dying(), 2, workers=1))

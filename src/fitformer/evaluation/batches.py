@@ -7,18 +7,33 @@ import torch
 from torch.utils.data import DataLoader
 
 from fitformer.data.order import EvaluationBatches
+from fitformer.data.workers import dead_worker
 from fitformer.settings import Recipe
 from fitformer.tasks import Batch, task_of
 
 
 def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", workers: int = 0) -> Iterator[Batch]:
-    """Every example of a dataset once, in its order, as batches on a device; the last may be smaller."""
+    """Every example of a dataset once, in its order, as batches on a device; the last may be smaller.
+
+    Raises:
+        ChildProcessError: a process that reads ahead died.
+    """
     order = EvaluationBatches(len(dataset), batch_size)
     collate = getattr(dataset, "collate", None)
-    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate):
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate)
+    for batch in _loaded(loader):
         yield {  # type: ignore[misc]
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
         }
+
+
+def _loaded(loader: DataLoader) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not (said := dead_worker(error)):
+            raise
+        raise ChildProcessError(f"{said}; with data.num_workers 0 it takes least memory") from error
 
 
 def measured(

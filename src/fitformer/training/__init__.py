@@ -1,7 +1,6 @@
 """Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
 
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fitformer import data, runs
+from fitformer.data.workers import dead_worker
 from fitformer.errors import InputError
 from fitformer.runs import Run
 from fitformer.settings import Recipe
@@ -26,10 +26,6 @@ from fitformer.training.room import sizes_of, with_room
 from fitformer.training.watching import Bar, Lines, Observer, loggers
 
 __all__ = ["train"]
-
-
-# In torch's words, raised wherever the training process is when it is told.
-_DEAD_WORKER = re.compile(r"DataLoader worker \((pid\S* [\d, ]+)\) (.*?)(?:\.|$)")
 
 
 def train(recipe: Recipe, run_dir: str | Path) -> bool:
@@ -108,12 +104,11 @@ def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
             # Told to stop at once, Lightning ends the process without a word.
             raise KeyboardInterrupt from error
         except RuntimeError as error:
-            if not (found := _DEAD_WORKER.search(str(error))):
+            if not (said := dead_worker(error)):
                 raise
             raise ChildProcessError(
-                f"a process that reads ahead (data.num_workers, {found[1]}) {found[2]}, perhaps for want of memory; "
-                f"the same command goes on from step {max(keeper.saved_at, step)}, the last that was saved, and with "
-                "--data.num_workers=0 takes least memory"
+                f"{said}; the same command goes on from step {max(keeper.saved_at, step)}, the last that was saved, "
+                "and with --data.num_workers=0 takes least memory"
             ) from error
     _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
     return True
