@@ -371,13 +371,15 @@ class FITImageEncoder(Pretrained, nn.Module):
         pooled: dict[int, Tensor] = {}
         for where in alike.values():
             together = [images[k] for k in where]
-            added, latents = total(self.encoder, self.work(together))
-            if added is None:
-                means = self.encoder.latent_norm(latents).mean(dim=(1, 2))
-            else:
-                means = added / torch.tensor([[image.count()] for image in together], device=added.device)
+            means = self.means(together, *total(self.encoder, self.work(together)))
             pooled.update(zip(where, means, strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
+
+    def means(self, images: Sequence[GroupedImage], added: Tensor | None, latents: Tensor) -> Tensor:
+        """Means `(b, width)` that the head takes, of what `total` made of the `work` of these images."""
+        if added is None:
+            return self.encoder.latent_norm(latents).mean(dim=(1, 2))
+        return added / torch.tensor([[image.count()] for image in images], device=added.device)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""

@@ -69,8 +69,7 @@ def relevance(
 def _logits(classifier: FITImageEncoder, image: GroupedImage, added: Tensor | None, latents: Tensor) -> Tensor:
     """Logits `(classes,)` of what a pass gave: the head's, of the mean over tokens or over latents."""
     assert classifier.head is not None
-    mean = classifier.encoder.latent_norm(latents).mean(dim=(1, 2)) if added is None else added / image.count()
-    return classifier.head(mean)[0]
+    return classifier.head(classifier.means([image], added, latents))[0]
 
 
 def _noting(work: Work, gate: Tensor, moved: Tensor) -> Work:
