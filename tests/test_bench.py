@@ -7,12 +7,12 @@ import torch
 
 from fitformer.bench import Bench, exponent, measure, scaling
 from fitformer.bench.images import write_image
-from fitformer.bench.resident import peak_bytes
 from fitformer.bench.work import loss_of
 from fitformer.cli import main
 from fitformer.data.readers import open_image
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
+from fitformer.machine import peak_bytes
 from fitformer.planning import Geometry, Wish
 
 SIZES = {"layers": "(1)1(1)1", "dim": 16, "latent_dim": 16, "heads": 2, "latent_heads": 2, "latents_per_group": 2}

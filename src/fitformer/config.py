@@ -31,6 +31,7 @@ HARMLESS = frozenset(
         "trainer.execution",
         "trainer.keep",
         "trainer.slice_groups",
+        "trainer.recompute",
         "trainer.scratch",
         "trainer.memory",
     }

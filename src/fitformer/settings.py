@@ -216,8 +216,9 @@ class Training:
         compile: layer by layer.
         execution: how the trunk runs (`fitformer.execution`). keep, keep_precision, scratch: of the streamed one, where
             data tokens wait, in which precision (null is as computed) and in which folder on disk (null is the system's
-            for temporary files). slice_groups: groups of a slice; null chooses by `memory`, which is what a step may
-            take, such as 8GB (null is all of the machine's).
+            for temporary files). slice_groups: groups of a slice; recompute: what the backward pass computes again,
+            from `light` over `selective` and `local` to `full`. Both are chosen where they are null by `memory`, which
+            is what a step may take, such as 8GB (null is the machine's).
     """
 
     steps: int = 1000
@@ -239,6 +240,7 @@ class Training:
     keep: Literal["memory", "host", "disk"] = "memory"
     keep_precision: Literal["bf16"] | None = None
     slice_groups: int | None = None
+    recompute: Literal["full", "local", "selective", "light"] | None = None
     scratch: str | None = None
     memory: str | None = None
 
@@ -247,6 +249,11 @@ class Training:
         _at_least(1, checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
         _at_least(1, slice_groups=self.slice_groups)
         _at_least(0, seed=self.seed, previews=self.previews, validate_batches=self.validate_batches)
+        if self.compile and self.recompute not in (None, "full"):
+            raise InputError(
+                f"recompute is {self.recompute!r} with compile: what compiled layers compute again is "
+                "their own choice; leave recompute out, or do not compile"
+            )
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; the decay lies in [0, 1), 0 switches averaging off")
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import fitformer
 from fitformer import planning
 from fitformer.bench.images import write_image
-from fitformer.bench.resident import peak_bytes
 from fitformer.bench.work import loss_of
 from fitformer.cuts import by, sides_of
 from fitformer.data.readers import open_image
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, Way, checkpointed, plain
+from fitformer.machine import machine_memory, peak_bytes
 from fitformer.planning import Geometry, Plan, Setup, Wish
 from fitformer.tiling import PixelSource
 
@@ -68,7 +68,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Operations per second, those that are computed again counted."""
+        """Operations per second, those that are computed again not counted."""
         return self.plan.flops.total / self.second
 
 
@@ -93,7 +93,8 @@ def measure(bench: Bench) -> Measured:
 
 
 def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
-    plan = planning.choose(bench.geometry, bench.wish)
+    budget = bench.wish.budget or machine_memory(bench.wish.device) * 3 // 4
+    plan = planning.choose(bench.geometry, replace(bench.wish, budget=budget))
     if not plan.fits:
         raise InputError(plan.verdict)
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def way_of(setup: Setup, folder: str | Path | None = None) -> Way:
         return plain
     if setup.execution == "checkpointed":
         return checkpointed
-    return Streamed(setup.slice_groups, setup.keep, setup.kept_precision, folder)
+    return Streamed(setup.slice_groups, setup.keep, setup.kept_precision, folder, setup.recompute)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.AdamW:
@@ -165,6 +166,7 @@ def as_plain(found: Measured) -> dict[str, object]:
         "execution": plan.setup.execution,
         "keep": plan.setup.keep if plan.setup.execution == "streamed" else None,
         "slice_groups": plan.setup.slice_groups,
+        "recompute": plan.setup.recompute if plan.setup.execution == "streamed" else None,
         "batch": plan.setup.batch,
         "precision": plan.setup.precision,
         "tokens": plan.geometry.length,

@@ -64,6 +64,7 @@ def in_words(found: "Measured") -> str:
 
     plain = as_plain(found)
     kept = f", kept {plain['keep']}, {plain['slice_groups']} groups a slice" if plain["keep"] else ""
+    kept += f", {plain['recompute']} recomputation" if plain["recompute"] else ""
     of = f"{plain['image_size']} pixels, groups of {plain['group_size']}, patches of {plain['patch_size']}"
     lines = [
         f"{plain['role']} {plain['layers']}, {short(found.plan.parameters)} parameters, {of}",

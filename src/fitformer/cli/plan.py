@@ -51,6 +51,11 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--keep", choices=("memory", "host", "disk"), help="of streamed: where data tokens are kept")
     running.add_argument("--kept-precision", choices=("bf16",), help="of streamed: keep data tokens in half the room")
     running.add_argument("--slice", type=positive, metavar="GROUPS", help="of streamed: groups computed at a time")
+    running.add_argument(
+        "--recompute",
+        choices=("full", "local", "selective", "light"),
+        help="of streamed: what the backward pass computes again (default: the least that fits the budget)",
+    )
     running.add_argument("--batch-size", type=positive, default=1, help="examples at once (default: 1)")
     running.add_argument("--precision", choices=("32", "bf16"), default="32", help="default: 32")
     running.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose memory counts (default: cpu)")
@@ -83,6 +88,7 @@ def wish_of(arguments: argparse.Namespace) -> "Wish":
     from fitformer.planning import Wish
 
     streamed = {"--keep": arguments.keep, "--slice": arguments.slice, "--kept-precision": arguments.kept_precision}
+    streamed["--recompute"] = arguments.recompute
     for name, value in streamed.items():
         if value is not None and arguments.execution in ("plain", "checkpointed"):
             raise InputError(f"{name} is for streamed execution; leave it out, or take --execution streamed")
@@ -92,6 +98,7 @@ def wish_of(arguments: argparse.Namespace) -> "Wish":
         keep=arguments.keep,
         slice_groups=arguments.slice,
         kept_precision=arguments.kept_precision,
+        recompute=arguments.recompute,
         batch=arguments.batch_size,
         precision="bf16" if arguments.precision == "bf16" else 32,
         device=arguments.device,
@@ -163,15 +170,13 @@ def table(plan: "Plan") -> "Table":
     found.add_row("parameters", short(plan.parameters), f"layers {geometry.sizes['layers']}")
     operations = f"of a training step, attention {short(plan.flops.attention)}"
     found.add_row("FLOPs", short(plan.flops.total), operations, end_section=True)
+    streamed = plan.setup.execution == "streamed"
+    remembered = ", remembered results" if streamed and plan.setup.recompute != "full" else ""
     for name, count, what in (
         ("weights", memory.weights, "parameters and gradients"),
         ("optimizer", memory.optimizer, "two averages of AdamW"),
-        ("kept tokens", memory.kept, "data tokens between blocks, latents"),
-        (
-            "working set",
-            memory.working,
-            "of one slice or layer" if plan.setup.execution == "streamed" else "activations",
-        ),
+        ("kept tokens", memory.kept, f"data tokens between blocks, latents{remembered}"),
+        ("working set", memory.working, "of one slice or layer" if streamed else "activations"),
         ("process", memory.process, "Python, torch, decoded tiles"),
         ("allocator", memory.slack, "freed, and not given back"),
     ):

@@ -1,16 +1,17 @@
 """A pass through the trunk in slices, forward and backward: what `Streamed` does, apart from autograd's graph."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from fitformer.execution.ahead import ahead
 from fitformer.execution.kept import Kept, rooms
+from fitformer.execution.recompute import REMEMBERED, checkpointing, contexts
 from fitformer.execution.work import Work, embedded
 from fitformer.randomness import random_state, set_random_state
 from fitformer.trunk import Block, Trunk
@@ -35,11 +36,13 @@ class Pass:
         self.device = work.latents.device
         self.slices = how.slices(work, tokens)
         self.last = len(trunk.blocks) - 1
+        self.remembered = REMEMBERED[how.recompute]
         self.keys = trunk.group_keys(work.latents.shape[0], work.groups)
         self.kept: Sequence[Kept] = []
         self.entered: list[Tensor] = []
         self.graphs: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.states: dict[tuple[int, int], Any] = {}
+        self.recalls: dict[tuple[int, int], AbstractContextManager] = {}
         self.masks: dict[int, Tensor | None] = {}
         self.sums: dict[int, Tensor] = {}
         self.g_condition: Tensor | None = None
@@ -74,7 +77,7 @@ class Pass:
                 if self.graph and self._calls_back(i):
                     self.states[i, groups.start] = random_state(self.device)
                 x = self._enter(i, groups, tokens)
-                x, part = self._group(i, groups, x, latents[:, groups], source[:, groups], mask)
+                x, part = self._remembering(i, groups, x, latents[:, groups], source[:, groups], mask)
                 parts.append(part)
                 self._leave(i, groups, x, mask)
         return torch.cat(parts, dim=1)
@@ -107,6 +110,19 @@ class Pass:
         keys = None if self.keys is None else self.keys[:, groups]
         return self.trunk.group_phase(i, x, latents, source, mask, keys)
 
+    def _remembering(
+        self, i: int, groups: slice, x: Tensor, latents: Tensor, source: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The group phase in the forward pass, remembering what the backward pass is not to compute again."""
+        if not self.graph or not self.remembered.groups:
+            return self._group(i, groups, x, latents, source, mask)
+        remembering, self.recalls[i, groups.start] = contexts(self.remembered.groups)
+        # With a graph, though nothing of it is kept: whether there is one decides how attention is computed on a GPU.
+        with torch.enable_grad(), saved_tensors_hooks(_forgotten, _forgotten), remembering:
+            x, latents, source = (each.detach().requires_grad_() for each in (x, latents, source))
+            x, latents = self._group(i, groups, x, latents, source, mask)
+        return x.detach(), latents.detach()
+
     def _global(self, i: int, latents: Tensor) -> Tensor:
         """The global phase, with a graph that keeps the inputs of its layers alone."""
         if not self.graph:
@@ -114,7 +130,7 @@ class Pass:
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
             condition = None if self.condition is None else self.condition.detach().requires_grad_()
-            out = self.trunk.global_phase(i, leaf, condition, call=_checkpoint)
+            out = self.trunk.global_phase(i, leaf, condition, call=checkpointing(self.remembered.latents))
         self.graphs.append((leaf, condition, out))
         return out.detach()
 
@@ -232,7 +248,8 @@ class Pass:
             own, of = (each.detach().requires_grad_() for each in (latents, source))
             entered = [] if i == 0 and not self.whole else [tokens.detach().requires_grad_()]
             x = entered[0] if entered else self._enter(i, groups, tokens)
-            left, part = self._group(i, groups, x, own, of, mask)
+            with self.recalls.pop((i, groups.start), nullcontext()):
+                left, part = self._group(i, groups, x, own, of, mask)
             if i == self.last and not self.whole and g_left is not None:
                 left = self._score(groups, left, mask)
         parameters = self._group_parameters(i)
@@ -293,8 +310,8 @@ def _gradients(outputs: Sequence[tuple[Tensor, Tensor | None]], inputs: Sequence
     return list(torch.autograd.grad(ends, inputs, gradients, allow_unused=True))
 
 
-def _checkpoint(layer: torch.nn.Module, *inputs: Tensor | None) -> Tensor:
-    return checkpoint(layer, *inputs, use_reentrant=False)
+def _forgotten(_: Any) -> Any:
+    """What autograd keeps of a graph that nobody goes back through."""
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:

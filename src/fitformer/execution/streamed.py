@@ -2,7 +2,8 @@
 
 Kept are the data tokens between blocks (`kept.py`) and the latents; everything else is computed again in the backward
 pass, slice by slice and global layer by global layer, under the same random state. There the gradients of the data
-tokens take the place of the tokens. So memory holds one slice at a time, whatever the size of the input.
+tokens take the place of the tokens. So memory holds one slice at a time, whatever the size of the input. Where there is
+more memory, some of the results are remembered instead (`recompute.py`).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fitformer.errors import InputError
 from fitformer.execution.kept import Keep
 from fitformer.execution.passes import Pass
+from fitformer.execution.recompute import Recompute
 from fitformer.execution.work import ByWork, Work
 from fitformer.trunk import Trunk
 
@@ -33,15 +35,19 @@ class Streamed(ByWork):
             or on `disk`.
         precision: in which they are kept, that of the computation by default; in `bf16` results are no longer exact.
         folder: for the scratch file; the system's folder for temporary files by default.
+        recompute: what the backward pass computes again: everything (`full`); all but the dearest results of global
+            layers (`local`), or of all layers (`selective`); or little more than pointwise functions (`light`). What it
+            does not is remembered in the memory of the device that computes. Results are the same.
 
     Raises:
-        InputError: a slice of no groups, an unknown place or precision.
+        InputError: a slice of no groups, an unknown place, precision or recomputation.
     """
 
     groups: int | None = None
     keep: Keep = "memory"
     precision: Literal["bf16"] | None = None
     folder: str | Path | None = None
+    recompute: Recompute = "full"
 
     def __post_init__(self) -> None:
         if self.groups is not None and self.groups < 1:
@@ -50,6 +56,8 @@ class Streamed(ByWork):
             raise InputError(f"keep is {self.keep!r}; known are {', '.join(get_args(Keep))}")
         if self.precision not in (None, "bf16"):
             raise InputError(f"precision is {self.precision!r}; data tokens are kept as they are (None) or in 'bf16'")
+        if self.recompute not in get_args(Recompute):
+            raise InputError(f"recompute is {self.recompute!r}; known are {', '.join(get_args(Recompute))}")
 
     def __call__(
         self, trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None

@@ -1,6 +1,6 @@
 """What a configuration costs, before running it: parameters, floating-point operations, and memory at its peak."""
 
-from fitformer.planning.choice import Plan, Wish, choose, need_room, slice_for
+from fitformer.planning.choice import Plan, Wish, choose, need_room, slice_for, streaming_for
 from fitformer.planning.costs import (
     ROLES,
     Flops,
@@ -38,6 +38,7 @@ __all__ = [
     "on_meta",
     "parts",
     "slice_for",
+    "streaming_for",
     "total",
     "trunk_of",
 ]

@@ -1,5 +1,7 @@
 """What autograd keeps of each layer for the backward pass, in bytes, and what the backward pass adds for a moment.
 
+Beside it, what streamed execution remembers of a layer, where it does not compute all of it again.
+
 A layer counts what it makes, not what it was given: the tokens between two layers are kept once, by the one that made
 them. Matrix products keep their inputs, norms their inputs and two numbers a token, attention its queries, keys,
 values, results and one number a query and head; GELU keeps its input.
@@ -11,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fitformer.execution.recompute import Kind, kind_of
 from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer
 from fitformer.planning.costs import count_parameters
 from fitformer.trunk import Block, Trunk
@@ -23,19 +26,24 @@ STATISTICS = 2 * FLOAT
 class Stage:
     """A layer on some tokens: bytes kept for its backward pass, bytes for a moment there, and its parameters.
 
-    `moment` is beside the gradients that come in from the layer after.
+    `moment` is beside the gradients that come in from the layer after; `remembered` is what is not computed again.
     """
 
     kept: int
     moment: int
     parameters: int
+    remembered: int = 0
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of a number that enters or leaves a matrix product: 4, or 2 in mixed precision, where norms stay at 4."""
+    """Bytes of a number that enters or leaves a matrix product: 4, or 2 in mixed precision, where norms stay at 4.
+
+    `kinds` are those of the results that are remembered (`fitformer.execution.recompute`).
+    """
 
     product: int = FLOAT
+    kinds: frozenset[Kind] = frozenset()
 
     def inputs(self, numbers: int, products: int) -> int:
         """Bytes of what `products` products are given: autograd keeps one, or in mixed precision a copy for each."""
@@ -72,6 +80,35 @@ def _weights(attention: Attention, at: Looked, numbers: Numbers) -> int:
     return at.rows * attention.heads * at.queries * at.keys * (2 * numbers.product + 1)
 
 
+def remembered_of_attention(attention: Attention, at: Looked, numbers: Numbers) -> int:
+    """Bytes remembered of attention: of its linear maps, and of what the queries found."""
+    queries, keys = at.rows * at.queries, at.rows * at.keys
+    maps = ((queries, attention.query), (keys, attention.key), (keys, attention.value), (queries, attention.output))
+    return sum(remembered_of_map(*each, numbers) for each in maps) + _found(attention, at, numbers)
+
+
+def _found(attention: Attention, at: Looked, numbers: Numbers) -> int:
+    width, queries = attention.query.out_features, at.rows * at.queries
+    if "attention" not in numbers.kinds:
+        return 0
+    if not attention.dropout:
+        return queries * width * numbers.product + queries * attention.heads * FLOAT
+    # With dropout it is products, of queries by keys, and of weights by values.
+    pairs = queries * attention.heads * at.keys if width // attention.heads > at.keys else 0
+    return (pairs + (queries * width if at.keys > width // attention.heads else 0)) * numbers.product
+
+
+def remembered_of_map(tokens: int, layer: nn.Linear, numbers: Numbers) -> int:
+    """Bytes remembered of what a linear map makes of some tokens."""
+    worth = kind_of(layer.in_features, layer.out_features) in numbers.kinds
+    return tokens * layer.out_features * numbers.product if worth else 0
+
+
+def remembered_of_ffn(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:
+    """Bytes remembered of a feed-forward branch."""
+    return 0 if ffn is None else sum(remembered_of_map(tokens, each, numbers) for each in (ffn.inner, ffn.outer))
+
+
 def of_ffn(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:
     """Bytes kept of a feed-forward branch: normalised input, units before GELU and after dropout, what it dropped."""
     if ffn is None:
@@ -86,9 +123,11 @@ def of_layer(layer: TransformerLayer, at: Looked, numbers: Numbers) -> Stage:
     tokens, ffn = at.rows * at.queries, layer.ffn
     dim = ffn.inner.in_features
     kept = of_ffn(ffn, tokens, numbers) + tokens * dim * FLOAT
+    remembered = remembered_of_ffn(ffn, tokens, numbers)
     if layer.attention is not None:
         kept += of_attention(layer.attention, at, numbers, itself=True) + tokens * (dim * FLOAT + STATISTICS)
-    return Stage(kept, _ffn_moment(ffn, tokens, numbers), count_parameters(layer))
+        remembered += remembered_of_attention(layer.attention, at, numbers)
+    return Stage(kept, _ffn_moment(ffn, tokens, numbers), count_parameters(layer), remembered)
 
 
 def of_cross(layer: CrossLayer, at: Looked, numbers: Numbers) -> Stage:
@@ -101,7 +140,9 @@ def of_cross(layer: CrossLayer, at: Looked, numbers: Numbers) -> Stage:
     if layer.ffn is not None:
         kept += of_ffn(layer.ffn, queries, numbers) + queries * dim * FLOAT
     looking = (2 * queries + 2 * keys) * width * numbers.product
-    return Stage(kept, max(looking, _ffn_moment(layer.ffn, queries, numbers)), count_parameters(layer))
+    moment = max(looking, _ffn_moment(layer.ffn, queries, numbers))
+    remembered = remembered_of_attention(attention, at, numbers) + remembered_of_ffn(layer.ffn, queries, numbers)
+    return Stage(kept, moment, count_parameters(layer), remembered)
 
 
 def _ffn_moment(ffn: FeedForward | None, tokens: int, numbers: Numbers) -> int:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fitformer.amounts import in_words
 from fitformer.cuts import by
 from fitformer.errors import InputError
+from fitformer.execution.recompute import Recompute
 from fitformer.execution.streamed import SLICE_TOKENS
 from fitformer.planning.costs import Flops, Model, count_parameters, group_plan
 from fitformer.planning.geometry import Geometry, grouped
@@ -18,8 +19,11 @@ from fitformer.presets import SIZES, preset
 MOST_SLICE_TOKENS = {"cpu": SLICE_TOKENS, "cuda": 16 * SLICE_TOKENS}
 # Group sizes whose memory is looked at, where the one of fewest operations does not fit.
 TRIED = 12
-# Forward passes that a training step costs: a backward pass is two, and what is computed again is one more.
-PASSES = {"plain": 3, "checkpointed": 4, "streamed": 4}
+# What streamed execution may compute again, the least first.
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)[::-1]
+# Forward passes that the operations of a training step are counted as: a backward pass is two. What is computed again
+# is not counted, as is usual, so that ways to run can be compared.
+PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Wish:
 
     Attributes:
         budget: bytes of memory; None for no bound.
-        execution, keep, slice_groups, kept_precision, batch, precision, device: as in `Setup`.
+        execution, keep, slice_groups, kept_precision, recompute, batch, precision, device: as in `Setup`.
     """
 
     budget: int | None = None
@@ -36,6 +40,7 @@ class Wish:
     keep: Keep | None = None
     slice_groups: int | None = None
     kept_precision: Literal["bf16"] | None = None
+    recompute: Recompute | None = None
     batch: int = 1
     precision: Literal[32, "bf16"] = 32
     device: Literal["cpu", "cuda"] = "cpu"
@@ -46,7 +51,8 @@ class Plan:
     """A geometry with its group size, a way to run it, and what that needs.
 
     Attributes:
-        geometry, setup: what was chosen. memory: its peak. flops: of a training step of the whole batch.
+        geometry, setup: what was chosen. memory: its peak. flops: of a training step of the whole batch,
+            without what is computed again.
         parameters, tokens, latents: numbers; tokens of one example, those that fill up groups at its edges counted.
         fits: whether the peak is within the budget. verdict: the same in one line, and if not, what to change.
     """
@@ -86,7 +92,7 @@ def _plans(geometry: Geometry, wish: Wish) -> Iterator[Plan]:
     parameters = count_parameters(model)
     tokens, latents = (numbers.groups * each for each in (numbers.tokens_per_group, numbers.latents_per_group))
     for setup in _setups(model, geometry, wish):
-        times = PASSES[setup.execution] * setup.batch
+        times = PASSES * setup.batch
         flops = Flops(times * step.linear, times * step.attention)
         yield Plan(geometry, setup, memory(model, setup), flops, parameters, tokens, latents)
 
@@ -102,10 +108,35 @@ def _setups(model: Model, geometry: Geometry, wish: Wish) -> Iterator[Setup]:
             continue
         keeps: list[Keep] = ["memory", *(["host"] if wish.device == "cuda" else []), "disk"]  # type: ignore[list-item]
         for keep in keeps if wish.keep is None else [wish.keep]:
-            kept = replace(setup, keep=keep, kept_precision=wish.kept_precision, slice_groups=wish.slice_groups)
-            if wish.slice_groups is None:
-                kept = replace(kept, slice_groups=slice_for(model, kept, wish.budget))
-            yield kept
+            kept = replace(setup, keep=keep, kept_precision=wish.kept_precision)
+            yield streaming_for(model, kept, wish.budget, wish.recompute, wish.slice_groups)
+
+
+def streaming_for(
+    model: Model,
+    setup: Setup,
+    budget: int | None = None,
+    recompute: Recompute | None = None,
+    slice_groups: int | None = None,
+) -> Setup:
+    """A setup of the streamed execution with what is computed again and the size of slices, those given or chosen.
+
+    Computed again is the least that fits a budget with slices of the size worth having, everything where there is no
+    budget to fill. If not even that fits, slices are made smaller.
+
+    Args:
+        model: on any device.
+        setup: of the streamed execution.
+        budget: bytes of memory; None for no bound.
+        recompute, slice_groups: given ones.
+    """
+    most = slice_groups or slice_for(model, setup)
+    choices = (recompute,) if recompute else RECOMPUTES if budget is not None else ("full",)
+    for choice in choices:
+        found = replace(setup, recompute=choice, slice_groups=most)
+        if budget is None or memory(model, found).total <= budget:
+            return found
+    return found if slice_groups else replace(found, slice_groups=slice_for(model, found, budget))
 
 
 def slice_for(model: Model, setup: Setup, budget: int | None = None) -> int:
@@ -141,7 +172,7 @@ def need_room(model: Model, setup: Setup, budget: int) -> Memory:
 
 def _way_out(model: Model, setup: Setup, budget: int) -> str:
     for keep in ("memory", "disk"):
-        streamed = replace(setup, execution="streamed", keep=keep, slice_groups=1)
+        streamed = replace(setup, execution="streamed", keep=keep, slice_groups=1, recompute="full")
         needed = memory(model, streamed).total
         if needed <= budget:
             return f"streamed execution kept {_where(keep)} fits, from {in_words(needed)} on"
@@ -177,7 +208,7 @@ def _looser(geometry: Geometry, wish: Wish) -> Iterator[tuple[Any, Geometry, Wis
     def fitting(what: str) -> Any:
         return lambda plan: f"{what} {_way(plan.setup)} would: {in_words(plan.memory.total)}"
 
-    free = replace(wish, execution="auto", keep=None, slice_groups=None)
+    free = replace(wish, execution="auto", keep=None, slice_groups=None, recompute=None)
     yield fitting("but"), geometry, free
     if geometry.group_size is not None:
         yield (
@@ -205,7 +236,10 @@ def _way(setup: Setup) -> str:
     if setup.execution != "streamed":
         return f"{setup.execution} execution"
     plural = "s" if setup.slice_groups != 1 else ""
-    return f"streamed execution in slices of {setup.slice_groups} group{plural}, kept {_where(setup.keep)},"
+    return (
+        f"streamed execution in slices of {setup.slice_groups} group{plural}, kept {_where(setup.keep)}, "
+        f"with {setup.recompute} recomputation,"
+    )
 
 
 def _where(keep: str) -> str:

@@ -6,13 +6,14 @@ them. The weights are float32, the optimizer is AdamW, and a step is one after t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fitformer.data.readers.cache import MOST_BYTES
 from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
 from fitformer.encoder import FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
+from fitformer.execution.recompute import REMEMBERED, Recompute
 from fitformer.execution.streamed import SLICE_TOKENS
 from fitformer.planning.activations import FLOAT, STATISTICS, Numbers, Stage, global_stages, group_stages, of_ffn, peak
 from fitformer.planning.costs import GroupPlan, Model, count_parameters, group_plan, trunk_of
@@ -20,6 +21,7 @@ from fitformer.trunk import Trunk
 
 Execution = Literal["plain", "checkpointed", "streamed"]
 Keep = Literal["memory", "host", "disk"]
+Precision = Literal[32, "bf16"]
 MIB = 2**20
 # Python, torch and this library with its optimizer, before the first tensor; measured.
 PROCESS = 320 * MIB
@@ -36,6 +38,7 @@ class Setup:
         execution: way to run.
         slice_groups: groups of a slice of the streamed execution; None as `Streamed` has it.
         keep: where the streamed execution keeps data tokens. kept_precision: in which, `bf16` is half.
+        recompute: what its backward pass computes again.
         batch: examples at once. accumulate: gradients of parameters stay from one micro-step to the next.
         precision: 32, or bf16 (mixed).
         pixel_bytes: of a number of the input as it is read. conditions: tokens of a denoiser's condition.
@@ -50,9 +53,10 @@ class Setup:
     slice_groups: int | None = None
     keep: Keep = "memory"
     kept_precision: Literal["bf16"] | None = None
+    recompute: Recompute = "full"
     batch: int = 1
     accumulate: bool = False
-    precision: Literal[32, "bf16"] = 32
+    precision: Precision = 32
     pixel_bytes: int = 1
     conditions: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
@@ -61,10 +65,10 @@ class Setup:
         for name in ("groups", "slice_groups", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
-        for name, known in (("execution", get_args(Execution)), ("keep", get_args(Keep)), ("precision", (32, "bf16"))):
+        words: dict[str, Any] = {"execution": Execution, "keep": Keep, "recompute": Recompute, "precision": Precision}
+        for name, known in ((name, get_args(kind)) for name, kind in words.items()):
             if getattr(self, name) not in known:
-                words = ", ".join(str(word) for word in known)
-                raise InputError(f"{name} is {getattr(self, name)!r}; known are {words}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(str, known))}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Memory:
     Attributes:
         weights: parameters and all their gradients (at an earlier peak, their room is slack).
         optimizer: the two averages of AdamW.
-        kept: data tokens between blocks and latents that wait for the backward pass.
+        kept: data tokens between blocks, latents, and remembered results that wait for the backward pass.
         working: what one stage computes on, forward and backward, and pixels.
         process: Python, torch, decoded tiles; on a GPU the workspace of its libraries.
         slack: freed, and not given back by the C library, see `_slack`; none on a GPU.
@@ -98,15 +102,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Moment:
-    """What there is at one time of a step: kept, working, gradients of parameters so far."""
+    """What there is at one time of a step: kept, working, gradients of parameters so far, remembered results."""
 
     kept: int
     working: int
     gradients: int
+    remembered: int = 0
 
     @property
     def total(self) -> int:
-        return self.kept + self.working + self.gradients
+        return self.kept + self.working + self.gradients + self.remembered
 
 
 def memory(model: Model, setup: Setup) -> Memory:
@@ -125,7 +130,7 @@ def memory(model: Model, setup: Setup) -> Memory:
     return Memory(
         weights=step.parameters * (2 * FLOAT + copies),
         optimizer=2 * step.parameters * FLOAT,
-        kept=most.kept,
+        kept=most.kept + most.remembered,
         working=most.working,
         process=WORKSPACE if on_gpu else PROCESS + tiles,
         slack=0 if on_gpu else _slack(setup.execution, most, step),
@@ -145,7 +150,9 @@ def _slack(execution: str, most: _Moment, step: "_Step") -> int:
     if execution == "checkpointed":
         small = step.tokens * step.x < 32 * MIB
         return min(most.kept + most.working, (500 if small else 150) * MIB)
-    return min(100 * MIB + most.working * 11 // 20, 500 * MIB)
+    # The room of gradients that are still to come is counted as theirs.
+    to_come = step.parameters * FLOAT - most.gradients
+    return max(min(100 * MIB + most.working * 11 // 20, 500 * MIB) + most.remembered // 10 - to_come, 0)
 
 
 class _Step:
@@ -157,6 +164,7 @@ class _Step:
         self.setup = setup
         self.plan: GroupPlan = group_plan(model, groups=setup.groups)
         self.numbers = Numbers(2 if setup.precision == "bf16" else FLOAT)
+        self.remembered = REMEMBERED[setup.recompute if setup.execution == "streamed" else "full"]
         self.parameters = count_parameters(model)
         self.rows = setup.batch * self.plan.groups
         self.tokens = self.rows * self.plan.tokens_per_group
@@ -208,11 +216,13 @@ class _Step:
 
     def grouped(self, i: int, rows: int) -> list[Stage]:
         """The group phase of block i on `rows` groups."""
-        return list(group_stages(self.trunk, i, rows, self.plan.tokens_per_group, self.numbers))
+        numbers = replace(self.numbers, kinds=self.remembered.groups)
+        return list(group_stages(self.trunk, i, rows, self.plan.tokens_per_group, numbers))
 
     def globals(self, i: int) -> list[Stage]:
         """The global phase of block i."""
-        return list(global_stages(self.trunk, i, self.setup.batch, self.latents, self.conditions, self.numbers))
+        numbers = replace(self.numbers, kinds=self.remembered.latents)
+        return list(global_stages(self.trunk, i, self.setup.batch, self.latents, self.conditions, numbers))
 
     def optimizing(self) -> _Moment:
         """When the optimizer steps, all gradients are there and nothing else is."""
@@ -252,7 +262,10 @@ class _Step:
             gradients += sum(stage.parameters for stage in phase) * FLOAT
 
     def streamed(self) -> Iterator[_Moment]:
-        """Data tokens between blocks and the inputs of global layers are kept; a slice, or a layer, is at work."""
+        """Data tokens between blocks and the inputs of global layers are kept; a slice, or a layer, is at work.
+
+        What is remembered of a slice or a layer goes over into its activations when it is its turn.
+        """
         here = self.setup.keep == "memory" or (self.setup.keep == "host" and self.setup.device == "cpu")
         kept_latents = self.of_latents + self.start_of_latents()
         kept_latents += sum(1 + len(self.globals(i)) for i in range(self.blocks)) * self.of_latents
@@ -260,11 +273,13 @@ class _Step:
         rows = self.setup.batch * min(self.slice_groups, self.plan.groups)
         tokens = rows * self.plan.tokens_per_group
         pixels = 2 * tokens * self.raw
+        remembered = sum(_remembered([*self.grouped(i, self.rows), *self.globals(i)]) for i in range(self.blocks))
         for i in reversed(range(self.blocks)):
             rooms = min(i + 1, self.blocks - 1) / max(self.blocks - 1, 1)
             kept = kept_latents + (int(rooms * self.boundaries) if here else 0)
             for stage in reversed(self.globals(i)):
-                yield _Moment(kept, stage.kept + stage.moment + 2 * self.of_latents, gradients)
+                remembered -= stage.remembered
+                yield _Moment(kept, stage.kept + stage.moment + 2 * self.of_latents, gradients, remembered)
                 gradients += stage.parameters * FLOAT
             phase = self.grouped(i, rows)
             phase = [*([self.stem(tokens)] if i == 0 else []), *phase, *(self.ends(tokens) if self.is_last(i) else [])]
@@ -272,7 +287,9 @@ class _Step:
             # The sums over slices, and beside them the gradients of this one.
             activations, fresh = peak(phase)
             incoming = 3 * tokens * self.x + 3 * self.of_latents
-            yield _Moment(kept, pixels + incoming + activations + fresh, gradients)
+            others = remembered - _remembered(phase)
+            yield _Moment(kept, pixels + incoming + activations + fresh, gradients, others)
+            remembered -= _remembered(self.grouped(i, self.rows))
 
     def is_last(self, i: int) -> bool:
         """Whether block i is the last."""
@@ -282,6 +299,10 @@ class _Step:
     def slice_groups(self) -> int:
         """Groups of a slice."""
         return self.setup.slice_groups or default_slice(self.plan.tokens_per_group, self.setup.batch)
+
+
+def _remembered(stages: list[Stage]) -> int:
+    return sum(stage.remembered for stage in stages)
 
 
 def default_slice(tokens_per_group: int, batch: int) -> int:

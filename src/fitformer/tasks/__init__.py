@@ -55,7 +55,13 @@ def set_way(network: Any, training: Training) -> None:
     """Have a network's trunk run as `trainer.execution` says."""
     ways: dict[str, Way] = {"plain": plain, "checkpointed": checkpointed}
     if training.execution == "streamed":
-        way: Way = Streamed(training.slice_groups, training.keep, training.keep_precision, training.scratch)
+        way: Way = Streamed(
+            groups=training.slice_groups,
+            keep=training.keep,
+            precision=training.keep_precision,
+            folder=training.scratch,
+            recompute=training.recompute or "full",
+        )
     else:
         way = ways[training.execution]
     getattr(network, "encoder", network).run = way

@@ -1,4 +1,4 @@
-"""Whether a training step will fit the memory, asked before the first one; and how large its slices may be."""
+"""Whether a training step will fit the memory, asked before the first one; and how its streaming fills it best."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,6 @@ from shutil import disk_usage
 from tempfile import gettempdir
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -15,15 +14,13 @@ from fitformer.data.pixels import Unreadable
 from fitformer.data.settings import ImageData
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
-from fitformer.planning import Setup, memory, need_room, slice_for
+from fitformer.machine import machine_memory
+from fitformer.planning import Setup, memory, need_room, streaming_for
 from fitformer.settings import Recipe, Training
-
-# What the kernel lets the processes of a container have, in its second and its first version of control groups.
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
-    """The recipe's training, with the size of slices chosen where it is left open.
+    """The recipe's training, with the size of slices and what is computed again chosen where they are left open.
 
     Raises:
         InputError: a step needs more memory than `trainer.memory`, or than there is, or more scratch than its disk has
@@ -34,7 +31,6 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
     setup = Setup(
         groups=_most_groups(network, examples),
         execution=training.execution,
-        slice_groups=training.slice_groups,
         keep=training.keep,
         kept_precision=training.keep_precision,
         batch=training.batch_size,
@@ -44,12 +40,15 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
     )
     budget = machine_memory(device) if training.memory is None else bytes_of(training.memory)
     model: Any = network
-    if training.execution == "streamed" and training.slice_groups is None:
-        setup = replace(setup, slice_groups=slice_for(model, setup, budget))
+    if training.execution == "streamed":
+        # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
+        room = budget if training.memory is not None else budget * 3 // 4
+        recompute = "full" if training.compile else training.recompute
+        setup = streaming_for(model, setup, room, recompute, training.slice_groups)
     if training.memory is not None or memory(model, setup).total > budget:
         need_room(model, setup, budget)
     _need_scratch(recipe, memory(model, setup).scratch)
-    return replace(training, slice_groups=setup.slice_groups)
+    return replace(training, slice_groups=setup.slice_groups, recompute=setup.recompute)
 
 
 def _need_scratch(recipe: Recipe, needed: int) -> None:
@@ -67,14 +66,6 @@ def _need_scratch(recipe: Recipe, needed: int) -> None:
             "free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 (half of it), or "
             "trainer.keep to memory"
         )
-
-
-def machine_memory(device: str = "cpu") -> int:
-    """Bytes of memory that this process may have: the device's, or on a CPU the machine's or its container's."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    limits = [text for path in _LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
-    return min([psutil.virtual_memory().total, *map(int, limits)])
 
 
 def _device(training: Training) -> Any:
