@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fitformer.data.occupancy import occupied
+from fitformer.data.occupancy import occupied, occupied_turned
 from fitformer.data.readers import open_image, write_tiled_tiff
+from fitformer.data.symmetries import EIGHT, SAME, Symmetry
 from fitformer.errors import InputError
 
 
@@ -125,6 +126,51 @@ def test_mask_and_background_must_agree(tmp_path):
         found = occupied(image, 20, background="white", mask=tmp_path / "mask.png")
         assert found.tolist() == [[True, False], [False, False]]
         assert occupied(image, 20, mask=tmp_path / "mask.png").tolist() == [[True, False], [True, False]]
+
+
+@given(seed=st.integers(0, 2**31), least=st.sampled_from([0.0, 0.05]), factor=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_a_turned_image_has_the_groups_of_the_turned_array(seed, least, factor, tmp_path_factory):
+    """Sizes that are no multiple of the group, groups that are not square, background and mask together."""
+    random = np.random.default_rng(seed)
+    height, width, rows, columns = (int(side) for side in random.integers((4, 4, 1, 1), (150, 150, 60, 60)))
+    array = np.where(random.random((height, width, 1)) < random.choice([0.001, 0.1]), np.uint8(0), np.uint8(255))
+    mask = (random.random((ceil(height / factor), ceil(width / factor), 1)) < 0.1).astype(np.uint8)
+    folder, asked = tmp_path_factory.mktemp("image"), {"background": "white", "least": least}
+    np.save(folder / "image.npy", array)
+    np.save(folder / "mask.npy", mask)
+    with open_image(folder / "image.npy") as image:
+        found = occupied_turned(image, (rows, columns), mask=folder / "mask.npy", **asked)
+    assert found.keys() == set(EIGHT)
+    for symmetry, groups in found.items():
+        np.save(folder / "turned.npy", symmetry.turn(array))
+        np.save(folder / "turned_mask.npy", symmetry.turn(mask))
+        with open_image(folder / "turned.npy") as turned:
+            wanted = occupied(turned, (rows, columns), mask=folder / "turned_mask.npy", **asked)
+        assert np.array_equal(groups, wanted)
+
+
+def test_groups_at_the_edges_are_other_ones_after_a_flip(tmp_path):
+    array = np.full((10, 10, 1), 255, np.uint8)
+    array[2, 8] = 0
+    np.save(tmp_path / "image.npy", array)
+    with open_image(tmp_path / "image.npy") as image:
+        found = occupied_turned(image, 4, background="white")
+    upside_down = found[Symmetry(backwards=(True, False))]
+    assert np.argwhere(found[SAME]).tolist() == [[0, 2]]
+    assert np.argwhere(np.flipud(found[SAME])).tolist() == [[2, 2]]
+    assert np.argwhere(upside_down).tolist() == [[1, 2]]
+
+
+def test_one_look_serves_all_eight(tmp_path, monkeypatch):
+    array = np.full((300, 200, 3), 255, np.uint8)
+    read = []
+    with saved(tmp_path / "image.tif", array) as image:
+        (level,) = image._levels()
+        window = level.window
+        monkeypatch.setattr(level, "window", lambda *place: (read.append(place), window(*place))[1])
+        occupied_turned(image, (70, 30), background="white")
+        assert sum(height * width for _, _, height, width in read) == 300 * 200
 
 
 @pytest.mark.parametrize("size", [(40, 60), (41, 40), (20, 25), (80, 80), (13, 15)])

@@ -1,7 +1,8 @@
 """Which groups of an image hold something: by a threshold against the background, or by a mask file."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -10,6 +11,7 @@ from fitformer.cuts import Size, sides_of
 from fitformer.data.readers.areas import Overlap, overlap
 from fitformer.data.readers.lazy import LazyImage, open_image
 from fitformer.data.readers.levels import Pixels, blocks
+from fitformer.data.symmetries import EIGHT, SAME, Symmetry
 from fitformer.errors import InputError
 
 Background = str | float | tuple[float, ...]
@@ -43,12 +45,38 @@ def occupied(
     Raises:
         InputError: a mask of another shape, a background of other channels, `least` or `tolerance` outside [0, 1).
     """
+    found = occupied_turned(
+        image, group_size, (SAME,), background=background, tolerance=tolerance, mask=mask, least=least, exact=exact
+    )
+    return found[SAME]
+
+
+def occupied_turned(
+    image: LazyImage,
+    group_size: Size,
+    symmetries: Sequence[Symmetry] = EIGHT,
+    *,
+    background: Background | None = None,
+    tolerance: float = 0.1,
+    mask: str | os.PathLike[str] | None = None,
+    least: float = 0.0,
+    exact: bool = True,
+) -> dict[Symmetry, np.ndarray]:
+    """What `occupied` would say of an image, and its mask, turned by each of some symmetries; read once for all.
+
+    The groups of a turned image are other ones, not the same ones elsewhere: they are counted from another edge, and
+    if their sides differ, a quarter turn lays them across.
+
+    Raises:
+        InputError: as `occupied`.
+    """
     for name, share in (("least", least), ("tolerance", tolerance)):
         if not 0 <= share < 1:
             raise InputError(f"{name} is {share}: a share from 0 to below 1")
     rows, columns = sides_of(group_size, "hw")
     size = image.shape[:2]
-    found: np.ndarray = np.ones((ceil(size[0] / rows), ceil(size[1] / columns)), dtype=bool)
+    edges = _edges(size, (rows, columns), symmetries)
+    looks = []
     if background is not None:
         lowest, highest = _range(image, background, tolerance)
 
@@ -60,13 +88,13 @@ def occupied(
                 outside |= pixels[..., channel] > highest[channel]
             return outside
 
-        looked_at = image if exact else _reduced(image, rows, columns)
-        np.logical_and(found, _shares(looked_at, differs, size, (rows, columns)) > least, out=found)
+        narrowest = (min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries)))
+        looks.append(_look(image if exact else _reduced(image, *narrowest), differs, edges))
     if mask is not None:
         with open_image(mask) as drawn:
             _check_mask(drawn, image)
-            np.logical_and(found, _shares(drawn, _drawn, size, (rows, columns)) > least, out=found)
-    return found
+            looks.append(_look(drawn, _drawn, edges))
+    return {each: _occupied(looks, each, size, (rows, columns), least) for each in symmetries}
 
 
 def _drawn(pixels: np.ndarray) -> np.ndarray:
@@ -100,25 +128,67 @@ def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:
     return next(iter(image.reductions(*wanted)), image)
 
 
-def _shares(
-    source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], group: tuple[int, int]
-) -> np.ndarray:
-    """The share of each group that is something, by a source whose pixels lie evenly over an image of that size."""
-    down, across = (_over_groups(*sides) for sides in zip(source.shape, size, group))
+@dataclass(frozen=True)
+class _Look:
+    """How much of each cell between `edges` (of rows, of columns, in pixels) is something, and how much could be."""
+
+    edges: tuple[np.ndarray, np.ndarray]
+    found: np.ndarray
+    whole: np.ndarray
+
+    def shares(self, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
+        """The share of each group of the turned image that is something."""
+        return np.asarray(self._by_groups(self.found, symmetry, group) / self._by_groups(self.whole, symmetry, group))
+
+    def _by_groups(self, cells: np.ndarray, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
+        added = symmetry.turn(cells)
+        turned = self.edges[::-1] if symmetry.transposed else self.edges
+        for axis, (edges, side, backwards) in enumerate(zip(turned, group, symmetry.backwards)):
+            edges = edges[-1] - edges[::-1] if backwards else edges
+            added = np.add.reduceat(added, np.searchsorted(edges, np.arange(0, edges[-1], side)), axis)
+        return added
+
+
+def _edges(
+    size: tuple[int, int], group: tuple[int, int], symmetries: Sequence[Symmetry]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the groups of an image end, turned in any of these ways: in its own rows and columns, ends included."""
+    edges: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for symmetry in symmetries:
+        for axis, (length, side, backwards) in enumerate(zip(symmetry.sides(*size), group, symmetry.backwards)):
+            ends = np.minimum(np.arange(ceil(length / side) + 1, dtype=np.int64) * side, length)
+            edges[axis ^ symmetry.transposed].append(length - ends if backwards else ends)
+    return np.unique(np.concatenate(edges[0])), np.unique(np.concatenate(edges[1]))
+
+
+def _look(
+    source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], edges: tuple[np.ndarray, np.ndarray]
+) -> _Look:
+    """One look at all pixels of a source, which lie evenly over the image between these edges."""
+    down, across = (_over_cells(count, ends) for count, ends in zip(source.shape, edges))
     whole = np.outer(*(np.bincount(each.bins, each.lengths) for each in (down, across)))
     found = np.zeros(whole.shape)
     for top, left, height, width in blocks(source):
         part, row = down.sums(is_something(source.window(top, left, height, width)), top)
         part, column = across.sums(part.T, left)
         found[row : row + part.shape[1], column : column + part.shape[0]] += part.T
-    shares: np.ndarray = found / whole
-    return shares
+    return _Look(edges, found, whole)
 
 
-def _over_groups(cells: int, length: int, group: int) -> Overlap:
-    """How evenly spread cells lie over groups of `group` pixels, the last one perhaps cut off."""
-    ends = np.minimum(np.arange(ceil(length / group) + 1, dtype=np.int64) * group, length)
-    return overlap(np.arange(cells + 1, dtype=np.int64) * length, ends * cells)
+def _over_cells(count: int, edges: np.ndarray) -> Overlap:
+    """How so many evenly spread pixels of a source lie over the cells between edges."""
+    return overlap(np.arange(count + 1, dtype=np.int64) * edges[-1], edges * count)
+
+
+def _occupied(
+    looks: Sequence[_Look], symmetry: Symmetry, size: tuple[int, int], group: tuple[int, int], least: float
+) -> np.ndarray:
+    """The groups of the turned image of which every look found more than the share `least`."""
+    rows, columns = (ceil(length / side) for length, side in zip(symmetry.sides(*size), group))
+    found = np.ones((rows, columns), dtype=bool)
+    for look in looks:
+        found &= look.shares(symmetry, group) > least
+    return found
 
 
 def _check_mask(mask: LazyImage, image: LazyImage) -> None:
