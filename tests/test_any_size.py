@@ -17,6 +17,8 @@ pytest.importorskip("lightning", reason="needs the extra train")
 from fitformer import config
 from fitformer.cli import main
 from fitformer.data import images
+from fitformer.data.readers import open_image
+from fitformer.data.symmetries import EIGHT, SAME, Turned
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.runs import Run
@@ -109,17 +111,67 @@ def test_empty_groups_are_found_once_and_skipped(recipe, slides):
     assert grouped(network, image, settings).num_groups == 1
 
 
-def fit(recipe):
+@pytest.mark.parametrize("overrides", [[], ["--data.background=none"], ["--model.group_size=[32,16]"]])
+def test_the_groups_of_a_turned_image_are_those_of_a_turned_file(recipe, slides, tmp_path, overrides):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    mask = np.zeros((90, 70), np.uint8)
+    mask[5:30, :70] = 1
+    for name, symmetry in [("0", SAME), *((f"turned{k}", each) for k, each in enumerate(EIGHT))]:
+        tifffile.imwrite(masks / f"{name}.tif", symmetry.turn(mask))
+    loaded = config.load(recipe, [f"--data.masks={masks}", *overrides])
+    network, image = fit(recipe, overrides), settings_image(loaded.data, slides)
+    for k, symmetry in enumerate(EIGHT):
+        path = tmp_path / f"turned{k}.tif"
+        tifffile.imwrite(path, symmetry.turn(image.window(0, 0, 90, 70)), tile=(32, 32), photometric="rgb")
+        found, wanted = (
+            grouped(network, Turned(image, symmetry), loaded.data),
+            grouped(network, open_image(path), loaded.data),
+        )
+        assert torch.equal(found.places, wanted.places)
+        for part, other in zip(found.read(slice(None)), wanted.read(slice(None))):
+            assert torch.equal(part, other) if part is not None else other is None
+
+
+def test_a_run_on_turned_images_goes_on_as_if_it_had_not_been_stopped(recipe, tmp_path, monkeypatch, capsys):
+    """Training draws a symmetry for each image; validation sees the files as they are."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    words = ["--data.augmentation=dihedral", "--model.group_size=[32,16]", "--model.glimpses=1", "--trainer.steps=6"]
+    words += ["--trainer.execution=streamed", "--trainer.slice_groups=2", "--trainer.validate_every=3"]
+    seen, group, loss = [], classify.grouped, classify.loss
+    monkeypatch.setattr(
+        classify, "grouped", lambda network, image, data: (seen.append(image), group(network, image, data))[1]
+    )
+    assert main(["train", recipe, *words, "--run-dir", str(straight)]) == 0
+    turned = [image for image in seen if isinstance(image, Turned)]
+    assert len(turned) == 6 * 4
+    assert len({image.symmetry for image in turned}) > 4
+    assert len(seen) - len(turned) == 2 * 8
+    steps = []
+
+    def interrupted(*given):
+        steps.append(given)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*given)
+
+    monkeypatch.setattr(classify, "loss", interrupted)
+    assert main(["train", recipe, *words, "--run-dir", str(stopped)]) == 130
+    assert "stopped at step 4 of 6" in capsys.readouterr().out
+    assert main(["train", recipe, *words, "--run-dir", str(stopped)]) == 0
+    ours, theirs = weights(straight), weights(stopped)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def fit(recipe, overrides=()):
     from fitformer import data
     from fitformer.tasks import build_model
 
-    loaded = config.load(recipe)
+    loaded = config.load(recipe, overrides)
     return build_model(loaded, data.build(loaded.data, "train"))
 
 
 def settings_image(settings, slides):
-    from fitformer.data.readers import open_image
-
     return open_image(slides / "train" / "plain" / "0.tif")
 
 
@@ -142,7 +194,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
     ("override", "message"),
     [
         ("--model.latent_position=learned", "data.image_size: null is for models of images of any size"),
-        ("--data.augmentation=light", "images of any size are read as they are"),
+        ("--data.augmentation=light", "'light' needs the whole image at once, .*: choose none, flip, dihedral"),
         ("--data.source=digits", "which the source 'digits' does not have"),
         ("--data.channels=1", "data.channels is 1 and .* has 3; .* remove data.channels"),
         ("--data.masks=nowhere", "needs one mask"),

@@ -1,6 +1,7 @@
 """Flips and quarter turns of images that stay in their files: what is read is what numpy makes of the whole array."""
 
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,8 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitformer.data.readers import open_image, write_tiled_tiff
+from fitformer.data.arrays import array_source
+from fitformer.data.images import ImageDataset
+from fitformer.data.lazily import lazy_source
+from fitformer.data.order import StepBatches
+from fitformer.data.readers import LazyImage, open_image, write_tiled_tiff
 from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Symmetry, Turned
+from fitformer.encoder import FITImageEncoder
+from fitformer.errors import InputError
 from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling
 
 SIZE = (53, 38)
@@ -110,3 +117,68 @@ def test_only_what_is_asked_for_is_read_and_no_pixel_travels(image):
     twin = pickle.loads(pickle.dumps(Turned(image, turned.symmetry)))
     assert len(pickle.dumps(twin)) < 1000
     assert np.array_equal(twin.window(0, 0, 9, 9), Turned(image, turned.symmetry).window(0, 0, 9, 9))
+
+
+def lazy(image, augmentation, count=6, **more):
+    source = lazy_source("images", [image.path] * count, np.zeros(count, np.int64), (), None)
+    return ImageDataset(source, None, augmentation=augmentation, **more)
+
+
+def test_which_is_drawn_is_a_function_of_seed_epoch_and_index(image):
+    first, again, other = (lazy(image, "dihedral", seed=seed) for seed in (1, 1, 2))
+    order = [(epoch, index) for epoch in range(40) for index in range(6)]
+    symmetries = {where: first[where]["image"].symmetry for where in order}
+    assert all(again[where]["image"].symmetry == symmetries[where] for where in reversed(order))
+    assert any(other[where]["image"].symmetry != symmetries[where] for where in order)
+    counts = [list(symmetries.values()).count(symmetry) for symmetry in EIGHT]
+    assert sum(counts) == 240
+    assert min(counts) > 15
+    # A run that is taken up again draws what it would have drawn.
+    whole, rest = (StepBatches(6, 4, 0, start_step=step, total_steps=20) for step in (0, 13))
+    assert [[first[where]["image"].symmetry for where in batch] for batch in whole][13:] == [
+        [again[where]["image"].symmetry for where in batch] for batch in rest
+    ]
+
+
+def test_without_augmentation_the_image_is_handed_out_as_it_is(image):
+    dataset = lazy(image, "none")
+    assert isinstance(dataset[3, 1]["image"], LazyImage)
+    assert dataset.symmetries == (SAME,)
+
+
+def test_a_flip_leaves_rows_where_they_are(image):
+    dataset = lazy(image, "flip")
+    assert {dataset[epoch, 0]["image"].symmetry for epoch in range(20)} == set(SYMMETRIES["flip"])
+    assert all(dataset[epoch, 0]["image"].shape == image.shape for epoch in range(20))
+
+
+@pytest.mark.parametrize("augmentation", SYMMETRIES)
+def test_images_of_one_size_are_turned_alike(image, augmentation):
+    """By the same draws; a quarter turn of a long image is then cut to size as any tall one is."""
+    source = array_source("squares", np.stack([ARRAY[:38]] * 6), None, (), None)
+    decoded, lazily = ImageDataset(source, 38, augmentation=augmentation, seed=5), lazy(image, augmentation, seed=5)
+    for where in product(range(8), range(6)):
+        found = decoded[where]["image"]
+        assert np.array_equal(found, by_numpy(ARRAY[:38], lazily[where]["image"].symmetry))
+    cut = ImageDataset(source, (20, 30), augmentation=augmentation)
+    assert {cut[epoch, 0]["image"].shape for epoch in range(8)} == {(20, 30, 3)}
+
+
+@pytest.mark.parametrize("augmentation", ["light", "crop", "crop-flip", "shift"])
+def test_what_needs_the_whole_image_is_refused(image, augmentation):
+    message = rf"data.augmentation '{augmentation}' needs the whole image at once, .*: choose none, flip, dihedral"
+    with pytest.raises(InputError, match=message):
+        lazy(image, augmentation)
+    with pytest.raises(InputError, match=r"images of any size are read as they are: remove data\.levels"):
+        lazy(image, "dihedral", levels=17)
+
+
+@pytest.mark.parametrize(("augmentation", "most"), [("none", 2 * 5), ("flip", 2 * 5), ("dihedral", 4 * 3)])
+def test_the_largest_image_is_counted_in_the_turns_it_may_take(tmp_path, augmentation, most):
+    pytest.importorskip("lightning", reason="needs the extra train")
+    from fitformer.training.room import _most_groups
+
+    np.save(tmp_path / "image.npy", np.zeros((40, 70, 3), np.uint8))
+    network = FITImageEncoder("(1)1", None, (20, 16), 4, 2, 8, 8, 2, 2, glimpses=1, latent_position="row_column")
+    dataset = lazy(open_image(tmp_path / "image.npy"), augmentation)
+    assert _most_groups(network, dataset) == 1 + most

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fitformer.data.order import example_generator
 from fitformer.data.pixels import Unreadable, fit, jitter, random_crop, shift
 from fitformer.data.settings import Augmentation, Resize
 from fitformer.data.sources import Source, listed
+from fitformer.data.symmetries import SAME, SYMMETRIES, Symmetry, Turned, drawn
 from fitformer.errors import InputError
 
 _log = logging.getLogger("fitformer.data")
@@ -36,7 +38,19 @@ def _crop_flip(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random
     return cropped[:, ::-1] if random.random() < 0.5 else cropped
 
 
-AUGMENTATIONS: dict[str, Augment] = {"light": _light, "crop": _crop, "crop-flip": _crop_flip, "shift": _shift}
+def _turn(
+    name: str, pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator
+) -> np.ndarray:
+    return fit(drawn(name, random).turn(pixels), size, resize)
+
+
+AUGMENTATIONS: dict[str, Augment] = {
+    "light": _light,
+    "crop": _crop,
+    "crop-flip": _crop_flip,
+    "shift": _shift,
+    **{name: partial(_turn, name) for name in SYMMETRIES},
+}
 
 
 def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
@@ -60,8 +74,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
     classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
-    image that is read lazily (`collate` puts them in a list, not in a tensor). The randomness of augmentation is a
-    function of (seed, epoch, index).
+    image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
+    randomness of augmentation is a function of (seed, epoch, index).
 
     A file that cannot be read is logged once by name and the next readable image stands in for it; the count is
     shared by the worker processes of a loader.
@@ -90,11 +104,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
-        if sides is None and (augmentation != "none" or levels is not None):
-            raise InputError("images of any size are read as they are: remove data.augmentation and data.levels")
+        if sides is None and levels is not None:
+            raise InputError("images of any size are read as they are: remove data.levels")
+        if sides is None and augmentation not in ("none", *SYMMETRIES):
+            raise InputError(
+                f"data.augmentation {augmentation!r} needs the whole image at once, and images of any size are read "
+                f"piece by piece: choose {listed(['none', *SYMMETRIES])}"
+            )
         self.image_size = sides
         self.resize, self.levels, self.max_unreadable = resize, levels, max_unreadable
-        self.augment = AUGMENTATIONS.get(augmentation)
+        self.augmentation = augmentation
         # One shared byte per image, so that all workers of a loader see and count what any of them found.
         self._broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
@@ -107,6 +126,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def channels(self) -> int:
         """Channels of every image."""
         return self.source.channels
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        """By which an image of any size may be turned."""
+        return SYMMETRIES.get(self.augmentation, (SAME,))
 
     @property
     def unreadable(self) -> list[str]:
@@ -129,12 +153,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         pixels, label, found = self._read(index)
+        augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
         if self.image_size is None:
-            return {"image": pixels, "label": torch.tensor(label), "index": found}
-        if self.augment is None:
+            image = pixels if augment is None else Turned(pixels, drawn(self.augmentation, random))
+            return {"image": image, "label": torch.tensor(label), "index": found}
+        if augment is None:
             pixels = fit(pixels, self.image_size, self.resize)
         else:
-            pixels = self.augment(pixels, self.image_size, self.resize, example_generator(self.seed, epoch, index))
+            pixels = augment(pixels, self.image_size, self.resize, random)
         if self.levels is not None:
             pixels = quantize(pixels, self.levels)
         # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.

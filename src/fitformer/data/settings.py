@@ -9,7 +9,7 @@ from typing import Literal
 
 ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
 ByteSource = Literal["python-sources", "python-docs", "files"]
-Augmentation = Literal["none", "light", "crop", "crop-flip", "shift"]
+Augmentation = Literal["none", "light", "crop", "crop-flip", "shift", "flip", "dihedral"]
 Resize = Literal["crop", "stretch", "pad"]
 
 
@@ -42,7 +42,9 @@ class ImageData:
             at 0 validation uses the test part.
         split_seed: which examples these are.
         augmentation: of training images only. `light`: shift, turn and scale a little (digits); `crop`: random resized
-            crop; `crop-flip`: the same and a horizontal flip; `shift`: whole pixels up to a sixteenth of the sides.
+            crop; `crop-flip`: the same and a horizontal flip; `shift`: whole pixels up to a sixteenth of the sides;
+            `flip`: mirrored left to right or not; `dihedral`: one of the eight flips and quarter turns. These
+            two are the ones for images of any size.
         background: groups that hold nothing else are skipped, by a model with `latent_position: row_column`: `white`,
             `black`, or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share of the range.
         masks: folder of mask files, named as the images but for their endings; groups where the mask is 0 are skipped.

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer.cuts import Size
-from fitformer.data.occupancy import occupied
+from fitformer.data.occupancy import occupied_turned
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
+from fitformer.data.symmetries import EIGHT, SAME, Symmetry, Turned
 from fitformer.diffusion import pixels_to_signal
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
@@ -75,20 +76,31 @@ def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray
     if data is None or (data.background == "none" and data.masks is None):
         return None
     background = None if data.background == "none" else data.background
-    if not isinstance(source, LazyImage):
-        return occupied(source, tiling.group_size, background=background, tolerance=data.tolerance)
-    return _occupied_file(source.path, tiling.group_size, background, data.tolerance, data.masks)
+    image: Any
+    image, symmetry = (source.source, source.symmetry) if isinstance(source, Turned) else (source, SAME)
+    if not isinstance(image, LazyImage):
+        found = occupied_turned(image, tiling.group_size, (symmetry,), background=background, tolerance=data.tolerance)
+    else:
+        # An image that is turned at all will be turned in other ways, too, and one look serves them all.
+        symmetries = EIGHT if isinstance(source, Turned) else (SAME,)
+        found = _occupied_file(image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks)
+    return found[symmetry]
 
 
 @lru_cache(maxsize=2**16)
 def _occupied_file(
-    path: str, group_size: Size, background: str | None, tolerance: float, masks: str | None
-) -> np.ndarray:
+    path: str,
+    group_size: Size,
+    symmetries: tuple[Symmetry, ...],
+    background: str | None,
+    tolerance: float,
+    masks: str | None,
+) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
         mask = None if masks is None else _mask_of(path, masks)
-        found = occupied(image, group_size, background=background, tolerance=tolerance, mask=mask)
-    if not found.any():
+        found = occupied_turned(image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask)
+    if not all(each.any() for each in found.values()):
         left = [f"background {background}, tolerance {tolerance}"] if background else []
         left += [f"mask {mask}"] if mask else []
         raise InputError(

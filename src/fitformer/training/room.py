@@ -78,6 +78,9 @@ def _most_groups(network: nn.Module, examples: Any) -> int | None:
     if not isinstance(network, FITImageEncoder) or network.groups is not None:
         return None
     sizes = [examples.image_size] if examples.image_size is not None else sizes_of(examples.source)
+    if examples.image_size is None:
+        # Groups that are not square may be more, laid across by a quarter turn.
+        sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
     counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
     return network.glimpses + max(counts)
 
