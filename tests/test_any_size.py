@@ -14,7 +14,7 @@ import yaml
 
 pytest.importorskip("lightning", reason="needs the extra train")
 
-from fitformer import config
+from fitformer import config, data
 from fitformer.cli import main
 from fitformer.data import images
 from fitformer.data.readers import open_image
@@ -22,20 +22,15 @@ from fitformer.data.symmetries import EIGHT, SAME, Turned
 from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.runs import Run
-from fitformer.settings import ClassifyRecipe
+from fitformer.settings import ClassifyRecipe, Training
 from fitformer.tasks import autoregress, classify, diffuse, set_way
 from fitformer.tasks.classify import grouped
+from fitformer.training.room import with_room
 
 COLOUR = {(): {"photometric": "minisblack"}, (3,): {"photometric": "rgb"}}
 SIZES = [(90, 70), (33, 130), (64, 64), (100, 41)]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(path, size, marked, dtype=np.uint8):
@@ -100,6 +95,19 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(recipe, 
     assert not run.exists()
     assert main(["train", recipe, "--memory=lots", "--run-dir", str(run)]) == 2
     assert "no amount of memory" in capsys.readouterr().err
+
+
+def test_what_is_computed_again_follows_from_the_memory(recipe):
+    def chosen(*words):
+        loaded = config.load(recipe, ["--trainer.execution=streamed", *words])
+        return with_room(loaded, fit(recipe), data.build(loaded.data, "train")).recompute
+
+    assert chosen() == chosen("--trainer.memory=8GB") == "light"
+    assert chosen("--trainer.memory=8GB", "--trainer.recompute=local") == "local"
+    assert chosen("--trainer.memory=480MB") == "full"
+    assert chosen("--trainer.compile=true") == "full"
+    with pytest.raises(InputError, match=r"recompute is 'light' with compile.*leave recompute out"):
+        Training(compile=True, recompute="light")
 
 
 def test_empty_groups_are_found_once_and_skipped(recipe, slides):
@@ -233,7 +241,6 @@ def test_losses_of_tokens_stream_as_they_run_plainly(task):
         "autoregress": ["--model.drop_units=0.1"],
     }
     loaded = config.load(f"digits-{task}", overrides[task])
-    from fitformer import data
     from fitformer.tasks import build_model
 
     examples = data.build(loaded.data, "train")
@@ -242,7 +249,8 @@ def test_losses_of_tokens_stream_as_they_run_plainly(task):
     batch = torch.utils.data.default_collate([examples[k] for k in range(4)])
     module, found = {"diffuse": diffuse, "autoregress": autoregress}[task], []
     for way in ("plain", "streamed"):
-        training = config.load(f"digits-{task}", [f"--trainer.execution={way}", "--trainer.slice_groups=1"]).trainer
+        words = [f"--trainer.execution={way}", "--trainer.slice_groups=1", "--trainer.recompute=light"]
+        training = config.load(f"digits-{task}", words).trainer
         set_way(network, training)
         network.zero_grad()
         torch.manual_seed(1)

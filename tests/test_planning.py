@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,8 +23,10 @@ from fitformer.planning import (
     on_meta,
     parts,
     slice_for,
+    streaming_for,
 )
 from fitformer.planning.activations import Looked, Numbers, of_cross, of_layer
+from fitformer.planning.choice import RECOMPUTES
 from fitformer.planning.geometry import grouped
 from fitformer.planning.memory import _Step
 from fitformer.presets import preset
@@ -211,6 +215,29 @@ def test_a_slice_is_the_largest_that_fits_a_budget():
     assert 4 <= found <= 6
     assert memory(model, replace(setup, slice_groups=found)).total <= budget
     assert slice_for(model, setup, 1) == 1
+
+
+@given(gigabytes=st.floats(0.5, 12), recompute=st.sampled_from([None, "full", "selective"]))
+@settings(max_examples=30, deadline=None)
+def test_what_is_remembered_fits_and_grows_with_the_budget(gigabytes, recompute):
+    model, setup = small(execution="streamed")
+    budget = int(gigabytes * 10**9)
+    found = streaming_for(model, setup, budget, recompute)
+    assert recompute is None or found.recompute == recompute
+    needed = memory(model, found).total
+    assert needed <= budget or found.slice_groups == 1
+    if found.recompute != "full" and recompute is None:
+        assert needed <= 0.9 * budget
+        assert found.slice_groups == slice_for(model, setup)
+    more = streaming_for(model, setup, 2 * budget, recompute)
+    assert RECOMPUTES.index(more.recompute) <= RECOMPUTES.index(found.recompute)
+
+
+def test_what_is_remembered_is_asked_for_or_needs_a_budget():
+    model, setup = small(execution="streamed")
+    assert streaming_for(model, setup) == replace(setup, slice_groups=16)
+    assert streaming_for(model, setup, 10**11) == replace(setup, slice_groups=16, recompute="light")
+    assert streaming_for(model, setup, None, "local", 3) == replace(setup, slice_groups=3, recompute="local")
 
 
 def test_what_has_no_room_says_what_it_needs_and_what_would_do():

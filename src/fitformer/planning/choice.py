@@ -21,6 +21,8 @@ MOST_SLICE_TOKENS = {"cpu": SLICE_TOKENS, "cuda": 16 * SLICE_TOKENS}
 TRIED = 12
 # What streamed execution may compute again, the least first.
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)[::-1]
+# The share of a budget that may be filled with what need not be there: a prediction is right to some percent only.
+FILLED = 0.9
 # Forward passes that the operations of a training step are counted as: a backward pass is two. What is computed again
 # is not counted, as is usual, so that ways to run can be compared.
 PASSES = 3
@@ -121,8 +123,8 @@ def streaming_for(
 ) -> Setup:
     """A setup of the streamed execution with what is computed again and the size of slices, those given or chosen.
 
-    Computed again is the least that fits a budget with slices of the size worth having, everything where there is no
-    budget to fill. If not even that fits, slices are made smaller.
+    Computed again is the least that fits nine tenths of a budget with slices of the size worth having, everything where
+    there is no budget to fill. If everything computed again does not fit, slices are made smaller.
 
     Args:
         model: on any device.
@@ -130,13 +132,14 @@ def streaming_for(
         budget: bytes of memory; None for no bound.
         recompute, slice_groups: given ones.
     """
-    most = slice_groups or slice_for(model, setup)
-    choices = (recompute,) if recompute else RECOMPUTES if budget is not None else ("full",)
-    for choice in choices:
-        found = replace(setup, recompute=choice, slice_groups=most)
-        if budget is None or memory(model, found).total <= budget:
-            return found
-    return found if slice_groups else replace(found, slice_groups=slice_for(model, found, budget))
+    if recompute is None and budget is not None:
+        most = slice_groups or slice_for(model, setup)
+        for choice in RECOMPUTES:
+            found = replace(setup, recompute=choice, slice_groups=most)
+            if memory(model, found).total <= FILLED * budget:
+                return found
+    found = replace(setup, recompute=recompute or "full")
+    return replace(found, slice_groups=slice_groups or slice_for(model, found, budget))
 
 
 def slice_for(model: Model, setup: Setup, budget: int | None = None) -> int:
