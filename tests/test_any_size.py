@@ -19,8 +19,8 @@ from fitformer.cli import main
 from fitformer.data import images
 from fitformer.data.readers import open_image
 from fitformer.data.symmetries import EIGHT, SAME, Turned
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.runs import Run
 from fitformer.settings import ClassifyRecipe, Training
 from fitformer.tasks import autoregress, classify, diffuse, set_way

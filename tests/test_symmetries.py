@@ -15,8 +15,8 @@ from fitformer.data.lazily import lazy_source
 from fitformer.data.order import StepBatches
 from fitformer.data.readers import LazyImage, open_image, write_tiled_tiff
 from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Symmetry, Turned
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling
 
 SIZE = (53, 38)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fitformer.decoder import FITDecoder
     from fitformer.denoiser import FITDenoiser
-    from fitformer.encoder import FITEncoder, FITImageEncoder
+    from fitformer.encoder import FITEncoder
+    from fitformer.image_encoder import FITImageEncoder
 
 __version__ = "0.1.0"
 __all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageEncoder"]
@@ -18,7 +19,7 @@ _HOMES = {
     "FITDecoder": "fitformer.decoder",
     "FITDenoiser": "fitformer.denoiser",
     "FITEncoder": "fitformer.encoder",
-    "FITImageEncoder": "fitformer.encoder",
+    "FITImageEncoder": "fitformer.image_encoder",
 }
 _ROOMS = {"decoder", "denoiser", "diffusion", "encoder", "execution", "generation", "grouping", "official", "trunk"}
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError, require
 from fitformer.files import write_atomically
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.layers import CrossLayer, attention_weights
 
 # From dark to bright, equally spaced: the looks of a heated body, legible in grey too.

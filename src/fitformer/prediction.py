@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fitformer.data.pixels import Unreadable, decode, fit, suffixes
 from fitformer.data.readers import LazyImage, open_image
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.evaluation.recognition import classify
 from fitformer.grouping import ImageGroups
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.tiling import GroupedImage
 
 Resize = Literal["crop", "stretch", "pad"]

@@ -26,7 +26,7 @@ from fitformer.settings import Recipe
 if TYPE_CHECKING:
     from fitformer.decoder import FITDecoder
     from fitformer.denoiser import FITDenoiser
-    from fitformer.encoder import FITImageEncoder
+    from fitformer.image_encoder import FITImageEncoder
 
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
 
@@ -96,7 +96,7 @@ class Run:
             InputError: nothing was exported yet; the folder holds another role or weights that do not fit.
         """
         import fitformer
-        from fitformer.encoder import FITImageEncoder
+        from fitformer.image_encoder import FITImageEncoder
         from fitformer.tasks import set_way
 
         if not (self.model_folder / "model.safetensors").is_file():

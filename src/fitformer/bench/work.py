@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
-from fitformer.encoder import FITImageEncoder
 from fitformer.execution import Work, total
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.planning import Geometry
 from fitformer.tiling import GroupedImage, PixelSource, stacked, to_signal
 

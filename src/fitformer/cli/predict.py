@@ -20,8 +20,8 @@ from fitformer.files import write_atomically
 
 if TYPE_CHECKING:
     from fitformer.data.settings import ImageData
-    from fitformer.encoder import FITImageEncoder
     from fitformer.execution.kept import Keep
+    from fitformer.image_encoder import FITImageEncoder
     from fitformer.runs import Run
     from fitformer.settings import Training
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Label and print, or write into a folder what was seen."""
-    from fitformer.encoder import FITImageEncoder
+    from fitformer.image_encoder import FITImageEncoder
     from fitformer.settings import ClassifyRecipe
 
     of = open_run(arguments.run, "classify")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fitformer.data.pixels import convert, fit
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.evaluation.classification import confusion
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.tasks.classify import logits
 
 

@@ -11,12 +11,12 @@ from fitformer import data
 from fitformer.data.building import Split
 from fitformer.data.settings import ImageData
 from fitformer.denoiser import FITDenoiser
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.evaluation.baselines import independent_bits
 from fitformer.evaluation.batches import batches, measured
 from fitformer.evaluation.classification import classification
 from fitformer.evaluation.recognition import recognised
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.runs import Run
 from fitformer.settings import ByteRecipe, PixelRecipe
 from fitformer.tasks import autoregress, diffuse

@@ -17,8 +17,9 @@ from torch import nn
 
 from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
-from fitformer.encoder import FITEncoder, FITImageEncoder
+from fitformer.encoder import FITEncoder
 from fitformer.errors import InputError
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.layers import Attention, CrossLayer, FeedForward, TransformerLayer
 from fitformer.positions import PositionTable
 from fitformer.trunk import Block, Trunk

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 from fitformer.data.readers.cache import MOST_BYTES
 from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
-from fitformer.encoder import FITEncoder, FITImageEncoder
+from fitformer.encoder import FITEncoder
 from fitformer.errors import InputError
 from fitformer.execution.recompute import REMEMBERED, Recompute
 from fitformer.execution.streamed import SLICE_TOKENS
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.planning.activations import FLOAT, STATISTICS, Numbers, Stage, global_stages, group_stages, of_ffn, peak
 from fitformer.planning.costs import GroupPlan, Model, count_parameters, group_plan, trunk_of
 from fitformer.trunk import Trunk

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.execution import Work, total
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.layers import CrossLayer
 from fitformer.pictures import read_weights
 from fitformer.tiling import GroupedImage, PixelSource

@@ -25,9 +25,9 @@ import numpy as np
 
 from fitformer.data.lazily import is_image_folder, lazy_suffixes
 from fitformer.data.readers import LazyImage, open_image
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.files import write_atomically
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.prediction import Group, Prediction, as_text, decided
 from fitformer.seeing.heatmap import HeatMap
 from fitformer.seeing.overlay import thumbnail_size, write_overlay

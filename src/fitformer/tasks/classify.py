@@ -16,8 +16,8 @@ from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
 from fitformer.data.symmetries import EIGHT, SAME, Symmetry, Turned
 from fitformer.diffusion import pixels_to_signal
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.settings import ClassifyRecipe
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
 from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling

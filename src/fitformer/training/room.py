@@ -12,8 +12,8 @@ from torch import nn
 from fitformer.amounts import bytes_of, in_words
 from fitformer.data.pixels import Unreadable
 from fitformer.data.settings import ImageData
-from fitformer.encoder import FITImageEncoder
 from fitformer.errors import InputError
+from fitformer.image_encoder import FITImageEncoder
 from fitformer.machine import machine_memory
 from fitformer.planning import Setup, memory, need_room, streaming_for
 from fitformer.settings import Recipe, Training
