@@ -62,7 +62,7 @@ def scaling(sizes: Sequence[int], options: Sequence[str], tell: Callable[[Result
         raise InputError(f"scaling needs at least two different sizes, not {list(sizes)}")
     steps = []
     for size in sizes:
-        steps.append(_in_process(["--image-size", str(size), *options]))
+        steps.append(in_process(["--image-size", str(size), *options]))
         tell(steps[-1])
     return {"steps": steps, "exponents": exponents(steps)}
 
@@ -80,7 +80,12 @@ def exponents(steps: Sequence[Result]) -> dict[str, float]:
     return {name: exponent(lengths, [step[key] for step in steps]).exponent for name, key in columns.items()}
 
 
-def _in_process(options: Sequence[str]) -> Result:
+def in_process(options: Sequence[str]) -> Result:
+    """What `fitformer bench step --json` says with these options, run in a process of its own.
+
+    Raises:
+        InputError: it failed; says what it said.
+    """
     command = [sys.executable, "-m", "fitformer", "bench", "step", *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
