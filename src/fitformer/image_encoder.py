@@ -101,12 +101,14 @@ class FITImageEncoder(Pretrained, nn.Module):
                 `GroupedImage`. Images with the same number of groups run as a batch.
 
         Raises:
-            InputError: images of another size or number of channels.
+            InputError: no images, or images of another size or number of channels.
         """
         if isinstance(images, Tensor) and self.groups is not None:
             x, latents = self.encoder(self.groups.group(images))
             pooled = (latents if self.ends_in_latents else x).mean(dim=(1, 2))
         else:
+            if not len(images):
+                raise InputError("no images are given, a sequence of none")
             pooled = self._pooled([self.grouped(image) for image in images])
         return pooled if self.head is None else self.head(pooled)
 
@@ -155,11 +157,16 @@ class FITImageEncoder(Pretrained, nn.Module):
         """An image as groups of this encoder.
 
         Raises:
-            InputError: another number of channels, other groups than the encoder's, or another size where the encoder
-                has a table of positions.
+            InputError: no such image, another number of channels, other groups than the encoder's, or another size
+                where the encoder has a table of positions.
         """
         if not isinstance(image, GroupedImage):
             source = PixelArray(image) if isinstance(image, Tensor) else image
+            if not isinstance(source, PixelSource):
+                raise InputError(
+                    f"an image is given as {type(source).__name__}: wrap an array as fitformer.tiling.PixelArray(...), "
+                    "open a file by fitformer.data.readers.open_image(...)"
+                )
             image = GroupedImage(source, self.tiling, glimpses=self.glimpses)
         if image.tiling != self.tiling or image.glimpses != self.glimpses:
             raise InputError(
