@@ -24,6 +24,8 @@ from fitformer.files import write_atomically
 from fitformer.settings import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fitformer.decoder import FITDecoder
     from fitformer.denoiser import FITDenoiser
     from fitformer.image_encoder import FITImageEncoder
@@ -78,7 +80,7 @@ class Run:
         return read_metrics(self.metrics_file)
 
     def describe_data(self) -> dict[str, Any]:
-        """What was learned from: `classes`, `channels`, one line on each part."""
+        """What was learned from: `classes`, `channels`, the type of `pixels`, one line on each part."""
         path = self.path / "data.json"
         if not path.is_file():
             raise InputError(f"{self.path} has no data.json: its training never started; train it first")
@@ -88,6 +90,27 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, by number; empty without classes."""
         return tuple(self.describe_data()["classes"])
+
+    @property
+    def pixels(self) -> "np.dtype | None":
+        """The type of the pixels that were trained on; None of bytes, or where it was not written down."""
+        import numpy as np
+
+        written = (self.path / "data.json").is_file()
+        name = self.describe_data().get("pixels") if written else None
+        return None if name is None else np.dtype(name)
+
+    def check_pixels(self, dataset: Any) -> None:
+        """Check that images of any size hold such numbers as those that were trained on.
+
+        Raises:
+            InputError: one are floats and the other whole numbers.
+        """
+        from fitformer.tiling import check_pixels
+
+        image, trained = getattr(dataset, "like", None), self.pixels
+        if image is not None and trained is not None:
+            check_pixels(image.path, image.dtype, trained)
 
     def model(self) -> "FITImageEncoder | FITDenoiser | FITDecoder":
         """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
@@ -146,6 +169,7 @@ def note_data(run: Run, train: Any, test: Any) -> None:
         about = {
             "classes": list(getattr(train, "classes", ())),
             "channels": getattr(train, "channels", None),
+            "pixels": getattr(train, "pixels", None),
             "train": train.describe(),
             "train_examples": len(train),
             "held_out": None if test is None else test.describe(),

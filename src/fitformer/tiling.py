@@ -97,6 +97,29 @@ def to_signal(tokens: Tensor) -> Tensor:
     return tokens.float().div_(half).sub_(1)
 
 
+def scaled_alike(one: np.dtype, other: np.dtype) -> bool:
+    """Whether `to_signal` makes the same of images stored in either type: whole numbers of any depth, or floats."""
+    return (one.kind == "f") == (other.kind == "f")
+
+
+def check_pixels(name: str, found: np.dtype, trained: np.dtype) -> None:
+    """Check that an image holds such numbers as a model was trained on.
+
+    Raises:
+        InputError: one holds floats and the other whole numbers.
+    """
+    if scaled_alike(found, trained):
+        return
+    if found.kind == "f":
+        way = f"store it as uint8 or uint16, or train on {found}"
+    else:
+        way = f"store it as {trained}, as the images of the training are, or train on {found}"
+    raise InputError(
+        f"{name} has {found} pixels and the model was trained on {trained}; floats are read as they are, whole numbers "
+        f"scaled to -1 .. 1: {way}"
+    )
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How images of any size are cut: groups of `group_size` pixels, in patches of `patch_size`.

@@ -75,17 +75,22 @@ def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None
 
 
 def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
+    from fitformer.data.masks import masks_of
     from fitformer.prediction import as_text, expand, predict
     from fitformer.seeing.slides import find
     from fitformer.tasks.classify import grouped
 
+    files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
+    masks, trained = masks_of(data), of.pixels
+    if masks is not None:
+        masks.check_shared(files)
     found = predict(
         network,
-        expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)],
+        files,
         of.classes,
         resize=data.resize,
         batch_size=arguments.batch_size,
-        group=lambda image: grouped(network, image, data),
+        group=lambda image: grouped(network, image, data, trained),
         on_unreadable=lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr),
     )
     by_ending = "json" if arguments.output is not None and arguments.output.suffix == ".json" else "csv"
@@ -99,6 +104,7 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder",
 
 
 def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
+    from fitformer.data.masks import masks_of
     from fitformer.seeing.slides import Slides, find, identity
     from fitformer.tasks.classify import grouped
 
@@ -110,6 +116,9 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
     slides = find(arguments.files, arguments.output)
+    masks, trained = masks_of(data), of.pixels
+    if masks is not None:
+        masks.check_shared(slide.path for slide in slides)
     skipped = {"background": data.background, "tolerance": data.tolerance, "masks": data.masks}
     with progress("looking") as show:
         work = Slides(
@@ -117,7 +126,8 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
             of.classes,
             arguments.output,
             {"model": identity(of.model_folder), **skipped},
-            group=lambda image: grouped(network, image, data),
+            group=lambda image: grouped(network, image, data, trained),
+            beside=None if masks is None else masks.state,
             y=arguments.y,
             show=lambda done, of: show(round(1000 * done), 1000 * of),
             on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),

@@ -8,6 +8,7 @@ from fitformer.data.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.hub import read_huggingface
 from fitformer.data.images import ImageDataset
+from fitformer.data.lazily import LazySource
 from fitformer.data.megapixel import read_megapixel_mnist
 from fitformer.data.order import hold_out
 from fitformer.data.settings import READ_BY, ByteData, ImageData
@@ -102,12 +103,13 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
     train: what is left. A part is stratified by class when it is held out.
 
     Raises:
-        InputError: a part that is not there, or a share that leaves a side empty.
+        InputError: a part that is not there or of other images than those to train on, or a share that leaves a side
+            empty.
     """
     train = _named_part(parts, settings.train_part, ())
-    val = _named_part(parts, settings.val_part, _VAL_PARTS)
-    test = _named_part(parts, settings.test_part, _TEST_PARTS)
     assert train is not None
+    val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
+    test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
     test, test_note = (test or val), "its own test part" if test else "its own validation part"
     if test is None:
         train, test = _split(train, settings.holdout, settings.split_seed)
@@ -118,6 +120,18 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
         val_note = f"{settings.validation:.0%} of the training part, by seed {settings.split_seed}"
     chosen = {"train": (train, "to train on"), "val": (val or test, val_note), "test": (test, test_note)}
     return chosen[split]
+
+
+def _alike(train: Source, part: Source | None) -> Source | None:
+    """A part whose images must have the channels, and the kind of pixels, of those to train on."""
+    if isinstance(part, LazySource) and isinstance(train, LazySource):
+        return part.alike(train)
+    if part is not None and part.channels != train.channels:
+        raise InputError(
+            f"mixed channel counts: {part.title} has {part.channels} and {train.title} has {train.channels}; "
+            "set data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
+        )
+    return part
 
 
 def _split(source: Source, share: float, seed: int) -> tuple[Source, Source]:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from fitformer.data.order import example_generator
 from fitformer.data.pixels import Unreadable, fit, jitter, random_crop, shift
+from fitformer.data.readers import LazyImage
 from fitformer.data.settings import Augmentation, Resize
 from fitformer.data.sources import Source, listed
 from fitformer.data.symmetries import SAME, SYMMETRIES, Symmetry, Turned, drawn
@@ -126,6 +127,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def channels(self) -> int:
         """Channels of every image."""
         return self.source.channels
+
+    @property
+    def like(self) -> LazyImage | None:
+        """Of images of any size, one whose channels and kind of pixels all have; None of images of one size."""
+        return None if self.image_size is not None else self.source.like  # type: ignore[attr-defined]
+
+    @property
+    def pixels(self) -> str:
+        """The type of the pixels, as numpy calls it; images of any size may have others that are scaled alike."""
+        return "uint8" if self.like is None else str(self.like.dtype)
 
     @property
     def symmetries(self) -> tuple[Symmetry, ...]:

@@ -1,6 +1,7 @@
 """Image files that are opened, not decoded: a source of lazily read images of any size."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.readers.lazy import BACKENDS
 from fitformer.data.sources import Files
 from fitformer.errors import InputError, MissingExtra
+from fitformer.tiling import scaled_alike
 
 ZARR = ".zarr"
 
@@ -22,7 +24,7 @@ def lazy_suffixes() -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class LazySource:
-    """Image files as `LazyImage`s, each of its own size; their pixels are as `like`'s, an image of the same files."""
+    """Image files as `LazyImage`s, each of its own size; their pixels are as `like`'s, one of the images."""
 
     title: str
     files: Files
@@ -47,6 +49,15 @@ class LazySource:
         """The file's path."""
         return str(self.files[index])
 
+    def alike(self, other: "LazySource") -> "LazySource":
+        """These images, whose pixels must be as another source's.
+
+        Raises:
+            InputError: those of the first image are not.
+        """
+        _check_alike(self.like, other.like)
+        return replace(self, like=other.like)
+
 
 def _check_alike(image: LazyImage, other: LazyImage) -> None:
     """Raise InputError if two images differ in their channels, or in whether their pixels are whole numbers."""
@@ -55,12 +66,29 @@ def _check_alike(image: LazyImage, other: LazyImage) -> None:
             f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; images of "
             "any size are read as they are: convert the one or the other, or leave it out"
         )
-    # Whole numbers are scaled by the range of their type; there is no such range of floats.
-    if (image.dtype.kind == "f") != (other.dtype.kind == "f"):
+    if not scaled_alike(image.dtype, other.dtype):
         raise InputError(
             f"mixed types of pixels: {image.path} has {image.dtype} and {other.path} has {other.dtype}; floats are "
             "read as they are, whole numbers scaled to -1 .. 1: convert the one or the other, or leave it out"
         )
+
+
+def sizes_of(source: Any, check: Callable[[LazyImage], None] | None = None) -> list[tuple[int, int]]:
+    """Rows and columns of all images of a source that can be opened, by their headers; `check` is told of each.
+
+    Raises:
+        InputError: their channels or types differ, or `check` raises it.
+    """
+    sizes = []
+    for index in range(len(source)):
+        try:
+            image, _ = source[index]
+        except Unreadable:
+            continue
+        if check is not None:
+            check(image)
+        sizes.append(image.shape[:2])
+    return sizes
 
 
 def opened(path: str) -> LazyImage:

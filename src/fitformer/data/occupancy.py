@@ -92,7 +92,7 @@ def occupied_turned(
         looks.append(_look(image if exact else _reduced(image, *narrowest), differs, edges))
     if mask is not None:
         with open_image(mask) as drawn:
-            _check_mask(drawn, image)
+            check_mask(drawn, image)
             looks.append(_look(drawn, _drawn, edges))
     return {each: _occupied(looks, each, size, (rows, columns), least) for each in symmetries}
 
@@ -191,7 +191,8 @@ def _occupied(
     return found
 
 
-def _check_mask(mask: LazyImage, image: LazyImage) -> None:
+def check_mask(mask: LazyImage, image: LazyImage) -> None:
+    """Raise InputError if a mask does not have the size of its image, or that divided by one number."""
     (rows, columns), (of_rows, of_columns) = image.shape[:2], mask.shape[:2]
     # The factors that lead from one size to the other, rounded up or down.
     least = max(rows / (of_rows + 1), columns / (of_columns + 1))

@@ -47,7 +47,8 @@ class ImageData:
             two are the ones for images of any size.
         background: groups that hold nothing else are skipped, by a model with `latent_position: row_column`: `white`,
             `black`, or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share of the range.
-        masks: folder of mask files, named as the images but for their endings; groups where the mask is 0 are skipped.
+        masks: folder of mask files, named as the images but for their endings, in the images' subfolders or in none;
+            groups where the mask is 0 are skipped.
         max_unreadable: number of files that may be unreadable before it is an error; each is logged and replaced.
         num_workers: processes that read ahead.
     """

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -154,6 +154,11 @@ class Subset:
     def labels(self) -> np.ndarray:
         """Class numbers (len,)."""
         return self.whole.labels[self.indices]
+
+    @property
+    def like(self) -> Any:
+        """That of the whole, where it has one."""
+        return self.whole.like  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fitformer import data
 from fitformer.data.building import Split
+from fitformer.data.lazily import sizes_of
+from fitformer.data.masks import masks_of
 from fitformer.data.settings import ImageData
 from fitformer.denoiser import FITDenoiser
 from fitformer.errors import InputError
@@ -47,10 +49,15 @@ def evaluate(
         `bits_per_dim` beside `independent_bits_per_dim`, or `bits_per_byte` beside `gzip_...` and `xz_...`.
 
     Raises:
-        InputError: no model exported yet, no such part, data that are no longer there.
+        InputError: no model exported yet, no such part, data that are no longer there or no longer what they were.
     """
     network, recipe = run.model().to(device), run.recipe
     dataset = plain_dataset(run, split)
+    if getattr(dataset, "like", None) is not None:
+        # Headers alone: what would stop it half way is found now.
+        run.check_pixels(dataset)
+        masks = masks_of(recipe.data)
+        sizes_of(dataset.source, masks.check if masks else None)
     whole = -(-len(dataset) // batch_size)
     found = _counted(batches(dataset, batch_size, device, recipe.data.num_workers), whole, on_batch)
     if recipe.task == "classify":

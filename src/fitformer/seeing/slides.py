@@ -103,6 +103,7 @@ class Slides:
         output: the folder to write to.
         made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
         group: cuts an image into groups, without those to be skipped; by default none is.
+        beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
         y: see `write_geojson`.
         show: is told how many images are done, of how many, with the share of the one at work.
         on_broken: is told of every image that could not be read, and why.
@@ -116,6 +117,7 @@ class Slides:
     output: Path
     made_with: Mapping[str, Any]
     group: Group | None = None
+    beside: Callable[[Path], Mapping[str, Any]] | None = None
     y: Literal["down", "up"] = "down"
     show: Callable[[float, int], None] = lambda done, of: None
     on_broken: Callable[[str, str], None] = lambda file, reason: None
@@ -157,7 +159,7 @@ class Slides:
 
     def _one(self, slide: Slide, tell: Tell) -> bool:
         """Whether the image was made now."""
-        of = _state_of(slide.path)
+        of = {**_state_of(slide.path), **(self.beside(slide.path) if self.beside else {})}
         if self._is_complete(slide, of):
             return False
         try:
@@ -183,7 +185,7 @@ class Slides:
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
         self.on_broken(file, reason)
 
-    def _write(self, slide: Slide, seen: Seen, thumbnail: np.ndarray, of: dict[str, int]) -> None:
+    def _write(self, slide: Slide, seen: Seen, thumbnail: np.ndarray, of: dict[str, Any]) -> None:
         prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
         looked, moved = (HeatMap.of(values, seen.image) for values in (seen.looked, seen.moved))
         write_overlay(self._fresh(slide, ".looked.png"), thumbnail, looked, "heat")
@@ -214,7 +216,7 @@ class Slides:
     def _key(self) -> dict[str, Any]:
         return {**self.made_with, "y": self.y}
 
-    def _is_complete(self, slide: Slide, of: dict[str, int]) -> bool:
+    def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
         record = _read(self.output / (slide.name + RECORD))
         return (
             self._is_ours(record)

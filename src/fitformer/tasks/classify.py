@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from glob import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer.cuts import Size
+from fitformer.data.masks import Masks
 from fitformer.data.occupancy import occupied_turned
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
@@ -20,7 +19,7 @@ from fitformer.errors import InputError
 from fitformer.image_encoder import FITImageEncoder
 from fitformer.settings import ClassifyRecipe
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
-from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling
+from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
@@ -31,6 +30,8 @@ def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
     """
     need_no_levels(recipe)
     any_size = recipe.model.latent_position == "row_column"
+    if any_size and recipe.data.masks is not None and recipe.data.image_size is not None:
+        raise InputError("data.masks are those of image files of any size; set data.image_size to null")
     if not any_size:
         _need_one_size(recipe)
     return FITImageEncoder.from_preset(
@@ -65,9 +66,21 @@ def logits(network: FITImageEncoder, images: Tensor | Sequence[PixelSource], dat
     return network([grouped(network, image, data) for image in images])
 
 
-def grouped(network: FITImageEncoder, image: Tensor | PixelSource, data: ImageData | None = None) -> GroupedImage:
-    """An image of any size as groups of a network, without those that `data` calls empty."""
+def grouped(
+    network: FITImageEncoder,
+    image: Tensor | PixelSource,
+    data: ImageData | None = None,
+    trained: np.dtype | None = None,
+) -> GroupedImage:
+    """An image of any size as groups of a network, without those that `data` calls empty.
+
+    Raises:
+        InputError: other channels than the network's, other pixels than those it was `trained` on, nothing but empty
+            groups, no mask.
+    """
     source = PixelArray(image) if isinstance(image, Tensor) else image
+    if trained is not None:
+        check_pixels(str(getattr(source, "path", "an image")), source.dtype, trained)
     return GroupedImage(source, network.tiling, _occupied(source, network.tiling, data), network.glimpses)
 
 
@@ -98,7 +111,7 @@ def _occupied_file(
 ) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
-        mask = None if masks is None else _mask_of(path, masks)
+        mask = None if masks is None else Masks(masks).of(path)
         found = occupied_turned(image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask)
     if not all(each.any() for each in found.values()):
         left = [f"background {background}, tolerance {tolerance}"] if background else []
@@ -108,17 +121,6 @@ def _occupied_file(
             f"data.{'tolerance' if background else 'masks'}"
         )
     return found
-
-
-def _mask_of(path: str, folder: str) -> str:
-    stem = Path(path).name.partition(".")[0]
-    found = sorted(str(entry) for entry in Path(folder).glob(f"{escape(stem)}.*"))
-    if len(found) != 1:
-        raise InputError(
-            f"{path} needs one mask, {stem}.* in {folder}, and there are {len(found)}{': ' if found else ''}"
-            f"{', '.join(found)}"
-        )
-    return found[0]
 
 
 def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, dict[str, Tensor]]:

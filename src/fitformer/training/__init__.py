@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fitformer import data, runs
+from fitformer.data.lazily import sizes_of
+from fitformer.data.masks import Masks, masks_of
 from fitformer.data.workers import dead_worker
 from fitformer.errors import InputError
 from fitformer.runs import Run
@@ -22,7 +24,7 @@ from fitformer.settings import Recipe
 from fitformer.tasks import build_model, task_of
 from fitformer.training import keeping
 from fitformer.training.learner import Data, Learner
-from fitformer.training.room import sizes_of, with_room
+from fitformer.training.room import with_room
 from fitformer.training.watching import Bar, Lines, Observer, loggers
 
 __all__ = ["train"]
@@ -46,14 +48,17 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
         OSError: a checkpoint could not be written, or a process that reads data died.
     """
     examples = data.build(recipe.data, "train", seed=recipe.trainer.seed)
-    held_out = _held_out(recipe)
+    masks = masks_of(recipe.data)
+    held_out = _held_out(recipe, masks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.trainer.seed)
         network = build_model(recipe, examples)
-    training = with_room(recipe, network, examples)
+    training = with_room(recipe, network, examples, masks)
     run = runs.start(run_dir, recipe)
-    runs.note_data(run, examples, held_out)
     step = _resumed_step(run, network)
+    if step:
+        run.check_pixels(examples)
+    runs.note_data(run, examples, held_out)
     if step >= recipe.trainer.steps:
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
@@ -67,13 +72,13 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _held_out(recipe: Recipe) -> Any:
+def _held_out(recipe: Recipe, masks: Masks | None) -> Any:
     if recipe.trainer.validate_batches == 0:
         return None
     held_out: Any = data.build(recipe.data, "val", seed=recipe.trainer.seed)
     if getattr(held_out, "image_size", 0) is None:
         # Files that do not go with the others are found now, not at the first validation.
-        sizes_of(held_out.source)
+        sizes_of(held_out.source, masks.check if masks else None)
     return held_out
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fitformer.amounts import bytes_of, in_words
-from fitformer.data.pixels import Unreadable
+from fitformer.data.lazily import sizes_of
+from fitformer.data.masks import Masks
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 from fitformer.image_encoder import FITImageEncoder
@@ -19,17 +20,19 @@ from fitformer.planning import Setup, memory, need_room, streaming_for
 from fitformer.settings import Recipe, Training
 
 
-def with_room(recipe: Recipe, network: nn.Module, examples: Any) -> Training:
+def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
     """The recipe's training, with the size of slices and what is computed again chosen where they are left open.
 
+    The headers of all images of any size are read on the way, and those of their `masks`.
+
     Raises:
-        InputError: a step needs more memory than `trainer.memory`, or than there is, or more scratch than its disk has
-            free; says what to change.
+        InputError: images or masks do not go together; or a step needs more memory than `trainer.memory`, or than
+            there is, or more scratch than its disk has free; says what to change.
     """
     training = recipe.trainer
     device = _device(training)
     setup = Setup(
-        groups=_most_groups(network, examples),
+        groups=_most_groups(network, examples, masks),
         execution=training.execution,
         keep=training.keep,
         kept_precision=training.keep_precision,
@@ -73,29 +76,15 @@ def _device(training: Training) -> Any:
     return "cpu" if on_cpu else "cuda"
 
 
-def _most_groups(network: nn.Module, examples: Any) -> int | None:
+def _most_groups(network: nn.Module, examples: Any, masks: Masks | None = None) -> int | None:
     """Groups of the largest image, none of them skipped; None where the model knows them."""
     if not isinstance(network, FITImageEncoder) or network.groups is not None:
         return None
-    sizes = [examples.image_size] if examples.image_size is not None else sizes_of(examples.source)
-    if examples.image_size is None:
+    if examples.image_size is not None:
+        sizes = [examples.image_size]
+    else:
+        sizes = sizes_of(examples.source, masks.check if masks else None) or [(1, 1)]
         # Groups that are not square may be more, laid across by a quarter turn.
         sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
     counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
     return network.glimpses + max(counts)
-
-
-def sizes_of(source: Any) -> list[tuple[int, int]]:
-    """Rows and columns of all images of a source that can be opened, by their headers.
-
-    Raises:
-        InputError: their channels or types differ.
-    """
-    sizes = []
-    for index in range(len(source)):
-        try:
-            image, _ = source[index]
-        except Unreadable:
-            continue
-        sizes.append(image.shape[:2])
-    return sizes or [(1, 1)]
