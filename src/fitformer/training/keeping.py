@@ -199,11 +199,7 @@ def export(network: Any, folder: Path) -> None:
     """
     assert isinstance(network, Pretrained)
     with room_for(folder / "model.safetensors", size_of(network.state_dict())):  # type: ignore[attr-defined]
-        # The card is written last: where it stands, only the weights have changed since.
-        if (folder / "README.md").exists():
-            network._save_pretrained(folder)
-        else:
-            network.save_pretrained(folder)
+        network.save_pretrained(folder)
 
 
 def check_fits(checkpoint: dict[str, Any], network: nn.Module, path: Path) -> None:
