@@ -15,7 +15,7 @@ from fitformer import config, runs
 from fitformer.cli import main
 from fitformer.errors import InputError
 from fitformer.runs import Run
-from fitformer.tasks import task_of
+from fitformer.tasks import classify, task_of
 
 # Everything that could tell a resumed run from an uninterrupted one: average, dropout, accumulation, shuffled data,
 # augmentation, validation in between, and checkpoints that are no multiple of it.
@@ -140,14 +140,202 @@ def test_a_run_directory_explains_itself(text, tmp_path):
     assert all(torch.equal(value, averaged[f"mean network.{key}"]) for key, value in model.state_dict().items())
 
 
-def test_ctrl_c_stops_after_a_step_with_everything_saved(text, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
+# No checkpoint is due before the end: what is there earlier was saved on the way out.
+RARELY_SAVED = ["--trainer.accumulate=3", "--trainer.steps=4", "--trainer.checkpoint_every=100"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing stopped."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    return run_dir
+
+
+def assert_equal_runs(run_dir, wanted):
+    ours, theirs = weights(run_dir), weights(wanted)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    name = "model/model.safetensors"
+    assert (run_dir / name).read_bytes() == (wanted / name).read_bytes()
+
+
+def at_call(number, action, of):
+    """A function that does as `of` does, and calls `action` before its `number`-th time."""
+    calls = []
+
+    def called(*given, **named):
+        calls.append(given)
+        if len(calls) == number:
+            action()
+        return of(*given, **named)
+
+    return called
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_running_step_with_everything_saved(number, straight, tmp_path, monkeypatch, capsys):
+    before, run_dir = signal.getsignal(number), tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(words("digits-classify", text, tmp_path / "run")) == 130
-    assert "stopped at step 3 of 6" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is before
-    assert main(words("digits-classify", text, tmp_path / "run")) == 0
+        patch.setattr(classify, "loss", at_call(7, lambda: os.kill(os.getpid(), number), classify.loss))
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 130
+    captured = capsys.readouterr()
+    assert "stopped at step 3 of 4; the same command goes on from there" in captured.out
+    assert not captured.err
+    assert signal.getsignal(number) is before
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert_equal_runs(run_dir, straight)
+
+
+TERMINATED = """
+import sys
+from fitformer.cli import main
+from fitformer.tasks import classify
+
+loss, calls = classify.loss, []
+
+def counted(*given):
+    calls.append(given)
+    print("micro-batch", len(calls), flush=True)
+    if len(calls) == 8:
+        # Until the signal has been sent.
+        sys.stdin.readline()
+    return loss(*given)
+
+classify.loss = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_told_to_terminate_saves_the_running_step(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", TERMINATED, *words("digits-classify", None, run_dir, *RARELY_SAVED)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        for line in process.stdout:
+            if line == "micro-batch 8\n":
+                break
+        process.send_signal(signal.SIGTERM)
+        said, error = process.communicate("\n")
+    assert (process.returncode, error) == (130, "")
+    assert said.splitlines()[-1] == "stopped at step 3 of 4; the same command goes on from there"
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert_equal_runs(run_dir, straight)
+
+
+def last_line(capsys):
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "error", "step"),
+    [
+        ("fitformer.tasks.classify.loss", 8, InputError("0.tif is broken"), 2),
+        ("fitformer.tasks.classify.loss", 12, OSError(28, "No space left on device"), 3),
+        # The average stands in the place of the weights, and is what must not be saved as them.
+        ("fitformer.tasks.classify.measure", 2, InputError("0.tif is broken"), 3),
+        # The step is taken, and its average is not.
+        ("fitformer.training.watching.memory_mb", 2, OSError(5, "the terminal is gone"), 2),
+    ],
+)
+def test_an_error_in_mid_run_loses_no_whole_step(where, call, error, step, straight, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    module, name = where.rsplit(".", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, at_call(call, raising(error), getattr(sys.modules[module], name)))
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
+    assert last_line(capsys) == f"fitformer: error: {error}; the same command goes on from step {step}"
+    assert torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert f"goes on from step {step} of 4" in capsys.readouterr().out
+    assert_equal_runs(run_dir, straight)
+
+
+def test_an_error_that_comes_back_keeps_the_checkpoint(straight, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(classify, "loss", at_call(8, raising(InputError("0.tif is broken")), classify.loss))
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
+    kept = (run_dir / "checkpoints/last.ckpt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(classify, "loss", at_call(2, raising(InputError("0.tif is broken")), classify.loss))
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
+    assert (
+        capsys.readouterr().err.count("fitformer: error: 0.tif is broken; the same command goes on from step 2\n") == 2
+    )
+    assert (run_dir / "checkpoints/last.ckpt").read_bytes() == kept
+
+
+def test_an_error_while_saving_after_an_error_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    from fitformer.training import keeping
+
+    run_dir, more = tmp_path / "run", [*RARELY_SAVED, "--trainer.checkpoint_every=2"]
+    kept = []
+
+    def fail():
+        kept.append((run_dir / "checkpoints/last.ckpt").read_bytes())
+        monkeypatch.setattr(keeping.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
+        raise InputError("0.tif is broken")
+
+    monkeypatch.setattr(classify, "loss", at_call(11, fail, classify.loss))
+    assert main(words("digits-classify", None, run_dir, *more)) == 2
+    line = last_line(capsys)
+    assert line.startswith("fitformer: error: 0.tif is broken; step 3 was not saved: could not write ")
+    assert "no room on the disk; about " in line
+    assert line.endswith("what was saved before is unharmed; the same command goes on from step 2")
+    assert [(run_dir / "checkpoints/last.ckpt").read_bytes()] == kept
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"last.ckpt"}
+
+
+def test_an_error_within_the_optimizers_step_saves_nothing(tmp_path, monkeypatch):
+    from fitformer.training.learner import Learner
+
+    run_dir, more = tmp_path / "run", [*RARELY_SAVED, "--trainer.checkpoint_every=1"]
+    clip = at_call(3, raising(RuntimeError("half of the weights are new")), Learner.configure_gradient_clipping)
+    monkeypatch.setattr(Learner, "configure_gradient_clipping", lambda *given, **named: clip(*given, **named))
+    with pytest.raises(RuntimeError, match="half of the weights") as raised:
+        main(words("digits-classify", None, run_dir, *more))
+    assert raised.value.__notes__ == ["the same command goes on from step 2"]
+    assert torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_weights_that_are_no_numbers_are_not_saved_after_an_error(tmp_path, monkeypatch, capsys):
+    def poison():
+        for network in networks:
+            network.head.weight.data.fill_(float("nan"))
+        raise InputError("0.tif is broken")
+
+    networks, loss = [], classify.loss
+    monkeypatch.setattr(classify, "loss", lambda network, *rest: (networks.append(network), counted(network, *rest))[1])
+    counted = at_call(8, poison, loss)
+    assert main(words("digits-classify", None, tmp_path / "run", *RARELY_SAVED)) == 2
+    assert "0.tif is broken; step 2 was not saved: training diverged: at step 2 some weights" in last_line(capsys)
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_a_run_is_complete_only_with_its_model(straight, tmp_path, monkeypatch, capsys):
+    from fitformer.training import keeping
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "export", raising_export)
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
+    assert last_line(capsys) == "fitformer: error: no room for the model"
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert_equal_runs(run_dir, straight)
+
+
+def raising_export(network, folder):
+    raise OSError("no room for the model")
 
 
 @pytest.mark.parametrize("option", ["--trainer.precision=bf16", "--trainer.execution=checkpointed"])
@@ -283,6 +471,20 @@ def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"no room on the disk; about 4\.0 MB are needed, 0\.0 MB are free"):
         keeping.WholeFiles().save_checkpoint({"a": torch.zeros(10**6)}, tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_exported_whole_each_time(tmp_path):
+    from fitformer.encoder import FITEncoder
+    from fitformer.training.keeping import export
+
+    network = FITEncoder.from_preset("tiny", layers="(1)1", num_groups=2, tokens_per_group=4, in_channels=3)
+    export(network, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole, before = file.read_bytes(), file.stat()
+    export(network, tmp_path)
+    assert file.read_bytes() == whole
+    assert file.stat().st_mode == before.st_mode
+    assert file.stat().st_ino != before.st_ino, "written in place: a failing disk would leave half of it"
 
 
 def test_checkpoints_hold_no_code(tmp_path):

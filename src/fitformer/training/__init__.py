@@ -18,7 +18,7 @@ from fitformer import data, runs
 from fitformer.data.lazily import sizes_of
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.workers import dead_worker
-from fitformer.errors import InputError
+from fitformer.errors import InputError, MissingExtra
 from fitformer.runs import Run
 from fitformer.settings import Recipe
 from fitformer.tasks import build_model, task_of
@@ -35,6 +35,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
 
     Stopped anywhere and given again, the same recipe ends with the same weights as if it had not been stopped
     (bit for bit on a CPU): the order of the data, augmentation, dropout and noise are functions of (seed, step).
+    After an error, too, the last whole step is saved, and the message says from where the same recipe goes on.
 
     Args:
         recipe: what to train, see `fitformer.config`.
@@ -93,7 +94,7 @@ def _resumed_step(run: Run, network: torch.nn.Module) -> int:
 def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
     runs.forget_after(run, step)
     average = keeping.Average(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
-    keeper = keeping.Keeper(run, average)
+    keeper = keeping.Keeper(run, average, step)
     with _quiet(), keeping.stopping_cleanly(keeper):
         try:
             trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
@@ -108,15 +109,28 @@ def _fit(run: Run, learner: Learner, examples: Data, step: int) -> bool:
         except SystemExit as error:
             # Told to stop at once, Lightning ends the process without a word.
             raise KeyboardInterrupt from error
-        except RuntimeError as error:
-            if not (said := dead_worker(error)):
-                raise
-            raise ChildProcessError(
-                f"{said}; the same command goes on from step {max(keeper.saved_at, step)}, the last that was saved, "
-                "and with --data.num_workers=0 takes least memory"
-            ) from error
+        except Exception as error:
+            way_on = keeper.way_on()
+            if mendable := _mendable(error, way_on):
+                raise mendable from error
+            if way_on:
+                error.add_note(way_on.removeprefix("; "))
+            raise
     _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
     return True
+
+
+def _mendable(error: Exception, way_on: str) -> Exception | None:
+    """The error with the way on, if it is one that the user can mend; None if it is any other."""
+    if isinstance(error, InputError):
+        return InputError(f"{error}{way_on}")
+    if isinstance(error, MissingExtra):
+        return MissingExtra(f"{error}{way_on}")
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return OSError(f"{error}{way_on}")
+    if isinstance(error, RuntimeError) and (said := dead_worker(error)):
+        return ChildProcessError(f"{said}; --data.num_workers=0 takes least memory{way_on}")
+    return None
 
 
 def _trainer(

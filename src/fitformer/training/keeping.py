@@ -1,7 +1,8 @@
-"""Keeping what was learned: whole checkpoints or none, averaged weights, a clean stop on Ctrl-C."""
+"""Keeping what was learned: whole checkpoints or none, averaged weights, a clean stop on a signal or an error."""
 
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +86,8 @@ def room_for(path: str | Path, needed: int) -> Iterator[None]:
 
 def _no_room(path: str | Path, needed: int, free: int, why: str) -> str:
     return (
-        f"could not write {path}: {why}; about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free. "
-        "What was saved before is unharmed; make room and give the same command to go on"
+        f"could not write {path}: {why}; about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; "
+        "make room: what was saved before is unharmed"
     )
 
 
@@ -104,6 +105,7 @@ class Average(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._blend)
         self.decay, self.updates = decay, 0
+        self._in_place = False
 
     def _blend(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -115,6 +117,21 @@ class Average(WeightAveraging):
         self.updates = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, *rest)
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in the place of the weights."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._in_place = True
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._in_place = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the weights back if a validation ended in an error, before a checkpoint is saved on the way out."""
+        if self._in_place:
+            self.on_validation_epoch_end(trainer, pl_module)
+
     def network(self) -> nn.Module:
         """The averaged network."""
         assert self._average_model is not None
@@ -122,12 +139,34 @@ class Average(WeightAveraging):
 
 
 class Keeper(Callback):
-    """Writes `last.ckpt` and the exported model every so many steps, at the end, and when asked to stop."""
+    """Writes `last.ckpt` and the exported model every so many steps, at the end, when asked to stop, after an error.
 
-    def __init__(self, run: Run, average: Average | None) -> None:
+    Weights, optimizer and average change only from `on_before_optimizer_step` to the end of that batch. Anywhere else
+    they are those of the last whole step, and only Lightning's counters run ahead of them, over the micro-batches of a
+    step that is not whole yet; a checkpoint saved there takes the counters of the last whole step, so that the step is
+    done again from its first micro-batch.
+
+    Args:
+        run: where to write.
+        average: exported in place of the weights, if given.
+        step: the step that stands in `last.ckpt`, 0 if there is none.
+    """
+
+    def __init__(self, run: Run, average: Average | None, step: int = 0) -> None:
         self.run, self.average = run, average
-        self.saved_at = -1
+        self.saved_at = self._tried_at = step
         self.stop_asked = False
+        self._failure: Exception | None = None
+        # Lightning's counters at the last whole step; None while a step is being taken.
+        self._counters: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals again: Lightning's own handler would end the run in the middle of a step."""
+        self.listen()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """From here on the weights are those of no whole step."""
+        self._counters = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Save at the end of an optimizer step, if it is time.
@@ -140,11 +179,40 @@ class Keeper(Callback):
         training, step = self.run.recipe.trainer, trainer.global_step
         if trainer.fit_loop._should_accumulate():
             return
+        self._counters = trainer.fit_loop.state_dict()
         stop = self._all_agree_to_stop(trainer)
         if (stop or step % training.checkpoint_every == 0 or step == training.steps) and step != self.saved_at:
             self._save(trainer, pl_module)
+            trainer.strategy.barrier()
         if stop and step < training.steps:
             raise Interrupted
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save the last whole step after an error, unless that was tried; `way_on` says what came of it.
+
+        The other processes may be gone, so that nothing here waits for them.
+        """
+        told_to_stop_at_once = not isinstance(exception, Exception)
+        if told_to_stop_at_once or not trainer.is_global_zero or trainer.global_step == self._tried_at:
+            return
+        # Whatever goes wrong now must not take the place of the error.
+        try:
+            if self._counters is None and _stepped(trainer):
+                # Only who watches failed: the step itself is whole but for its average.
+                if self.average:
+                    self.average.on_train_batch_end(trainer, pl_module, None, None, 0)
+                self._counters = trainer.fit_loop.state_dict()
+            if self._counters is not None:
+                self._save(trainer, pl_module)
+        except Exception as error:
+            self._failure = error
+
+    def way_on(self) -> str:
+        """What to say after an error: what could not be saved, and where the same command goes on."""
+        failed = f"; step {self._tried_at} was not saved: {_first_line(self._failure)}" if self._failure else ""
+        if self.saved_at == self.run.recipe.trainer.steps:
+            return f"{failed}; all {self.saved_at} steps are done and saved"
+        return failed + (f"; the same command goes on from step {self.saved_at}" if self.saved_at else "")
 
     def _all_agree_to_stop(self, trainer: pl.Trainer) -> bool:
         # Ranks see a signal at different steps; stopping at different steps would leave the others waiting.
@@ -153,15 +221,25 @@ class Keeper(Callback):
         return trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
 
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._tried_at = trainer.global_step
         if not all(bool(weight.isfinite().all()) for weight in pl_module.network.parameters()):
             raise InputError(
                 f"training diverged: at step {trainer.global_step} some weights are no numbers; the checkpoint before "
                 "is kept; lower optimizer.lr, or look for pixels that are no numbers"
             )
-        trainer.save_checkpoint(self.run.last_checkpoint)
+        # The model first: where the last checkpoint stands, nothing is left to be done.
         if trainer.is_global_zero:
             export(self.average.network() if self.average else pl_module.network, self.run.model_folder)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint["loops"]["fit_loop"] = self._counters
+        trainer.strategy.save_checkpoint(checkpoint, self.run.last_checkpoint)
         self.saved_at = trainer.global_step
+
+    def listen(self) -> dict[signal.Signals, Any]:
+        """Handle both signals; gives the handlers before. They belong to the main thread: elsewhere, none."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: stop after the present step; a second signal stops at once.
@@ -174,16 +252,16 @@ class Keeper(Callback):
         self.stop_asked = True
 
 
+def _stepped(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer has stepped, and the hooks at the end of that batch have not all run."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.processed > batches.completed and not trainer.fit_loop._should_accumulate()
+
+
 @contextmanager
 def stopping_cleanly(keeper: Keeper) -> Iterator[None]:
     """While inside, Ctrl-C and a request to terminate end training after a step, with a checkpoint."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, keeper.ask_to_stop) for number in signals}
-    except ValueError:
-        # Signals belong to the main thread; elsewhere they are somebody else's business.
-        yield
-        return
+    before = keeper.listen()
     try:
         yield
     finally:
