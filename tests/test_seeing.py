@@ -292,8 +292,10 @@ def test_a_raster_has_a_value_a_patch_and_lies_over_the_image(tmp_path):
     assert geo["ModelTiepoint"] == [0] * 6
 
 
-def test_a_raster_takes_over_the_coordinates_of_a_geotiff(tmp_path):
-    keys = (1, 1, 0, 2, 1024, 0, 1, 1, 1025, 0, 1, 1)
+@pytest.mark.parametrize("raster_type", ["area", "point", "unsaid"])
+def test_a_raster_takes_over_the_coordinates_of_a_geotiff(tmp_path, raster_type):
+    said = {"area": (1025, 0, 1, 1), "point": (1025, 0, 1, 2), "unsaid": ()}[raster_type]
+    keys = (1, 1, 0, 1 + len(said) // 4, 1024, 0, 1, 1, *said)
     common = [(34735, 3, len(keys), keys, True)]
     scale = [(33550, 12, 3, (0.5, 0.25, 0), True), (33922, 12, 6, (4, 8, 0, 1000, 2000, 0), True)]
     matrix = [(34264, 12, 16, (0, 3, 0, 10, 2, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 1), True)]
@@ -306,19 +308,26 @@ def test_a_raster_takes_over_the_coordinates_of_a_geotiff(tmp_path):
             # A corner of a patch is that of its first pixel.
             assert place[1](row, column) == pytest.approx(place[0](row * 2, column))
         with tifffile.TiffFile(tmp_path / "map.tif") as file:
-            assert file.pages[0].tags["GeoKeyDirectoryTag"].value == keys
+            written = file.pages[0].tags["GeoKeyDirectoryTag"].value
+        assert written == ((*keys[:-1], 1) if raster_type == "point" else keys)
 
 
 def place_of(path):
-    """Model coordinates of (row, column), as the GeoTIFF specification has them."""
+    """Model coordinates of the corner of pixel (row, column), as the GeoTIFF specification has them.
+
+    Pixels are areas whose corners are whole numbers, or points (key 1025 is 2) that are: their corners lie half a
+    pixel before them.
+    """
     with tifffile.TiffFile(path) as file:
         tags = {tag.code: tag.value for tag in file.pages[0].tags}
+    keys = np.reshape(tags[34735], (-1, 4)).tolist()
+    before = 0.5 if [1025, 0, 1, 2] in keys else 0
     if 34264 in tags:
         matrix = np.array(tags[34264]).reshape(4, 4)
-        return lambda row, column: (matrix @ (column, row, 0, 1))[:2].tolist()
+        return lambda row, column: (matrix @ (column - before, row - before, 0, 1))[:2].tolist()
     i, j, _, x, y, _ = tags[33922]
     across, down, _ = tags[33550]
-    return lambda row, column: [x + (column - i) * across, y - (row - j) * down]
+    return lambda row, column: [x + (column - before - i) * across, y - (row - before - j) * down]
 
 
 def test_an_image_that_is_no_tiff_has_no_coordinates(tmp_path):

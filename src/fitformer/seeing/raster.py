@@ -19,6 +19,7 @@ from fitformer.seeing.heatmap import HeatMap, Pair
 TILE = 256
 SCALE, TIEPOINT, MATRIX, NO_DATA = 33550, 33922, 34264, 42113
 KEYS = (34735, 34736, 34737)
+RASTER_TYPE, AREA, POINT = 1025, 1, 2
 _DOUBLE, _SHORT, _ASCII = 12, 3, 2
 
 Tag = tuple[int, int, int, Any, bool]
@@ -57,7 +58,7 @@ def write_tiff(path: Path, heatmap: HeatMap, title: str, image: str | Path | Non
 
 def _georeference(image: str | Path | None, patch: Pair) -> list[Tag]:
     """Tags that place patches where the image's own tags place its pixels, or at the pixels themselves."""
-    own = _geotiff_tags(image) if image is not None else {}
+    own = _by_areas(_geotiff_tags(image)) if image is not None else {}
     (rows, columns), keys = patch, list(_keys(own))
     if MATRIX in own:
         matrix = np.array(own[MATRIX], dtype=float).reshape(4, 4) * (columns, rows, 1, 1)
@@ -72,9 +73,32 @@ def _georeference(image: str | Path | None, patch: Pair) -> list[Tag]:
     ]
 
 
+def _by_areas(own: dict[int, Any]) -> dict[int, Any]:
+    """The same coordinates, told of pixels as areas: (0, 0) is a corner, where of pixels as points it is a centre.
+
+    A patch has its corner where its first pixel has, but its centre elsewhere.
+    """
+    numbers = np.array(own.get(KEYS[0], ()), dtype=int)
+    directory = numbers[: len(numbers) // 4 * 4].reshape(-1, 4)
+    kind = (directory[:, 0] == RASTER_TYPE) & (directory[:, 1] == 0)
+    if not (directory[kind, 3] == POINT).any():
+        return own
+    directory[kind, 3] = AREA
+    told = own | {KEYS[0]: tuple(directory.ravel().tolist())}
+    if MATRIX in own:
+        matrix = np.array(own[MATRIX], dtype=float).reshape(4, 4)
+        matrix[:, 3] -= matrix[:, :2].sum(axis=1) / 2
+        told[MATRIX] = tuple(matrix.ravel())
+    if TIEPOINT in own:
+        points = np.array(own[TIEPOINT], dtype=float).reshape(-1, 6)
+        points[:, :2] += 0.5
+        told[TIEPOINT] = tuple(points.ravel())
+    return told
+
+
 def _keys(own: dict[int, Any]) -> Iterator[Tag]:
-    # Without keys of the image's own: version 1.1.0, one key, pixels are areas (key 1025 is 1).
-    found = {code: own[code] for code in KEYS if code in own} or {KEYS[0]: (1, 1, 0, 1, 1025, 0, 1, 1)}
+    # Without keys of the image's own: version 1.1.0, one key, pixels are areas.
+    found = {code: own[code] for code in KEYS if code in own} or {KEYS[0]: (1, 1, 0, 1, RASTER_TYPE, 0, 1, AREA)}
     for code, value in found.items():
         kind = {KEYS[0]: _SHORT, KEYS[1]: _DOUBLE, KEYS[2]: _ASCII}[code]
         yield code, kind, 0 if kind == _ASCII else len(value), value, True
