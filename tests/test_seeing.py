@@ -16,6 +16,7 @@ from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
 from fitformer.seeing import HeatMap, relevance, write_geojson, write_overlay, write_tiff
 from fitformer.seeing.overlay import grey, painted, thumbnail_size
+from fitformer.seeing.relevance import CONTRAST
 from fitformer.seeing.slides import Slide, Slides, find
 from fitformer.tasks import build_model
 from fitformer.tiling import GroupedImage, PixelArray
@@ -24,10 +25,10 @@ SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_
 WAYS = [plain, checkpointed, Streamed(groups=1), Streamed(groups=3), Streamed(groups=2, keep="disk")]
 
 
-def classifier(layers="(1)1(1)1", **more):
-    torch.manual_seed(0)
+def classifier(layers="(1)1(1)1", seed=0, **more):
+    torch.manual_seed(seed)
     any_size = {"channels": 1, "num_classes": 3, "latent_position": "row_column"}
-    model = FITImageEncoder(layers, None, (8, 4), (2, 1), **SIZE, **any_size, **more).eval()
+    model = FITImageEncoder(layers, None, (8, 4), (2, 1), **SIZE, **any_size | more).eval()
     torch.nn.init.normal_(model.head.weight)
     return model
 
@@ -66,26 +67,90 @@ def test_the_look_at_a_group_averages_one_over_the_patches_that_hold_pixels():
     assert seen.looked[mask].std() > 0
 
 
-def test_what_moved_is_the_change_of_the_logit_as_a_patch_fades():
-    model = classifier()
-    model = model.double()
-    image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(16, 8, 1))), model.tiling)
-    seen, embed, step = relevance(model, image), model.encoder.embed, 1e-5
-    best = int(seen.logits.argmax())
-    for group, patch in ((0, 0), (1, 7), (3, 15)):
-        ends = []
-        for scale in (1 - step, 1 + step):
+def odds_of(model, image, label):
+    """Log-odds of a label, from its probability."""
+    with torch.no_grad():
+        return float(model([image])[0].double().softmax(-1)[label].logit())
 
-            def faded(x, scale=scale, group=group, patch=patch):
-                tokens = embed(x)
-                tokens[0, group, patch] *= scale
+
+@pytest.mark.parametrize("way", [plain, Streamed(groups=2)])
+def test_what_moved_is_the_change_of_the_faded_image_s_log_odds_as_a_patch_fades_to_the_average(way):
+    model = classifier(glimpses=1).double()
+    model.encoder.run = way
+    image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(15, 7, 1))), model.tiling, glimpses=1)
+    seen, embed, step = relevance(model, image), model.encoder.embed, 1e-5
+    label = int(seen.logits.argmax())
+    with torch.no_grad():
+        tokens, mask = image.read(slice(None))
+        patches, held = embed(tokens) - model.encoder.trunk.position(), mask.clone()
+        held[:, 0] = False  # a glimpse shows all of the image again
+        differ = patches - patches[held].mean(0)
+    for group, patch in ((0, 3), (1, 0), (2, 7), (4, 10)):
+        ends = []
+        for share in (-step, step):
+
+            def faded(x, share=share, group=group, patch=patch):
+                part = slice(faded.upto, faded.upto + x.shape[1])
+                faded.upto = part.stop
+                tokens = embed(x) - (1 - CONTRAST) * differ[:, part]
+                if part.start <= group < part.stop:
+                    tokens[0, group - part.start, patch] += share * differ[0, group, patch]
                 return tokens
 
+            faded.upto = 0
             model.encoder.embed = faded
-            with torch.no_grad():
-                ends.append(float(model([image])[0, best]))
+            ends.append(odds_of(model, image, label))
         assert seen.moved[group, patch] == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-3, abs=1e-7)
     assert seen.moved.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_what_moved_depends_on_the_probabilities_alone(classes):
+    model = classifier(num_classes=classes)
+    before = relevance(model, image_of(19, 14))
+    with torch.no_grad():
+        model.head.weight += 3 * torch.randn(1, 12)
+        model.head.bias += 5
+    after = relevance(model, image_of(19, 14))
+    assert (after.logits - before.logits).abs().min() > 0.1
+    torch.testing.assert_close(after.logits.softmax(-1), before.logits.softmax(-1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(after.moved, before.moved, rtol=1e-3, atol=1e-5)
+    assert before.moved.abs().max() > 1e-3
+
+
+def test_what_moved_does_not_fade_where_the_classifier_is_sure():
+    model = classifier()
+    before = relevance(model, image_of(19, 14))
+    best = int(before.logits.argmax())
+    with torch.no_grad():
+        model.head.bias[best] += 60
+    sure = relevance(model, image_of(19, 14))
+    assert sure.logits.softmax(-1)[best] == 1
+    torch.testing.assert_close(sure.moved, before.moved, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_only_group_that_differs_has_the_sign_of_what_it_does(seed):
+    torch.manual_seed(seed)
+    model = classifier(seed=seed).double()
+    pixels = np.full((24, 12, 1), 0.5)
+    pixels[::2] = -0.2
+    # So little that the change is linear: what the others are less than the average is what it is more.
+    odd, step = pixels.copy(), 1e-4 * np.random.default_rng(seed).normal(size=(8, 4, 1))
+    odd[8:16, 4:8] += step
+    seen = relevance(model, PixelArray(odd))
+    label = int(seen.logits.argmax())
+    alike, other = (odds_of(model, PixelArray(each), label) for each in (pixels, odd))
+    groups = seen.moved.sum(1)
+    assert groups.abs().argmax() == 4
+    assert np.sign(float(groups[4])) == np.sign(other - alike)
+
+
+def test_an_image_of_one_patch_over_and_over_has_nothing_that_moves():
+    seen = relevance(classifier(glimpses=1), PixelArray(np.full((19, 14, 1), 77, dtype=np.uint8)))
+    assert seen.moved.abs().max() < 1e-5
+    alone = classifier(num_classes=1)
+    assert (relevance(alone, image_of(19, 14)).moved == 0).all()
 
 
 def test_a_padded_patch_moves_nothing():

@@ -3,6 +3,12 @@
 Both are taken slice by slice as the slices come by, so that of what is looked at only the two values a patch stay:
 attention is made again by a hook on each read, and the gradient of the decision with respect to embedded tokens is
 met on its way back.
+
+The decision is the log-odds of the label: a function of the probabilities alone, which does not flatten where a
+classifier is sure. A patch is compared with the image's average one, so that what all patches share, say a constant
+offset of their tokens, speaks neither for the label nor against it. And the gradient is that of the image faded a
+little towards its average: inside the network a classifier that is sure does flatten, until the gradient of the image
+itself says next to nothing of what would happen without a patch.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +26,9 @@ from fitformer.layers import CrossLayer
 from fitformer.pictures import read_weights
 from fitformer.tiling import GroupedImage, PixelSource
 
+# How much of its difference from the average patch each patch keeps where the gradient is taken (docs/log.md).
+CONTRAST = 0.85
+
 Tell = Callable[[float], None]
 
 
@@ -31,7 +40,8 @@ class Seen:
         logits: `(classes,)`.
         looked: `(t, n)`: the read attention of a patch over that of an even look at its group, mean over latents,
             heads and blocks; in each group these values average 1.
-        moved: `(t, n)`: what each patch adds to the logit of the likeliest class, gradient times embedded token.
+        moved: `(t, n)`: what each patch, in place of the image's average patch, adds to the log-odds of the likeliest
+            class, to first order: gradient at the faded image times (embedded patch less the average one).
         image: the groups.
     """
 
@@ -60,9 +70,13 @@ def relevance(
     work = classifier.work([grouped])
     moved = torch.zeros(work.groups, classifier.tiling.tokens_per_group)
     gate = torch.ones(1, device=work.latents.device, requires_grad=True)
-    with _frozen(classifier), torch.enable_grad(), _looks(classifier, work.groups, tell) as looked:
-        logits = _logits(classifier, grouped, *total(classifier.encoder, _noting(work, gate, moved)))
-        torch.autograd.grad(logits[logits.argmax()], gate)
+    average = _Average(grouped, classifier.encoder.trunk.position)
+    with _frozen(classifier), _looks(classifier, work.groups, tell) as looked:
+        with torch.no_grad():
+            logits = _logits(classifier, grouped, *total(classifier.encoder, _averaging(work, average)))
+        with torch.enable_grad():
+            faded = _logits(classifier, grouped, *total(classifier.encoder, _noting(work, average, gate, moved)))
+            torch.autograd.grad(log_odds(faded, int(logits.argmax())), gate)
     return Seen(logits.detach().float().cpu(), looked, moved, grouped)
 
 
@@ -72,8 +86,52 @@ def _logits(classifier: FITImageEncoder, image: GroupedImage, added: Tensor | No
     return classifier.head(classifier.means([image], added, latents))[0]
 
 
-def _noting(work: Work, gate: Tensor, moved: Tensor) -> Work:
-    """The same work; on the way back the gradients of embedded tokens times the tokens are noted in `moved (t, n)`.
+def log_odds(logits: Tensor, label: int) -> Tensor:
+    """Log of the probability of a label over that of all others together, of logits `(classes,)`.
+
+    What is added to all logits alike does not change it. Of a single class there are no odds: it is 0.
+    """
+    others = torch.cat([logits[:label], logits[label + 1 :]])
+    return logits[label] - (others.logsumexp(0) if len(others) else logits[label])
+
+
+class _Average:
+    """The average patch of an image, embedded, without its position; glimpses and padding are not counted."""
+
+    def __init__(self, image: GroupedImage, position: Callable[[], Tensor]) -> None:
+        self.image, self.position = image, position
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, groups: slice, x: Tensor) -> None:
+        """Count in the embedded patches `x (1, s, n, c)` of a slice."""
+        mask, glimpses = self.image.mask(groups), max(0, self.image.glimpses - groups.start)
+        held = torch.ones(x.shape[:3], dtype=torch.bool) if mask is None else mask.clone()
+        held[:, :glimpses] = False
+        patches = (x - self.position()) * held[..., None].to(x.device)
+        self.total = self.total + patches.sum(dim=(0, 1, 2)).cpu().double()
+        self.count += int(held.sum())
+
+    def less(self, x: Tensor) -> Tensor:
+        """How embedded patches `x (1, s, n, c)` differ from the average one in their places."""
+        return x - self.position() - torch.as_tensor(self.total / self.count).to(x)
+
+
+def _averaging(work: Work, average: _Average) -> Work:
+    """The same work; its patches are counted in the average as they come by."""
+    assert work.embed is not None
+    plainly = work.embed
+
+    def embed(groups: slice, tokens: Tensor) -> Tensor:
+        x = plainly(groups, tokens)
+        average.add(groups, x)
+        return x
+
+    return replace(work, embed=embed)
+
+
+def _noting(work: Work, average: _Average, gate: Tensor, moved: Tensor) -> Work:
+    """Work on the faded image; on the way back what each patch moves is noted in `moved (t, n)`.
 
     `gate`, a one that all tokens are multiplied with, makes every way to run ask for these gradients, and for no others
     where the parameters are frozen.
@@ -82,12 +140,14 @@ def _noting(work: Work, gate: Tensor, moved: Tensor) -> Work:
     plainly = work.embed
 
     def embed(groups: slice, tokens: Tensor) -> Tensor:
-        x = plainly(groups, tokens) * gate
-        if x.requires_grad:
-            # Detached: a hook that held x itself would keep it alive in a cycle.
-            value = x.detach()
-            x.register_hook(lambda gradient: _note(moved, groups, (gradient * value).sum(-1)))
-        return x
+        with torch.no_grad():
+            x = plainly(groups, tokens)
+            difference = average.less(x)
+        # Not a hook that holds the tensor it hangs on: that would keep it alive in a cycle.
+        faded = (x - (1 - CONTRAST) * difference) * gate
+        if faded.requires_grad:
+            faded.register_hook(lambda gradient: _note(moved, groups, (gradient * difference).sum(-1)))
+        return faded
 
     return replace(work, embed=embed, depends_on=(gate,))
 
@@ -123,13 +183,13 @@ def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Itera
     done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
 
     def note(read: Any, inputs: tuple[Any, ...]) -> None:
-        # Groups pass each read in their order; what comes after the last is the backward pass, computing it again.
+        # Groups pass each read in their order; what comes after the last is the faded image, forward and back.
         first, count = done[read], len(inputs[0])
         done[read] += count
         if first < groups:
             looked[first : first + count] += (_look(read, *inputs) / len(reads)).cpu()
         if tell is not None:
-            tell(min(1.0, sum(done.values()) / (2 * groups * len(reads))))
+            tell(min(1.0, sum(done.values()) / (3 * groups * len(reads))))
 
     hooks = [read.register_forward_pre_hook(note) for read in reads]
     try:

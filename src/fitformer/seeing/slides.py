@@ -39,6 +39,8 @@ OUTPUTS = (".looked.png", ".moved.png", ".looked.tif", ".moved.tif", ".geojson")
 RECORD = ".json"
 # Rewriting the table of thousands after each of them would take longer than they do.
 TABLE_SECONDS = 10.0
+# What the outputs hold: those that an earlier version made of something else are made anew.
+MAPS = {"moved": "log-odds, against the average patch, faded"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Slides:
 
     @property
     def _key(self) -> dict[str, Any]:
-        return {**self.made_with, "y": self.y}
+        return {**self.made_with, **MAPS, "y": self.y}
 
     def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
         record = _read(self.output / (slide.name + RECORD))
