@@ -1,5 +1,8 @@
 import csv
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +16,7 @@ from PIL import Image
 from fitformer import FITImageEncoder, config, data, runs
 from fitformer.cli import main
 from fitformer.errors import InputError
-from fitformer.execution import Streamed, checkpointed, plain
+from fitformer.execution import Streamed, checkpointed, kept, plain
 from fitformer.seeing import HeatMap, relevance, write_geojson, write_overlay, write_tiff
 from fitformer.seeing.overlay import grey, painted, thumbnail_size
 from fitformer.seeing.relevance import CONTRAST
@@ -598,6 +601,36 @@ def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
     assert "pixels that are no numbers" in made.broken[str(folder / "b.npy")]
 
 
+SCRATCH = {
+    "absent": "there is no folder .*absent",
+    "small": "need .* of scratch, and .* has 9 B free",
+    "full": "No space left on device",
+    "not ours": "Permission denied",
+}
+
+
+@pytest.mark.parametrize("fault", SCRATCH)
+def test_a_scratch_disk_that_fails_is_no_broken_image(folder, tmp_path, monkeypatch, fault):
+    def fails(code):
+        def raising(*given, **more):
+            raise OSError(code, os.strerror(code))
+
+        return raising
+
+    if fault == "small":
+        monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 9}))
+    if fault == "full":
+        monkeypatch.setattr(os, "posix_fallocate", fails(errno.ENOSPC))
+    if fault == "not ours":
+        monkeypatch.setattr(kept.tempfile, "TemporaryFile", fails(errno.EACCES))
+    model = classifier()
+    model.encoder.run = Streamed(keep="disk", folder=tmp_path / ("absent" if fault == "absent" else ""))
+    made = work(tmp_path / "out", model)
+    with pytest.raises(kept.ScratchFailed, match=SCRATCH[fault]):
+        made.run(find([folder]))
+    assert made.broken == {}
+
+
 def test_an_output_that_cannot_be_written_is_no_broken_image(folder, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match="out"):
@@ -686,6 +719,28 @@ def test_the_command_labels_alone_without_a_folder(run_folder, slides, tmp_path,
         assert float(row["probability"]) == pytest.approx(float(seen["probability"]), abs=2e-6)
     assert main(["predict", run_folder, str(slides), "--output", str(tmp_path / "labels.json")]) == 0
     assert len(read_record(tmp_path / "labels.json")) == 2
+
+
+@pytest.mark.parametrize("output", ["seen", "labels.csv"])
+def test_the_command_ends_where_there_is_no_scratch_and_says_the_way_out(run_folder, slides, tmp_path, capsys, output):
+    words = ["predict", run_folder, str(slides), "--output", str(tmp_path / output)]
+    assert main([*words, "--scratch", str(tmp_path / "absent")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"there is no folder {tmp_path / 'absent'}" in line
+    assert line.endswith("; here: --scratch FOLDER, or --keep memory")
+    assert main([*words, "--scratch", str(tmp_path / "absent"), "--keep", "memory"]) == 2
+    assert "--keep memory keeps them elsewhere" in capsys.readouterr().err
+    assert main([*words, "--scratch", str(tmp_path)]) == 0
+
+
+def test_the_command_ends_where_there_is_no_folder_of_masks(run_folder, slides, tmp_path, capsys):
+    other = shutil.copytree(run_folder, tmp_path / "run")
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("masks: null", f"masks: {tmp_path / 'absent'}"))
+    for output in ([], ["--output", str(tmp_path / "seen")]):
+        assert main(["predict", str(other), str(slides), *output]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"there is no folder {tmp_path / 'absent'} of masks" in line
 
 
 def test_the_command_says_in_a_line_what_is_wrong(run_folder, slides, tmp_path, capsys):

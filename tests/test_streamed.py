@@ -272,10 +272,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: usage)
     model = encoder()
     model.run = Streamed(2, keep="disk", folder=tmp_path)
-    with pytest.raises(InputError, match=r"need .* of scratch, and .* has 1 KB free"):
+    with pytest.raises(kept.ScratchFailed, match=r"need .* of scratch, and .* has 1 KB free"):
         model(torch.randn(1, T, N, 5))
     model.run = Streamed(2, keep="disk", folder=tmp_path / "absent")
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(kept.ScratchFailed, match="there is no folder"):
         model(torch.randn(1, T, N, 5))
 
 
@@ -389,7 +389,7 @@ def test_scratch_for_all_blocks_is_asked_for_at_once(tmp_path, monkeypatch):
     size = T * N * SIZES["dim"] * 4
     monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 2 * size - 1}))
     model.run = Streamed(2, keep="disk", folder=tmp_path)
-    with pytest.raises(InputError, match="of scratch"):
+    with pytest.raises(kept.ScratchFailed, match="of scratch"):
         denoise(model, torch.randn(2, T, N, 5))
     with torch.no_grad():  # needs one room only
         denoise(model, torch.randn(2, T, N, 5))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fitformer.execution.kept import Keep
     from fitformer.image_encoder import FITImageEncoder
     from fitformer.runs import Run
-    from fitformer.settings import Training
+    from fitformer.settings import ClassifyRecipe, Training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", choices=("memory", "host", "disk"),
         help="where data tokens wait between blocks (default: the recipe's trainer.keep)",
     )  # fmt: skip
+    large.add_argument("--scratch", help="folder they wait in on disk (default: the recipe's trainer.scratch)")
     large.add_argument(
         "--y", choices=("down", "up"), default="down",
         help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",
@@ -57,21 +58,41 @@ def run(arguments: argparse.Namespace) -> int:
     assert isinstance(network, FITImageEncoder)
     assert isinstance(of.recipe, ClassifyRecipe)
     if network.groups is None:
-        _stream(network, of.recipe.trainer, arguments.keep)
-        if arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
-            return _see(arguments, of, network, of.recipe.data)
-    elif arguments.keep or arguments.y != "down":
-        raise InputError(f"--keep and --y are for a run that takes images of any size; {arguments.run} takes one size")
+        return _of_any_size(arguments, of, network, of.recipe)
+    if arguments.keep or arguments.scratch or arguments.y != "down":
+        raise InputError(
+            f"--keep, --scratch and --y are for a run that takes images of any size; {arguments.run} takes one size"
+        )
     return _label(arguments, of, network, of.recipe.data)
 
 
-def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None") -> None:
+def _of_any_size(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", recipe: "ClassifyRecipe") -> int:
+    from fitformer.execution.kept import ScratchFailed
+
+    _stream(network, recipe.trainer, arguments.keep, arguments.scratch)
+    _need_masks(recipe.data, of)
+    labels_only = arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json")
+    try:
+        return (_label if labels_only else _see)(arguments, of, network, recipe.data)
+    except ScratchFailed as error:
+        raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
+
+
+def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None", scratch: str | None) -> None:
     """Have images read piece by piece, also by a run that was trained on small ones."""
     from fitformer.execution import Streamed
 
-    network.encoder.run = Streamed(
-        training.slice_groups, keep or training.keep, training.keep_precision, training.scratch
-    )
+    keep = keep or ("disk" if scratch else training.keep)
+    if scratch and keep != "disk":
+        raise InputError(f"--scratch is where data tokens wait on disk; --keep {keep} keeps them elsewhere")
+    network.encoder.run = Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch)
+
+
+def _need_masks(data: "ImageData", of: "Run") -> None:
+    if data.masks is not None and not Path(data.masks).expanduser().is_dir():
+        raise InputError(
+            f"there is no folder {data.masks} of masks (data.masks of {of.path}); run the command where there is"
+        )
 
 
 def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from fitformer.amounts import in_words
-from fitformer.errors import InputError
 
 Keep = Literal["memory", "host", "disk"]
 Shape = tuple[int, int, int, int]
+
+
+class ScratchFailed(OSError):
+    """The folder for the scratch of data tokens is absent, too full or failing: no fault of the input."""
 
 
 class Kept(Protocol):
@@ -63,7 +66,7 @@ class OnDisk:
     """Tokens in a scratch file that has no name: whatever happens to the process, nothing of it is left behind.
 
     Raises:
-        OSError: the folder's disk failed or is full; names the folder. So do `put` and `get`.
+        ScratchFailed: the folder's disk failed or is full; names the folder. So do `put` and `get`.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path) -> None:
@@ -108,20 +111,21 @@ class OnDisk:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} (scratch for data tokens)", str(self.folder)) from error
+            what = f"{error.strerror} (scratch for data tokens)"
+            raise ScratchFailed(error.errno, what, str(self.folder)) from error
 
 
 def need_room(folder: Path, size: int) -> None:
     """Refuse scratch that a disk has no room for.
 
     Raises:
-        InputError: there is no such folder, or it has less than `size` bytes free.
+        ScratchFailed: there is no such folder, or it has less than `size` bytes free.
     """
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder} for the scratch of data tokens")
+        raise ScratchFailed(f"there is no folder {folder} for the scratch of data tokens")
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(
+        raise ScratchFailed(
             f"the data tokens between blocks need {in_words(size)} of scratch, and {folder} has "
             f"{in_words(free)} free; give another folder, keep them in bf16 (half of it), or in memory"
         )
@@ -133,8 +137,8 @@ def rooms(
     """Rooms for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type.
 
     Raises:
-        InputError: the folder's disk has no room for all of them; says how much is needed.
-        OSError: it failed.
+        ScratchFailed: there is no such folder, its disk has no room for all of them (says how much is needed), or it
+            failed.
     """
     if keep == "disk":
         folder = Path(tempfile.gettempdir()) if folder is None else folder
