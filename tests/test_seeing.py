@@ -559,7 +559,7 @@ def test_an_image_that_is_damaged_in_the_middle_is_broken(folder, tmp_path, way)
     model.encoder.run = way
     made = work(tmp_path / "out", model)
     assert made.run(find([folder])) == 2
-    assert str(folder / "b.tif") in made.broken
+    assert made.broken[str(folder / "b.tif")].what == "unreadable"
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not list((tmp_path / "out").glob("b.tif*"))
 
@@ -576,6 +576,7 @@ def test_broken_images_are_listed_and_tried_again_once_mended(folder, tmp_path):
     rows = rows_of(tmp_path / "out" / "broken.csv")
     assert [row["file"] for row in rows] == told == [str(folder / name) for name in names]
     assert all(row["reason"] for row in rows)
+    assert {row["what"] for row in rows} == {"unreadable"}
     assert len(rows_of(tmp_path / "out" / "results.csv")) == 2
     (folder / "b.tif").write_bytes(whole)
     (folder / "colour.tif").unlink()
@@ -586,7 +587,7 @@ def test_broken_images_are_listed_and_tried_again_once_mended(folder, tmp_path):
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0 no")
-    with pytest.raises(InputError, match=r"none of the 1 images can be read: .*a\.tif"):
+    with pytest.raises(InputError, match=r"none of the 1 images can be labelled: .*a\.tif"):
         work(tmp_path / "out").run(find([tmp_path / "a.tif"]))
     with pytest.raises(InputError, match="2 class names given to a classifier of 3"):
         Slides(classifier(), CLASSES[:2], tmp_path, {})
@@ -598,7 +599,19 @@ def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
     np.save(folder / "b.npy", pixels)
     made = work(tmp_path / "out")
     assert made.run(find([folder])) == 3
-    assert "pixels that are no numbers" in made.broken[str(folder / "b.npy")]
+    broken = made.broken[str(folder / "b.npy")]
+    assert broken.what == "not finite"
+    assert "pixels that are no numbers" in broken.reason
+
+
+def test_an_image_of_background_alone_is_blank(folder, tmp_path):
+    def group(image):
+        tiling = classifier().tiling
+        return GroupedImage(image, tiling, np.full(tiling.grid(*image.shape[:2]), not image.path.endswith("a.npy")))
+
+    made = work(tmp_path / "out", group=group)
+    assert made.run(find([folder])) == 2
+    assert made.broken[str(folder / "deep" / "a.npy")].what == "blank"
 
 
 SCRATCH = {
@@ -629,6 +642,47 @@ def test_a_scratch_disk_that_fails_is_no_broken_image(folder, tmp_path, monkeypa
     with pytest.raises(kept.ScratchFailed, match=SCRATCH[fault]):
         made.run(find([folder]))
     assert made.broken == {}
+
+
+def test_outputs_of_another_image_are_not_written_over(folder, tmp_path):
+    (folder / "other").mkdir()
+    np.save(folder / "other" / "a.npy", image_of(16, 9, seed=9).pixels)
+    one, two = (folder / name / "a.npy" for name in ("deep", "other"))
+    # An archive unpacked: the same size, the same time.
+    for path in (one, two):
+        os.utime(path, (0, 0))
+    output = tmp_path / "out"
+    work(output).run(find([one]))
+    before = times(output)
+    with pytest.raises(
+        InputError, match=r"out/a\.npy\.\* was made of .*deep/a\.npy, and .*other/a\.npy would be"
+    ) as said:
+        work(output, made_with="b").run(find([folder / "b.tif", two]))
+    assert "another output folder" in str(said.value)
+    one.unlink()
+    os.utime(two, (1, 1))
+    with pytest.raises(InputError, match="would be written over"):
+        work(output).run(find([two]))
+    assert times(output) == before
+
+
+def test_an_image_that_was_moved_keeps_its_outputs_under_its_new_name(folder, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    work(output).run(find([folder]))
+    before = {path: time for path, time in times(output).items() if path.suffix != ".json"}
+    moved = folder.rename(tmp_path / "elsewhere")
+    made = work(output)
+    assert made.run(find([moved])) == 0
+    assert {path: time for path, time in times(output).items() if path.suffix != ".json"} == before
+    names = [str(slide.path) for slide in find([moved])]
+    assert [row["file"] for row in rows_of(output / "results.csv")] == names
+    assert work(output).run(find([moved])) == 0
+    assert [row["file"] for row in rows_of(output / "results.csv")] == names
+    # By a link it is the same file.
+    (tmp_path / "link").symlink_to(moved)
+    assert work(output).run(find([tmp_path / "link"])) == 0
+    monkeypatch.chdir(moved)
+    assert [slide.name for slide in find(["b.tif", moved / "b.tif"])] == ["b.tif"]
 
 
 def test_an_output_that_cannot_be_written_is_no_broken_image(folder, tmp_path):
@@ -721,6 +775,21 @@ def test_the_command_labels_alone_without_a_folder(run_folder, slides, tmp_path,
     assert len(read_record(tmp_path / "labels.json")) == 2
 
 
+def test_the_command_counts_apart_what_could_not_be_labelled(run_folder, slides, tmp_path, capsys):
+    np.save(slides / "black.npy", np.zeros((9, 9, 1), dtype=np.uint8))
+    np.save(slides / "nan.npy", np.where(np.eye(9)[..., None] > 0, np.nan, 1).astype(np.float32))
+    assert main(["predict", run_folder, str(slides), "--output", str(tmp_path / "seen")]) == 0
+    assert capsys.readouterr().out.endswith(
+        ": 2 of 5 images labelled now, 1 could not be read, 1 blank, 1 with pixels that are no numbers (broken.csv)\n"
+    )
+    found = {row["file"]: row["what"] for row in rows_of(tmp_path / "seen" / "broken.csv")}
+    assert found == {
+        str(slides / "black.npy"): "blank",
+        str(slides / "c.tif"): "unreadable",
+        str(slides / "nan.npy"): "not finite",
+    }
+
+
 @pytest.mark.parametrize("output", ["seen", "labels.csv"])
 def test_the_command_ends_where_there_is_no_scratch_and_says_the_way_out(run_folder, slides, tmp_path, capsys, output):
     words = ["predict", run_folder, str(slides), "--output", str(tmp_path / output)]
@@ -748,7 +817,7 @@ def test_the_command_says_in_a_line_what_is_wrong(run_folder, slides, tmp_path, 
         assert main(["predict", run_folder, *map(str, words)]) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "none of the 1 images can be read" in refusal(slides / "c.tif", "--output", tmp_path / "seen")
+    assert "none of the 1 images can be labelled" in refusal(slides / "c.tif", "--output", tmp_path / "seen")
     assert "none of the 1 files can be read" in refusal(slides / "c.tif")
     assert "--format is for labels alone" in refusal(slides, "--output", tmp_path / "seen", "--format", "csv")
     assert "a.tif is a file" in refusal(slides, "--output", slides / "a.tif")

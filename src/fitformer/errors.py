@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Bad input: the message says what is wrong, with both numbers, and the way out."""
 
 
+class Blank(InputError):
+    """An image of which nothing is left to look at: all of it is background, or masked."""
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed; the message says which extra brings it."""
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fitformer.cuts import Size, by, lengths_of, sides_of
-from fitformer.errors import InputError
+from fitformer.errors import Blank, InputError
 from fitformer.grouping import image_to_groups
 
 
@@ -192,7 +192,7 @@ class GroupedImage:
                 f"{_name(source)} has {by(self.grid)} groups, and {by(kept.shape)} are said to be occupied"
             )
         if not kept.any():
-            raise InputError(f"{_name(source)} has no occupied group among {kept.size}: nothing is left to look at")
+            raise Blank(f"{_name(source)} has no occupied group among {kept.size}: nothing is left to look at")
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.places = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
         self._glimpse: np.ndarray | None = None

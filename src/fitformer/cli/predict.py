@@ -11,6 +11,7 @@ fitformer predict RUN slides/ --output seen/
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fitformer.execution.kept import Keep
     from fitformer.image_encoder import FITImageEncoder
     from fitformer.runs import Run
+    from fitformer.seeing.slides import Broken
     from fitformer.settings import ClassifyRecipe, Training
 
 
@@ -156,6 +158,13 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
         made = work.run(slides)
     kept = len(slides) - made - len(work.broken)
     there = f", {kept} were there already" if kept else ""
-    broken = f", {len(work.broken)} could not be read (broken.csv)" if work.broken else ""
-    print(f"{arguments.output}: {made} of {len(slides)} images labelled now{there}{broken}")
+    print(f"{arguments.output}: {made} of {len(slides)} images labelled now{there}{_counted(work.broken)}")
     return 0
+
+
+def _counted(broken: "Mapping[str, Broken]") -> str:
+    """How many images could not be labelled, for each of the reasons there are."""
+    said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with pixels that are no numbers"}
+    found = [each.what for each in broken.values()]
+    parts = [f", {found.count(what)} {words}" for what, words in said.items() if what in found]
+    return "".join(parts) + (" (broken.csv)" if parts else "")

@@ -7,16 +7,17 @@ Below the output folder an image `a/b.svs` of the input folder has
     a/b.svs.geojson                          groups and patches with both values, in pixels of the image
     a/b.svs.json                             label, probabilities and what they were made from; written last
 
-and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be read.
+and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be labelled.
 """
 
 import csv
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ import numpy as np
 
 from fitformer.data.lazily import is_image_folder, lazy_suffixes
 from fitformer.data.readers import LazyImage, open_image
-from fitformer.errors import InputError
+from fitformer.errors import Blank, InputError
 from fitformer.files import write_atomically
 from fitformer.image_encoder import FITImageEncoder
 from fitformer.prediction import Group, Prediction, as_text, decided
@@ -41,6 +42,24 @@ RECORD = ".json"
 TABLE_SECONDS = 10.0
 # What the outputs hold: those that an earlier version made of something else are made anew.
 MAPS = {"moved": "log-odds, against the average patch, faded"}
+
+
+class NotFinite(InputError):
+    """An image that is answered with no numbers, for it holds pixels that are none."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why an image could not be labelled: `what` is `unreadable`, `blank` or `not finite`, `reason` a sentence."""
+
+    what: str
+    reason: str
+
+    @classmethod
+    def by(cls, error: Exception) -> "Broken":
+        """Of what was raised when the image was looked at."""
+        what = "blank" if isinstance(error, Blank) else "not finite" if isinstance(error, NotFinite) else "unreadable"
+        return cls(what, str(error))
 
 
 @dataclass(frozen=True)
@@ -64,12 +83,19 @@ def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]
             raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
         for slide in slides:
             other = found.setdefault(slide.name, slide)
-            if other.path != slide.path:
+            if not _same(other.path, slide.path):
                 raise InputError(
                     f"{other.path} and {slide.path} would both be written as {slide.name}; give the folder above "
                     "both, or each an output folder of its own"
                 )
     return list(found.values())
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths, absolute or not, lead to one file."""
+    if os.path.abspath(one) == os.path.abspath(other):
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _is_image(path: Path) -> bool:
@@ -108,7 +134,7 @@ class Slides:
         beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
         y: see `write_geojson`.
         show: is told how many images are done, of how many, with the share of the one at work.
-        on_broken: is told of every image that could not be read, and why.
+        on_broken: is told of every image that could not be labelled, and why.
 
     Raises:
         InputError: another number of classes.
@@ -124,7 +150,7 @@ class Slides:
     show: Callable[[float, int], None] = lambda done, of: None
     on_broken: Callable[[str, str], None] = lambda file, reason: None
     predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
-    broken: dict[str, str] = field(default_factory=dict, init=False)
+    broken: dict[str, Broken] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.classifier.num_classes != len(self.classes):
@@ -138,9 +164,11 @@ class Slides:
         many images were made now.
 
         Raises:
-            InputError: none of the images can be read (names them).
-            OSError: an output cannot be written.
+            InputError: none of the images can be labelled (names them), or outputs are those of other images.
+            OSError: an output cannot be written, or the scratch of data tokens failed.
         """
+        for slide in slides:
+            self._need_own_name(slide)
         self.predictions = dict(self._recorded())
         made, told = 0, time.monotonic()
         try:
@@ -154,22 +182,23 @@ class Slides:
         finally:
             self._write_tables()
         if len(self.broken) == len(slides):
-            few = "; ".join(list(self.broken.values())[:5])
+            few = "; ".join(each.reason for each in list(self.broken.values())[:5])
             more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
-            raise InputError(f"none of the {len(slides)} images can be read: {few}{more}")
+            raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
         return made
 
     def _one(self, slide: Slide, tell: Tell) -> bool:
         """Whether the image was made now."""
         of = {**_state_of(slide.path), **(self.beside(slide.path) if self.beside else {})}
         if self._is_complete(slide, of):
+            self._call_by(slide)
             return False
         try:
             with open_image(slide.path) as image:
                 seen = self._see(image, tell)
                 thumbnail = image.thumbnail(*thumbnail_size(*image.shape[:2]))
         except (InputError, PermissionError) as error:
-            self._note_broken(slide, str(error))
+            self._note_broken(slide, Broken.by(error))
             return False
         self._write(slide, seen, thumbnail, of)
         return True
@@ -177,15 +206,40 @@ class Slides:
     def _see(self, image: LazyImage, tell: Tell) -> Seen:
         seen = relevance(self.classifier, image if self.group is None else self.group(image), tell)
         if not bool(seen.logits.isfinite().all()):
-            raise InputError(f"{image.path} is answered with {seen.logits.tolist()}: it has pixels that are no numbers")
+            raise NotFinite(f"{image.path} is answered with {seen.logits.tolist()}: it has pixels that are no numbers")
         return seen
 
-    def _note_broken(self, slide: Slide, reason: str) -> None:
+    def _need_own_name(self, slide: Slide) -> None:
+        """Refuse to write over the outputs of another image; one that was moved, and not changed, is the same.
+
+        Raises:
+            InputError: they are another image's; names both.
+        """
+        record = _read(self.output / (slide.name + RECORD))
+        if not isinstance(record, dict) or "path" not in record:
+            return
+        earlier = Path(record["path"])
+        was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
+        if not (_same(earlier, slide.path) or was_moved):
+            raise InputError(
+                f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
+                "another output folder, label both by one command on the folder above them, or delete what is there"
+            )
+
+    def _call_by(self, slide: Slide) -> None:
+        """Have the outputs that are there name their image as it is called now, if it was moved since."""
+        path = self.output / (slide.name + RECORD)
+        record = _read(path)
+        if not _same(Path(record["path"]), slide.path):
+            _write_text(path, _as_json({**record, **_names(slide)}))
+            self.predictions[slide.name] = replace(self.predictions[slide.name], file=str(slide.path))
+
+    def _note_broken(self, slide: Slide, broken: Broken) -> None:
         file = str(slide.path)
-        self.broken[file] = reason
+        self.broken[file] = broken
         self.predictions.pop(slide.name, None)
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
-        self.on_broken(file, reason)
+        self.on_broken(file, broken.reason)
 
     def _write(self, slide: Slide, seen: Seen, thumbnail: np.ndarray, of: dict[str, Any]) -> None:
         prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
@@ -198,13 +252,14 @@ class Slides:
         write_geojson(shapes, looked, moved, prediction.label, prediction.probabilities, self.y)
         record = {
             **asdict(prediction),
+            **_names(slide),
             "rows": looked.image_size[0],
             "columns": looked.image_size[1],
             "groups": seen.image.num_groups - seen.image.glimpses,
             "of": of,
             "made_with": self._key,
         }
-        _write_text(self._fresh(slide, RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        _write_text(self._fresh(slide, RECORD), _as_json(record))
         self.predictions[slide.name] = prediction
 
     def _fresh(self, slide: Slide, ending: str) -> Path:
@@ -244,7 +299,8 @@ class Slides:
             _write_text(self.output / "results.csv", as_text(ordered))
         if self.broken:
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *self.broken.items()])
+            rows = [(file, each.what, each.reason) for file, each in self.broken.items()]
+            csv.writer(text, lineterminator="\n").writerows([("file", "what", "reason"), *rows])
             _write_text(self.output / "broken.csv", text.getvalue())
         else:
             (self.output / "broken.csv").unlink(missing_ok=True)
@@ -256,6 +312,15 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _names(slide: Slide) -> dict[str, str]:
+    """Of an image, for its record: as it was given, and wherever the command is run."""
+    return {"file": str(slide.path), "path": os.path.abspath(slide.path)}
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
 from fitformer.data.symmetries import EIGHT, SAME, Symmetry, Turned
 from fitformer.diffusion import pixels_to_signal
-from fitformer.errors import InputError
+from fitformer.errors import Blank, InputError
 from fitformer.image_encoder import FITImageEncoder
 from fitformer.settings import ClassifyRecipe
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
@@ -116,7 +116,7 @@ def _occupied_file(
     if not all(each.any() for each in found.values()):
         left = [f"background {background}, tolerance {tolerance}"] if background else []
         left += [f"mask {mask}"] if mask else []
-        raise InputError(
+        raise Blank(
             f"{path} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
             f"data.{'tolerance' if background else 'masks'}"
         )
