@@ -72,7 +72,6 @@ def _of_any_size(arguments: argparse.Namespace, of: "Run", network: "FITImageEnc
     from fitformer.execution.kept import ScratchFailed
 
     _stream(network, recipe.trainer, arguments.keep, arguments.scratch)
-    _need_masks(recipe.data, of)
     labels_only = arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json")
     try:
         return (_label if labels_only else _see)(arguments, of, network, recipe.data)
@@ -88,13 +87,6 @@ def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None
     if scratch and keep != "disk":
         raise InputError(f"--scratch is where data tokens wait on disk; --keep {keep} keeps them elsewhere")
     network.encoder.run = Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch)
-
-
-def _need_masks(data: "ImageData", of: "Run") -> None:
-    if data.masks is not None and not Path(data.masks).expanduser().is_dir():
-        raise InputError(
-            f"there is no folder {data.masks} of masks (data.masks of {of.path}); run the command where there is"
-        )
 
 
 def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
