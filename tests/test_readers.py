@@ -165,6 +165,77 @@ def test_zarr_with_named_axes(names, axes, tmp_path):
     check_windows(tmp_path / "image.zarr", array, [(0, 0, 9, 11), (3, 4, 5, 6)])
 
 
+def xarray_like(path, zarr_format, names, stored):
+    """A group as xarray writes it: an array with names for its axes, beside it the coordinates along them."""
+    import zarr
+
+    group = zarr.open_group(path, mode="w", zarr_format=zarr_format)
+
+    def create(name, array, names):
+        named = {"dimension_names": names} if zarr_format == 3 else {"attributes": {"_ARRAY_DIMENSIONS": names}}
+        group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=(5,) * array.ndim, **named)[...] = array
+
+    create("reflectance", stored, names)
+    for name, length in zip(names, stored.shape):
+        create(name, np.arange(length, dtype="float64"), [name])
+    group.create_array("spatial_ref", shape=(), dtype="int64")
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("name", ["band", "bands", "Channel", "b", "wavelength", "sample", "polarisation"])
+def test_zarr_of_named_channels(name, zarr_format, tmp_path):
+    array = pixels(9, 11, 4, "uint16")
+    xarray_like(tmp_path / "image.zarr", zarr_format, [name, "y", "x"], array.transpose(2, 0, 1))
+    for path in (tmp_path / "image.zarr", tmp_path / "image.zarr/reflectance"):
+        check_windows(path, array, [(0, 0, 9, 11), (3, 4, 5, 6)])
+    xarray_like(tmp_path / "turned.zarr", zarr_format, ["x", "y", name], array.transpose(1, 0, 2))
+    check_windows(tmp_path / "turned.zarr", array, [(0, 0, 9, 11), (3, 4, 5, 6)])
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["time", "y", "x"], "time"),
+        (["z", "y", "x"], "z"),
+        (["time", "band", "y", "x"], "time"),
+        (["u", "v2", "y", "x"], "u"),
+    ],
+)
+def test_zarr_of_several_planes_is_refused(names, refused, zarr_format, tmp_path):
+    stored = np.zeros((3, 4, 9, 11)[4 - len(names) :], np.uint8)
+    xarray_like(tmp_path / "image.zarr", zarr_format, names, stored)
+    with pytest.raises(InputError, match=f"planes along its axis '{refused}': store the plane to read by itself"):
+        open_image(tmp_path / "image.zarr")
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_chunk_that_is_missing_is_the_fill_value(zarr_format, tmp_path):
+    import zarr
+
+    stored = zarr.create_array(
+        tmp_path / "image.zarr", shape=(10, 10), chunks=(5, 5), dtype="uint8", zarr_format=zarr_format, fill_value=7
+    )
+    stored[:5, :5] = 1
+    with open_image(tmp_path / "image.zarr") as image:
+        assert image.window(4, 4, 2, 2).tolist() == [[[1], [7]], [[7], [7]]]
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_without_its_full_size_is_named(version, tmp_path):
+    import zarr
+
+    scales = [{"axes": [{"name": name} for name in "yx"], "datasets": [{"path": "0"}, {"path": "1"}]}]
+    group = zarr.open_group(tmp_path / "image.zarr", mode="w", zarr_format=2 if version == "0.4" else 3)
+    group.attrs.update({"multiscales": scales} if version == "0.4" else {"ome": {"multiscales": scales}})
+    group.create_array("1", shape=(4, 5), dtype="uint8")
+    with pytest.raises(InputError, match=r"image\.zarr says that '0' is its level 0, .* there is no '0' in it"):
+        open_image(tmp_path / "image.zarr")
+    group.attrs.update({"bioformats2raw.layout": 3} if version == "0.4" else {"ome": {"bioformats2raw.layout": 3}})
+    with pytest.raises(InputError, match=r"image\.zarr says that '0' is its first image"):
+        open_image(tmp_path / "image.zarr")
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("collected", [False, True])
 def test_ome_zarr(version, collected, tmp_path):
@@ -453,18 +524,20 @@ def test_neighbouring_windows_decode_a_tile_once():
 def test_the_cache_is_bounded_and_keeps_what_was_used_last():
     cache = TileCache(most_bytes=300)
     for number in range(10):
-        cache.get(number, lambda: np.zeros(100, np.uint8))
-        cache.get(0, lambda: np.zeros(100, np.uint8))
+        cache.get(number, lambda: np.zeros(100, np.uint8), 100)
+        cache.get(0, lambda: np.zeros(100, np.uint8), 100)
         assert cache.held_bytes <= 300
     made = []
     for key in (0, 9, 8, 1):
-        cache.get(key, lambda key=key: made.append(key) or np.zeros(100, np.uint8))
+        cache.get(key, lambda key=key: made.append(key) or np.zeros(100, np.uint8), 100)
     assert made == [1]
     # What is larger than the cache stays until the next comes, or an image in one strip would be decoded every time.
-    cache.get("large", lambda: np.zeros(1000, np.uint8))
-    cache.get("large", lambda: pytest.fail("decoded twice"))
+    cache.get("large", lambda: np.zeros(1000, np.uint8), 1000)
+    cache.get("large", lambda: pytest.fail("decoded twice"), 1000)
     assert cache.held_bytes == 1000
-    cache.get("small", lambda: np.zeros(100, np.uint8))
+    cache.get("small", lambda: np.full(100, cache.held_bytes, np.uint8), 100)
+    # The large one made room before the small one was decoded.
+    assert cache.get("small", lambda: pytest.fail("decoded twice"), 100)[0] == 0
     assert cache.held_bytes == 100
 
 
@@ -587,7 +660,7 @@ def test_no_image_at_all(suffix, content, tmp_path):
 
 
 def test_folders_that_are_no_zarr(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r" is a folder and no Zarr \(it has no zarr\.json, \.zarray or \.zgroup\)"):
         open_image(tmp_path)
     import zarr
 
@@ -713,6 +786,45 @@ def test_what_a_large_strip_costs(tmp_path):
     check_windows(tmp_path / "plain.tif", array)
     with open_image(tmp_path / "plain.tif", most_bytes=1000) as image:
         assert image.shape == array.shape
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "LA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_pictures_are_decoded_band_by_band(mode, turn, tmp_path, monkeypatch):
+    from fitformer.data.readers import pictures
+
+    image = Image.fromarray(pixels()[..., 0] if mode in ("1", "L", "I;16", "I", "F") else pixels())
+    image = image.quantize(9) if mode == "P" else image.convert(mode)
+    tag = Image.Exif()
+    tag[0x112] = turn
+    path = tmp_path / "image.tiff"
+    image.save(path, exif=tag)
+    path = path.rename(tmp_path / "image.picture")
+    found = []
+    for rows in (7, 10**6):
+        monkeypatch.setattr(pictures, "_BAND", rows)
+        with open_image(path) as opened:
+            found.append(opened.window(0, 0, *opened.shape[:2]))
+    assert found[0].shape[:2] == ((171, 203) if turn == 6 else (203, 171))
+    assert found[0].any()
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["tiles", "strip", "npy", "png", "zarr"])
+def test_what_is_decoded_for_one_pixel(kind, tmp_path):
+    array, whole = pixels(), 203 * 171 * 3
+    path = tmp_path / f"image.{ {'tiles': 'tif', 'strip': 'tif'}.get(kind, kind) }"
+    if kind == "npy":
+        np.save(path, array)
+    elif kind == "png":
+        Image.fromarray(array).save(path)
+    elif kind == "zarr":
+        zarr_array(path, array, chunks=(64, 48, 3))
+    else:
+        tiff(path, array, compression="zlib", **({"tile": (64, 48)} if kind == "tiles" else {"rowsperstrip": 203}))
+    wanted = {"png": whole, "strip": whole, "npy": 171 * 3}.get(kind, 64 * 48 * 3)
+    with open_image(path) as image:
+        assert image.piece_bytes == wanted
 
 
 def test_strips_that_fill_the_cache_are_warned_of(tmp_path, monkeypatch):

@@ -12,7 +12,10 @@ MOST_BYTES = 128 * 2**20
 
 
 class TileCache:
-    """The tiles used last, up to `most_bytes` together; a single tile larger than that is kept until the next one."""
+    """The tiles used last, up to `most_bytes` together; a single tile larger than that is kept until the next one.
+
+    Tiles make room for the next one before it is decoded: two pictures are not held at once.
+    """
 
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
@@ -20,12 +23,13 @@ class TileCache:
         self._tiles: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
-        """The tile of that key, decoded if it is not here."""
+    def get(self, key: Hashable, decode: Callable[[], np.ndarray], size: int) -> np.ndarray:
+        """The tile of that key, decoded if it is not here; it has about `size` bytes."""
         with self._lock:
             if key in self._tiles:
                 self._tiles.move_to_end(key)
                 return self._tiles[key]
+            self._make_room(size)
         # Outside the lock, so that threads decode side by side; two of them may decode the same tile, which is no harm.
         tile = decode()
         with self._lock:
@@ -35,9 +39,12 @@ class TileCache:
     def _put(self, key: Hashable, tile: np.ndarray) -> None:
         if key in self._tiles:
             return
+        self._make_room(tile.nbytes)
         self._tiles[key] = tile
         self.held_bytes += tile.nbytes
-        while self.held_bytes > self.most_bytes and len(self._tiles) > 1:
+
+    def _make_room(self, size: int) -> None:
+        while self._tiles and self.held_bytes + size > self.most_bytes:
             self.held_bytes -= self._tiles.popitem(last=False)[1].nbytes
 
     def drop(self, belongs: Callable[[Hashable], bool]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fitformer.data.readers.areas import average
-from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, as_pixels
+from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, as_pixels, tile_bytes
 from fitformer.data.readers.npy import open_npy
 from fitformer.data.readers.pictures import open_picture
 from fitformer.data.readers.slides import open_slide
@@ -68,6 +68,11 @@ class LazyImage:
     def tile(self) -> tuple[int, int]:
         """Rows and columns that are read and decoded at once, at the least."""
         return self._levels()[0].tile
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes that are decoded for one pixel: of a tile, or of the whole of a PNG or JPEG."""
+        return tile_bytes(self._levels()[0])
 
     @property
     def level_shapes(self) -> tuple[tuple[int, int], ...]:

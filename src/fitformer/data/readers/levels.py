@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +45,11 @@ class Pixels(Protocol):
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Pixels (height, width, channels), a new array; the window lies inside."""
         ...
+
+
+def tile_bytes(level: Pixels) -> int:
+    """Bytes of the pixels that are decoded at once."""
+    return prod(level.tile) * level.shape[2] * level.dtype.itemsize
 
 
 class Level(Pixels, Protocol):
@@ -105,7 +110,7 @@ class Tiles:
         return out
 
     def _tile(self, row: int, column: int) -> np.ndarray:
-        return cache.shared().get((self._serial, row, column), lambda: self._decode(row, column))
+        return cache.shared().get((self._serial, row, column), lambda: self._decode(row, column), tile_bytes(self))
 
     def forget(self) -> None:
         """Drop its decoded tiles."""
@@ -168,7 +173,7 @@ class Converted:
         self.level.forget()
 
 
-_RETILE = "store it in small tiles: fitformer.data.readers.to_tiled_tiff(FILE, 'tiled.tif')"
+RETILE = "store it in small tiles: fitformer.data.readers.to_tiled_tiff(FILE, 'tiled.tif')"
 _KEPT = ("uint8", "uint16", "float32")
 _EXACT = {"int8": "float32", "int16": "float32", "float16": "float32", "float64": "float32"}
 
@@ -202,9 +207,9 @@ def weigh_tiles(path: str, kind: str, needed: int, most_bytes: float) -> None:
     """
     cost = f"{path} is stored in {kind}, each {needed / 2**30:.1f} GiB when read, and any window needs at least one"
     if needed > most_bytes:
-        raise InputError(f"{cost}; {most_bytes / 2**30:.1f} GiB is the most; {_RETILE}")
+        raise InputError(f"{cost}; {most_bytes / 2**30:.1f} GiB is the most; {RETILE}")
     if needed > cache.MOST_BYTES:
-        warnings.warn(f"{cost}; {_RETILE}", stacklevel=2)
+        warnings.warn(f"{cost}; {RETILE}", stacklevel=2)
 
 
 def blocks(level: Pixels, pixels: int = 2**20) -> Iterator[Window]:

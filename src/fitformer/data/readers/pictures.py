@@ -19,6 +19,11 @@ TO_TILES = (
 )
 _LARGE_BYTES = 2**28
 _ORIENTATION = 0x0112
+# Rows that go from Pillow to numpy at once.
+_BAND = 256
+# Of the blocks in which Pillow holds a picture. glibc gives back what is larger than 32 MiB; Pillow's usual 16 MiB stay
+# with the thread that decoded them.
+_BLOCK_BYTES = 2**26
 _limit = threading.Lock()
 
 
@@ -45,14 +50,15 @@ def open_picture(path: str, most_bytes: float) -> Opened:
         dtype = np.dtype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8))
         # The sides of a camera's picture that lies on its side change places when it is set upright.
         # (The method of the base class: that of PNG decodes the pixels on the way.)
-        turn = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        # A TIFF under another name is one that Pillow turns by itself.
+        turn = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(_ORIENTATION, 1)
         columns, rows = image.size[::-1] if turn >= 5 else image.size
         loses = dtype == np.uint8 and any(";16B" in str(part[3]) for part in image.tile)
     shape = (rows, columns, len(mode) if dtype == np.uint8 else 1)
     _weigh(path, shape, dtype, most_bytes)
     if loses:
         warnings.warn(f"{path} has 16 bits a channel, of which Pillow keeps 8: TIFF keeps them all", stacklevel=2)
-    level = Tiles(shape, dtype, (rows, columns), lambda row, column: _decoded(path, mode, turn, dtype).reshape(shape))
+    level = Tiles(shape, dtype, (rows, columns), lambda row, column: _decoded(path, mode, turn, shape, dtype))
     return Opened([level])
 
 
@@ -74,14 +80,25 @@ def _weigh(path: str, shape: tuple[int, int, int], dtype: np.dtype, most_bytes: 
         warnings.warn(f"{cost} in every process that reads it; {TO_TILES}", stacklevel=2)
 
 
-def _decoded(path: str, mode: str, turn: int, dtype: np.dtype) -> np.ndarray:
+def _decoded(path: str, mode: str, turn: int, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
     with readable(path):
+        rows, columns, _ = shape
+        pixels = np.empty(shape, dtype)
         with _own_limit():
             image = Image.open(path)
         with image:
+            Image.core.set_block_size(_BLOCK_BYTES)
             image.load()
-            upright = ImageOps.exif_transpose(image) if turn > 1 else image
-            pixels = np.asarray(upright if dtype != np.uint8 or upright.mode == mode else upright.convert(mode))
-        if pixels.dtype.kind == "i" and (pixels.min() < 0 or pixels.max() > 65535):
-            raise InputError(f"{path} has pixels {pixels.min()} .. {pixels.max()}, and 0 .. 65535 is what can be read")
-        return pixels.astype(dtype, copy=False)
+            if turn > 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            # Band by band: of what numpy takes from Pillow, there are two more copies for a time.
+            for top in range(0, rows, _BAND):
+                bottom = min(top + _BAND, rows)
+                band = image.crop((0, top, columns, bottom))
+                part = np.asarray(band if dtype != np.uint8 or band.mode == mode else band.convert(mode))
+                if part.dtype.kind == "i" and (part.min() < 0 or part.max() > 65535):
+                    raise InputError(
+                        f"{path} has pixels {part.min()} .. {part.max()}, and 0 .. 65535 is what can be read"
+                    )
+                pixels[top:bottom] = part.reshape(bottom - top, columns, -1)
+        return pixels

@@ -13,7 +13,7 @@ from fitformer.errors import InputError, require
 
 
 def open_zarr(path: str, most_bytes: float) -> Opened:
-    """Open an array, the only array of a group, or the pyramid of an OME-Zarr group.
+    """Open an array, the only array of a group that has rows and columns, or the pyramid of an OME-Zarr group.
 
     Its axes are those that it names; without names, the shorter of the first and the last one is the channels.
 
@@ -22,7 +22,13 @@ def open_zarr(path: str, most_bytes: float) -> Opened:
     """
     zarr = require("zarr", extra="gigapixel")
     with readable(path):
-        node = zarr.open(path, mode="r")
+        try:
+            node = zarr.open(path, mode="r")
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path} is a folder and no Zarr (it has no zarr.json, .zarray or .zgroup): give an image file, or the "
+                "folder of a Zarr array or group"
+            ) from error
         arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
         return Opened([_level(path, array, axes, most_bytes) for array in arrays])
 
@@ -32,17 +38,27 @@ def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:
     said = group.attrs.get("ome", group.attrs)
     if "bioformats2raw.layout" in said:
         # A collection of images, of which the first is called 0.
-        return _arrays(group["0"], path)
+        return _arrays(_part(group, "0", "first image", path), path)
     if "multiscales" in said:
         image = said["multiscales"][0]
         axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image.get("axes", ())]
         first, *reductions = (each["path"] for each in image["datasets"])
-        return [group[first], *(group[name] for name in reductions if name in group)], axes or None
-    names = sorted(group.array_keys())
+        return [
+            _part(group, first, "level 0, its full size", path),
+            *(group[name] for name in reductions if name in group),
+        ], axes or None
+    # Arrays of one axis or none beside it say where its rows and columns lie, as xarray writes them.
+    names = sorted(name for name, array in group.arrays() if array.ndim > 1) or sorted(group.array_keys())
     if len(names) != 1:
         has = listed(names) if names else "none"
         raise InputError(f"{path} is a Zarr group of {len(names)} arrays ({has}); give the path of the one to read")
     return [group[names[0]]], None
+
+
+def _part(group: Any, name: str, what: str, path: str) -> Any:
+    if name not in group:
+        raise InputError(f"{path} says that {name!r} is its {what}, and there is no {name!r} in it: it is not whole")
+    return group[name]
 
 
 def _axes(array: Any, axes: Sequence[str] | None, path: str) -> tuple[int, int]:
