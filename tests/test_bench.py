@@ -90,6 +90,8 @@ def test_a_file_of_ones_own_is_measured_from_the_command_line(capsys, tmp_path):
     assert (found["image_size"], found["groups"], found["keep"]) == ("70 x 96", 9, "disk")
     assert main(["bench", "step", "--image", str(path), *words]) == 0
     assert "peak memory" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["bench", "step", "--image", str(path), "--image-size", "800", *words]) == 2
+    assert "--image-size is of a generated image" in capsys.readouterr().err
 
 
 def test_exponents_of_power_laws_are_found():

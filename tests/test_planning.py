@@ -261,6 +261,44 @@ def test_groups_of_the_fewest_operations_are_chosen_and_their_attention_grows_as
     assert growth <= 4 / 3
 
 
+@pytest.mark.parametrize("size", [6400, (40000, 30000), (1600, 1200), (2000, 1024), 800, 224, 48, 10])
+@pytest.mark.parametrize("role", ["encoder", "denoiser"])
+def test_groups_of_images_that_are_no_strips_are_squares(size, role):
+    geometry = Geometry.of_preset(role, "tiny", size)
+    largest = max(-(-side // 16) for side in geometry.image_size)
+    sides = [side for side in range(4, 65) if side <= largest] or [largest]
+    squares = [replace(geometry, group_size=16 * side) for side in sides]
+    assert list(grouped(geometry)) == sorted(squares, key=lambda candidate: candidate.flops().total)
+
+
+@given(sides=st.tuples(st.integers(1, 3000), st.integers(1, 100000)), upright=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
+    geometry = Geometry.of_preset("encoder", "tiny", sides if upright else sides[::-1])
+    extent = [-(-side // 16) for side in geometry.image_size]
+    for candidate in grouped(geometry):
+        high, wide = candidate.tiling.patches
+        assert high == wide or (high <= extent[0] and wide <= extent[1])
+        assert high * wide <= 64 * 65 or high == wide
+        assert high * wide >= min(16, math.prod(extent))
+
+
+def test_a_strip_is_hardly_filled_up():
+    best = next(grouped(Geometry.of_preset("encoder", "small", (3, 100000))))
+    assert best.tiling.patches[0] == 1
+    assert best.groups * best.tokens_per_group < 1.05 * best.length
+
+
+def test_what_files_decode_at_once_counts_as_memory():
+    model, setup = small(groups=2, execution="streamed")
+    tiles, picture = (memory(model, replace(setup, piece_bytes=piece)) for piece in (10**4, 10**9))
+    assert tiles == memory(model, setup)
+    assert picture.total - tiles.total == pytest.approx(2.5e9, rel=0.06)
+    assert picture.process - tiles.process == picture.total - tiles.total
+    on_gpu = replace(setup, device="cuda")
+    assert memory(model, replace(on_gpu, piece_bytes=10**9)) == memory(model, on_gpu)
+
+
 def test_a_model_of_any_size_wants_to_know_the_number_of_groups():
     model, _ = small()
     with pytest.raises(InputError, match="say how many"):
@@ -271,6 +309,14 @@ def test_a_model_of_any_size_wants_to_know_the_number_of_groups():
 @pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), (7, 7)])
 def test_amounts_of_memory_are_read(text, count):
     assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["16", "999999", " 7.5 "])
+def test_a_unit_that_was_forgotten_is_asked_for(text):
+    with pytest.raises(InputError, match=f"says no unit .*; write {text.strip()}GB"):
+        bytes_of(text)
+    assert bytes_of("16 B") == bytes_of(16) == 16
+    assert bytes_of("16000000") == 16 * 10**6
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8XB", "-1GB", "0"])

@@ -6,13 +6,17 @@ from fitformer.errors import InputError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Nobody means so few bytes by digits without a unit.
+LEAST_BARE = 10**6
 
 
 def bytes_of(text: str | int) -> int:
     """Bytes of an amount such as `8GB` (8,000,000,000), `7.5 GiB` (2**30 each) or a plain number.
 
+    A text of digits alone is at least a million: fewer are an amount whose unit was forgotten.
+
     Raises:
-        InputError: it is no such amount, or not above 0.
+        InputError: it is no such amount, not above 0, or says no unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in UNITS:
@@ -20,6 +24,8 @@ def bytes_of(text: str | int) -> int:
     amount = int(float(found[1]) * UNITS[found[2].upper()])
     if amount < 1:
         raise InputError(f"{str(text)!r} is no memory at all; write 8GB, 500MB or 7.5GiB")
+    if isinstance(text, str) and not found[2] and amount < LEAST_BARE:
+        raise InputError(f"{text!r} says no unit and would be {in_words(amount)} of memory; write {text.strip()}GB")
     return amount
 
 

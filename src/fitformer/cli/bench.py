@@ -46,6 +46,8 @@ def sizes(text: str) -> list[int]:
 def _step(arguments: argparse.Namespace) -> int:
     if arguments.sizes or arguments.output:
         raise InputError("--sizes and --output are for `fitformer bench scaling`")
+    if arguments.image is not None and arguments.image_size is not None:
+        raise InputError(f"--image-size is of a generated image, and {arguments.image} has its own size: leave one out")
     from fitformer.bench import Bench, measure
     from fitformer.bench.steps import as_plain
 

@@ -255,6 +255,6 @@ def _split(of: Memory) -> str:
         "optimizer": of.optimizer,
         "kept tokens": of.kept,
         "working set": of.working,
-        "process and allocator": of.process + of.slack,
+        "process, decoded pixels and allocator": of.process + of.slack,
     }
     return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size)

@@ -13,7 +13,7 @@ from fitformer.presets import preset
 from fitformer.tiling import Tiling
 
 ROLE_NAMES = ("encoder", "denoiser", "decoder")
-# Patches along the side of a group that are tried.
+# Patches along the side of a square group that are tried; of another shape, groups of as many patches.
 SIDES = range(4, 65)
 
 
@@ -143,8 +143,15 @@ def grouped(geometry: Geometry) -> Iterator[Geometry]:
         return
     ph, pw = sides_of(geometry.patch_size, "hw")
     rows, columns = sides_of(geometry.image_size, "hw")
+    extent = -(-rows // ph), -(-columns // pw)
     # A group may reach beyond the image, but for its last patch.
-    largest = max(-(-rows // ph), -(-columns // pw))
-    sides = [side for side in SIDES if side <= largest] or [largest]
-    candidates = [replace(geometry, group_size=(side * ph, side * pw)) for side in sides]
+    sides = [side for side in SIDES if side <= max(extent)] or [max(extent)]
+    shapes = dict.fromkeys(_within(side, extent) for side in sides)
+    candidates = [replace(geometry, group_size=(high * ph, wide * pw)) for high, wide in shapes]
     yield from sorted(candidates, key=lambda candidate: candidate.flops().total)
+
+
+def _within(side: int, extent: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches: a square, or as many in the shape of an image that is not so high or wide."""
+    high, wide = (min(side, length) for length in extent)
+    return min(-(-side * side // wide), extent[0]), min(-(-side * side // high), extent[1])

@@ -26,6 +26,9 @@ Precision = Literal[32, "bf16"]
 MIB = 2**20
 # Python, torch and this library with its optimizer, before the first tensor; measured.
 PROCESS = 320 * MIB
+# Of a tile or picture while it is decoded: what the library that decodes it holds beside its pixels (Pillow holds three
+# channels in four bytes, and more for a time); measured.
+DECODING = 5, 2
 # On a GPU: what libraries of matrix products take from torch.
 WORKSPACE = 64 * MIB
 
@@ -42,7 +45,8 @@ class Setup:
         recompute: what its backward pass computes again.
         batch: examples at once. accumulate: gradients of parameters stay from one micro-step to the next.
         precision: 32, or bf16 (mixed).
-        pixel_bytes: of a number of the input as it is read. conditions: tokens of a denoiser's condition.
+        pixel_bytes: of a number of the input as it is read. piece_bytes: of the pixels that its files decode at once,
+            at the most: of a tile, or the whole of a PNG or JPEG. conditions: tokens of a denoiser's condition.
         device: cpu, where memory is that of the whole process, or cuda, where it is torch's on the device.
 
     Raises:
@@ -59,6 +63,7 @@ class Setup:
     accumulate: bool = False
     precision: Precision = 32
     pixel_bytes: int = 1
+    piece_bytes: int = 0
     conditions: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -125,7 +130,8 @@ def memory(model: Model, setup: Setup) -> Memory:
     moments = {"plain": step.plain, "checkpointed": step.checkpointed, "streamed": step.streamed}[setup.execution]
     most = max([*moments(), step.optimizing()], key=lambda moment: moment.total)
     copies = 2 if setup.precision == "bf16" else 0
-    tiles = min(MOST_BYTES, step.tokens * step.raw)
+    # What is decoded stays while it fits the cache, and one piece of any size.
+    tiles = max(min(MOST_BYTES, step.tokens * step.raw), setup.piece_bytes * DECODING[0] // DECODING[1])
     away = step.boundaries if setup.execution == "streamed" else 0
     on_gpu = setup.device == "cuda"
     return Memory(

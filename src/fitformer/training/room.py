@@ -1,6 +1,7 @@
 """Whether a training step will fit the memory, asked before the first one; and how its streaming fills it best."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import gettempdir
@@ -12,12 +13,32 @@ from torch import nn
 from fitformer.amounts import bytes_of, in_words
 from fitformer.data.lazily import sizes_of
 from fitformer.data.masks import Masks
+from fitformer.data.readers import LazyImage
+from fitformer.data.readers.levels import RETILE
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 from fitformer.image_encoder import FITImageEncoder
 from fitformer.machine import machine_memory
 from fitformer.planning import Setup, memory, need_room, streaming_for
 from fitformer.settings import Recipe, Training
+
+
+@dataclass
+class _Headers:
+    """Looks at the headers of images: whether each one's mask goes with it, and which file decodes most at once.
+
+    That is its largest tile, or the whole of a PNG or JPEG.
+    """
+
+    masks: Masks | None
+    largest: str = ""
+    piece_bytes: int = 0
+
+    def look(self, image: LazyImage) -> None:
+        if self.masks is not None:
+            self.masks.check(image)
+        if image.piece_bytes > self.piece_bytes:
+            self.largest, self.piece_bytes = image.path, image.piece_bytes
 
 
 def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
@@ -31,8 +52,10 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | 
     """
     training = recipe.trainer
     device = _device(training)
+    headers = _Headers(masks)
     setup = Setup(
-        groups=_most_groups(network, examples, masks),
+        groups=_most_groups(network, examples, headers.look),
+        piece_bytes=headers.piece_bytes,
         execution=training.execution,
         keep=training.keep,
         kept_precision=training.keep_precision,
@@ -48,10 +71,23 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | 
         room = budget if training.memory is not None else budget * 3 // 4
         recompute = "full" if training.compile else training.recompute
         setup = streaming_for(model, setup, room, recompute, training.slice_groups)
+    _need_decoded(model, setup, budget, headers.largest)
     if training.memory is not None or memory(model, setup).total > budget:
         need_room(model, setup, budget)
     _need_scratch(recipe, memory(model, setup).scratch)
     return replace(training, slice_groups=setup.slice_groups, recompute=setup.recompute)
+
+
+def _need_decoded(model: Any, setup: Setup, budget: int, largest: str) -> None:
+    """Raise InputError if a step fits, but not beside the largest piece that a file decodes at once."""
+    needed, without = (memory(model, each).total for each in (setup, replace(setup, piece_bytes=0)))
+    if without <= budget < needed:
+        kind = Path(largest).suffix.lstrip(".").upper() or "file"
+        raise InputError(
+            f"a training step needs {in_words(needed)} of memory and the budget is {in_words(budget)}; "
+            f"{in_words(needed - without)} of it is to decode {largest}, a {kind} that is decoded in pieces of "
+            f"{in_words(setup.piece_bytes)}; {RETILE}"
+        )
 
 
 def _need_scratch(recipe: Recipe, needed: int) -> None:
@@ -76,14 +112,14 @@ def _device(training: Training) -> Any:
     return "cpu" if on_cpu else "cuda"
 
 
-def _most_groups(network: nn.Module, examples: Any, masks: Masks | None = None) -> int | None:
+def _most_groups(network: nn.Module, examples: Any, look: Callable[[LazyImage], None]) -> int | None:
     """Groups of the largest image, none of them skipped; None where the model knows them."""
     if not isinstance(network, FITImageEncoder) or network.groups is not None:
         return None
     if examples.image_size is not None:
         sizes = [examples.image_size]
     else:
-        sizes = sizes_of(examples.source, masks.check if masks else None) or [(1, 1)]
+        sizes = sizes_of(examples.source, look) or [(1, 1)]
         # Groups that are not square may be more, laid across by a quarter turn.
         sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
     counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
