@@ -5,12 +5,14 @@ import re
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 import yaml
+from PIL import Image
 
 pytest.importorskip("lightning", reason="needs the extra train")
 
@@ -21,6 +23,7 @@ from fitformer.data.readers import open_image
 from fitformer.data.symmetries import EIGHT, SAME, Turned
 from fitformer.errors import InputError
 from fitformer.image_encoder import FITImageEncoder
+from fitformer.planning import Setup, memory
 from fitformer.runs import Run
 from fitformer.settings import ClassifyRecipe, Training
 from fitformer.tasks import autoregress, classify, diffuse, set_way
@@ -206,6 +209,10 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--data.source=digits", "which the source 'digits' does not have"),
         ("--data.channels=1", "data.channels is 1 and .* has 3; .* remove data.channels"),
         ("--data.masks=nowhere", "there is no folder nowhere of masks"),
+        ("--data.background=[255,0]", "data.background has 2 levels, and .* has 3 channels"),
+        ("--data.background=pink", "data.background is 'pink'; expected .*'auto'.*, float, tuple"),
+        ("--data.least=1", "data.least is 1.0: a share from 0 to below 1"),
+        ("--trainer.memory=16", "'16' says no unit"),
         ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
     ],
 )
@@ -308,6 +315,77 @@ def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
     assert loaded.model().encoder.run.groups == 2
     assert main(["evaluate", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def off_white(folder, suffix="tif", size=(90, 70)):
+    """Two classes of images on a noisy background that is not quite white."""
+    random = np.random.default_rng(0)
+    for k in range(4):
+        pixels = (235 + random.normal(0, 2, (*size, 3))).astype(np.uint8)
+        pixels[4:28, 6:30] = (180, 90, 60 * (k % 2))
+        path = folder / f"{k % 2}" / f"{k}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == "tif":
+            tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
+        else:
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("background", ["auto", "235", "[235, 235, 235]"])
+def test_a_run_says_what_it_skips(recipe, tmp_path, capsys, background):
+    words = [f"--data.path={off_white(tmp_path / 'images')}", f"--data.background={background}", "--data.least=0.01"]
+    words += ["--trainer.steps=3", "--trainer.batch_size=4", "--data.holdout=0.5", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", recipe, *words]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("background"))
+    told = r"background (auto|235|235, 235, 235): 11% of the groups of the first 8 images hold something"
+    assert re.fullmatch(told, line)
+    kept = Run.open(tmp_path / "run").recipe
+    assert config.parse(config.dump(kept)) == kept
+    # It changes what is learned.
+    assert main(["train", recipe, *words, "--data.least=0.02"]) == 2
+    assert "data.least is 0.01 there, 0.02 here" in said(capsys)
+
+
+def test_a_run_warns_if_its_background_skips_nothing(recipe, tmp_path):
+    words = [f"--data.path={off_white(tmp_path / 'images')}", "--data.tolerance=0.05", "--trainer.validate_batches=0"]
+    words += ["--trainer.steps=1", "--trainer.batch_size=2", "--data.holdout=0.5", "--run-dir", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match="background white: 100% of the groups of the first 2 images hold something"):
+        assert main(["train", recipe, *words]) == 0
+
+
+def test_a_share_of_nothing_that_is_skipped_is_ignored(recipe):
+    loaded = config.load(recipe, ["--data.background=none", "--data.least=0.1"])
+    with pytest.warns(UserWarning, match="data.least is of groups"):
+        data.build(loaded.data)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_what_files_decode_at_once_is_planned_for(recipe, tmp_path, suffix):
+    folder = off_white(tmp_path / "images", suffix, (2000, 2000))
+    loaded = config.load(
+        recipe,
+        [f"--data.path={folder}", "--data.holdout=0.5", "--trainer.execution=streamed", "--trainer.batch_size=1"],
+    )
+    examples = data.build(loaded.data, "train")
+    network = fit(recipe)
+
+    def fits(budget):
+        training = replace(loaded.trainer, memory=str(budget), slice_groups=1, recompute="full")
+        try:
+            with_room(replace(loaded, trainer=training), network, examples)
+        except InputError as error:
+            return str(error)
+
+    setup = Setup(groups=63 * 63, execution="streamed", slice_groups=1)
+    least = memory(network, setup).total
+    if suffix == "tif":
+        assert fits(least) is None
+    else:
+        told = r"17.8 MB of it is to decode .*\.png, a PNG that is decoded in pieces of 12 MB; store it in small tiles"
+        assert re.search(told, fits(least))
+        assert fits(memory(network, replace(setup, piece_bytes=12 * 10**6)).total) is None
+    assert "take a smaller model" in fits(10**6)
 
 
 def test_images_in_memory_skip_their_empty_groups_too():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fitformer.data.background import band_of
 from fitformer.data.occupancy import occupied, occupied_turned
 from fitformer.data.readers import open_image, write_tiled_tiff
 from fitformer.data.symmetries import EIGHT, SAME, Symmetry
@@ -87,6 +88,56 @@ def test_the_threshold_is_a_share_of_the_range(dtype, background, level, other, 
     np.save(tmp_path / "image.npy", array)
     with open_image(tmp_path / "image.npy") as image:
         assert occupied(image, 4, background=background).tolist() == [[False, False], [True, False]]
+
+
+def off_white(dtype="uint8", size=(512, 640), noise=3.0):
+    """A canvas of noise around a pale colour, with something in the group of 64 pixels at row 2, column 3."""
+    random = np.random.default_rng(0)
+    top = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 8000.0
+    array = np.array([235, 240, 228]) / 255 + random.normal(0, noise / 255, (*size, 3))
+    array[140:170, 200:240] = (0.8, 0.7, 0.75)
+    return (array.clip(0, 1) * top).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("noise", [0.0, 2.0, 4.0])
+def test_auto_is_the_commonest_colour_and_its_noise(dtype, noise, tmp_path):
+    np.save(tmp_path / "image.npy", off_white(dtype, noise=noise))
+    with open_image(tmp_path / "image.npy") as image:
+        found = occupied(image, 64, background="auto")
+        assert np.argwhere(found).tolist() == [[2, 3]]
+        assert np.array_equal(found, occupied(image, 64, background="auto"))
+        # Nothing of it is white.
+        assert occupied(image, 64, background="white", tolerance=0.02).all()
+
+
+def test_auto_reaches_as_far_as_noise_and_no_further(tmp_path):
+    """What `tolerance` would take for background is something to it, if the background is clean."""
+    array = np.full((512, 512, 1), 240, np.uint8)
+    array[100, 100] = 230
+    np.save(tmp_path / "image.npy", array)
+    with open_image(tmp_path / "image.npy") as image:
+        assert not occupied(image, 64, background=240).any()
+        assert np.argwhere(occupied(image, 64, background="auto")).tolist() == [[1, 1]]
+        assert np.argwhere(occupied(image, 64, background="auto", tolerance=0)).tolist() == [[1, 1]]
+
+
+@given(seed=st.integers(0, 2**31), channels=st.integers(1, 9), dtype=st.sampled_from(["uint8", "uint16", "float32"]))
+@settings(max_examples=30, deadline=None)
+def test_auto_looks_at_any_image(seed, channels, dtype, tmp_path_factory):
+    """Of any size, of pure noise, of no numbers: what is background is at the most `tolerance` away from one colour."""
+    random = np.random.default_rng(seed)
+    rows, columns = (int(side) for side in random.integers(1, 90, 2))
+    array = random.random((rows, columns, channels)) * (255 if dtype != "uint16" else 65535)
+    array = array.astype(dtype)
+    if dtype == "float32":
+        array[random.random((rows, columns)) < random.choice([0, 0.5, 1])] = np.nan
+    path = tmp_path_factory.mktemp("image") / "image.npy"
+    np.save(path, array)
+    with open_image(path) as image:
+        lowest, highest = band_of(image, "auto", 0.1, "it")
+    widest = 0.2 * (65535 if dtype == "uint16" else 255)
+    assert (highest - lowest.astype(float) <= widest + 1e-3).all()
 
 
 def test_without_background_or_mask_all_groups_count(tmp_path):
@@ -185,7 +236,7 @@ def test_a_mask_of_another_size(size, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"background": "pink"}, "background is 'pink': choose white, black, a number, or a number for each channel"),
+        ({"background": "pink"}, "background is 'pink': choose white, black, auto, a number, or a number for each"),
         ({"background": (1, 2)}, r"background has 2 levels, and .*image\.npy has 3 channels"),
         ({"least": 1.0}, "least is 1.0"),
         ({"tolerance": -0.1}, "tolerance is -0.1"),

@@ -473,7 +473,7 @@ def test_every_image_gets_its_files_and_a_line(folder, tmp_path):
         assert row["label"] == record["label"] == max(record["probabilities"], key=record["probabilities"].get)
         assert sum(record["probabilities"].values()) == pytest.approx(1)
     record = read_record(tmp_path / "out" / "deep" / "a.npy.json")
-    assert (record["rows"], record["columns"], record["groups"]) == (16, 9, 6)
+    assert (record["rows"], record["columns"], record["groups"], record["groups_in_all"]) == (16, 9, 6, 6)
 
 
 def read_record(path):

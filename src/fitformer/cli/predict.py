@@ -134,7 +134,9 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     masks, trained = masks_of(data), of.pixels
     if masks is not None:
         masks.check_shared(slide.path for slide in slides)
-    skipped = {"background": data.background, "tolerance": data.tolerance, "masks": data.masks}
+    # As JSON gives it back.
+    background = list(data.background) if isinstance(data.background, tuple) else data.background
+    skipped = {"background": background, "tolerance": data.tolerance, "least": data.least, "masks": data.masks}
     with progress("looking") as show:
         work = Slides(
             network,

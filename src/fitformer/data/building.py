@@ -140,7 +140,12 @@ def _split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
 
 
 def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
+    _check_skipping(settings)
     source, note = choose_part(read_parts(settings), settings, split)
+    if isinstance(settings.background, tuple) and len(settings.background) not in (1, source.channels):
+        raise InputError(
+            f"data.background has {len(settings.background)} levels, and {source.title} has {source.channels} channels"
+        )
     return ImageDataset(
         source,
         settings.image_size,
@@ -151,6 +156,14 @@ def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
         max_unreadable=settings.max_unreadable,
         note=note,
     )
+
+
+def _check_skipping(settings: ImageData) -> None:
+    for name in ("tolerance", "least"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise InputError(f"data.{name} is {getattr(settings, name)}: a share from 0 to below 1")
+    if settings.least and settings.background == "none" and settings.masks is None:
+        warnings.warn("data.least is of groups that data.background or data.masks leave out: ignored", stacklevel=4)
 
 
 def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:

@@ -8,14 +8,12 @@ from math import ceil
 import numpy as np
 
 from fitformer.cuts import Size, sides_of
+from fitformer.data.background import Background, band_of
 from fitformer.data.readers.areas import Overlap, overlap
 from fitformer.data.readers.lazy import LazyImage, open_image
 from fitformer.data.readers.levels import Pixels, blocks
 from fitformer.data.symmetries import EIGHT, SAME, Symmetry
 from fitformer.errors import InputError
-
-Background = str | float | tuple[float, ...]
-"""`white`, `black`, one level for all channels, or one for each."""
 
 # A coarse look sees at least so many pixels along the side of a group.
 _COARSE = 16
@@ -34,9 +32,11 @@ def occupied(
     """Which groups hold something, bool (group rows, group columns); groups at the edges may reach beyond it.
 
     A pixel is something if one of its channels is further from `background` than `tolerance`, a share of the range
-    (255 or 65535; 1 for floats, of which NaN is background). With a `mask`, an image of the same size or an even
-    reduction of it, what is not zero there is something. A group is occupied if more than the share `least` of its
-    pixels inside the image is something, by each of the two that is given; without either, all are.
+    (255 or 65535; 1 for floats, of which NaN is background). The background `auto` is the image's own: the commonest
+    colour of pixels spread evenly over it, and what its noise makes of that, `tolerance` at the most. With a `mask`,
+    an image of the same size or an even reduction of it, what is not zero there is something. A group is occupied if
+    more than the share `least` of its pixels inside the image is something, by each of the two that is given; without
+    either, all are.
 
     All pixels are looked at, block by block: with `least` 0 not even a single one is missed. With `exact` off, a
     reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
@@ -78,7 +78,7 @@ def occupied_turned(
     edges = _edges(size, (rows, columns), symmetries)
     looks = []
     if background is not None:
-        lowest, highest = _range(image, background, tolerance)
+        lowest, highest = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
 
         def differs(pixels: np.ndarray) -> np.ndarray:
             outside = np.zeros(pixels.shape[:2], dtype=bool)
@@ -101,25 +101,6 @@ def _drawn(pixels: np.ndarray) -> np.ndarray:
     """What is not zero in a mask; of four channels the last is alpha and says nothing."""
     colours = pixels[..., :3] if pixels.shape[2] == 4 else pixels
     return np.asarray((colours != 0).any(axis=2))
-
-
-def _range(image: LazyImage, background: Background, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and highest level (channels,) that is background, in the type of the pixels where that is whole."""
-    whole = image.dtype.kind == "u"
-    top = float(np.iinfo(image.dtype).max) if whole else 1.0
-    named = {"white": top, "black": 0.0}
-    if isinstance(background, str) and background not in named:
-        raise InputError(f"background is {background!r}: choose white, black, a number, or a number for each channel")
-    levels = np.atleast_1d(np.asarray(named[background] if isinstance(background, str) else background, dtype=float))
-    channels = image.shape[2]
-    if levels.shape not in ((1,), (channels,)):
-        raise InputError(f"background has {levels.size} levels, and {image.path} has {channels} channels")
-    levels = np.broadcast_to(levels, channels)
-    lowest, highest = levels - tolerance * top, levels + tolerance * top
-    if whole:
-        # Compared as they are, the pixels need no conversion.
-        lowest, highest = (np.clip(edge, 0, top).astype(image.dtype) for edge in (np.ceil(lowest), np.floor(highest)))
-    return lowest, highest
 
 
 def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:

@@ -11,6 +11,7 @@ ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arr
 ByteSource = Literal["python-sources", "python-docs", "files"]
 Augmentation = Literal["none", "light", "crop", "crop-flip", "shift", "flip", "dihedral"]
 Resize = Literal["crop", "stretch", "pad"]
+Background = Literal["none", "white", "black", "auto"] | float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class ImageData:
             `flip`: mirrored left to right or not; `dihedral`: one of the eight flips and quarter turns. These
             two are the ones for images of any size.
         background: groups that hold nothing else are skipped, by a model with `latent_position: row_column`: `white`,
-            `black`, or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share of the range.
+            `black`, a level or one for each channel, in the numbers of the files; `auto` for the commonest colour of
+            each image and its noise; or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share
+            of the range. least: groups are skipped, too, in which no larger share of the pixels is something else.
         masks: folder of mask files, named as the images but for their endings, in the images' subfolders or in none;
             groups where the mask is 0 are skipped.
         max_unreadable: number of files that may be unreadable before it is an error; each is logged and replaced.
@@ -71,8 +74,9 @@ class ImageData:
     validation: float = 0.0
     split_seed: int = 0
     augmentation: Augmentation = "none"
-    background: Literal["none", "white", "black"] = "none"
+    background: Background = "none"
     tolerance: float = 0.1
+    least: float = 0.0
     masks: str | None = None
     max_unreadable: int = 10
     num_workers: int = 0

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from glob import escape
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +257,7 @@ class Slides:
             "rows": looked.image_size[0],
             "columns": looked.image_size[1],
             "groups": seen.image.num_groups - seen.image.glimpses,
+            "groups_in_all": prod(seen.image.grid),
             "of": of,
             "made_with": self._key,
         }

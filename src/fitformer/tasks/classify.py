@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer.cuts import Size
+from fitformer.data.background import Background
 from fitformer.data.masks import Masks
 from fitformer.data.occupancy import occupied_turned
 from fitformer.data.readers import LazyImage, open_image
@@ -92,11 +93,15 @@ def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray
     image: Any
     image, symmetry = (source.source, source.symmetry) if isinstance(source, Turned) else (source, SAME)
     if not isinstance(image, LazyImage):
-        found = occupied_turned(image, tiling.group_size, (symmetry,), background=background, tolerance=data.tolerance)
+        found = occupied_turned(
+            image, tiling.group_size, (symmetry,), background=background, tolerance=data.tolerance, least=data.least
+        )
     else:
         # An image that is turned at all will be turned in other ways, too, and one look serves them all.
         symmetries = EIGHT if isinstance(source, Turned) else (SAME,)
-        found = _occupied_file(image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks)
+        found = _occupied_file(
+            image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks, data.least
+        )
     return found[symmetry]
 
 
@@ -105,20 +110,24 @@ def _occupied_file(
     path: str,
     group_size: Size,
     symmetries: tuple[Symmetry, ...],
-    background: str | None,
+    background: Background | None,
     tolerance: float,
     masks: str | None,
+    least: float,
 ) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
         mask = None if masks is None else Masks(masks).of(path)
-        found = occupied_turned(image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask)
+        found = occupied_turned(
+            image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask, least=least
+        )
     if not all(each.any() for each in found.values()):
-        left = [f"background {background}, tolerance {tolerance}"] if background else []
+        left = [f"background {background}, tolerance {tolerance}"] if background is not None else []
         left += [f"mask {mask}"] if mask else []
+        left += [f"least {least}"] if least else []
         raise Blank(
             f"{path} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
-            f"data.{'tolerance' if background else 'masks'}"
+            f"data.{'masks' if background is None else 'tolerance'}"
         )
     return found
 

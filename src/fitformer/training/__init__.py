@@ -25,7 +25,7 @@ from fitformer.tasks import build_model, task_of
 from fitformer.training import keeping
 from fitformer.training.learner import Data, Learner
 from fitformer.training.room import with_room
-from fitformer.training.watching import Bar, Lines, Observer, loggers
+from fitformer.training.watching import Bar, Lines, Observer, loggers, skipping
 
 __all__ = ["train"]
 
@@ -140,7 +140,7 @@ def _trainer(
     observer = Observer(run)
     bar = Bar(observer) if sys.stdout.isatty() else Lines(observer)
     # The order matters: previews before the average is put back, checkpoints after it was updated.
-    callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate)]
+    callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate), *skipping(run.recipe)]
     return pl.Trainer(
         max_steps=training.steps,
         max_epochs=1,

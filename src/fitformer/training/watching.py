@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+import warnings
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from fitformer.data.settings import Background, ImageData
 from fitformer.runs import Run
+from fitformer.settings import Recipe
 from fitformer.tasks import Preview, task_of
+from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import grid, save
 
 
@@ -134,6 +139,63 @@ class Observer(Callback):
             elif isinstance(logger, TensorBoardLogger):
                 text = "\n\n---\n\n".join("    " + sample.replace("\n", "\n    ") for sample in preview.text)
                 logger.experiment.add_text("samples", text, step)
+
+
+class Skipping(Callback):
+    """Says once, in one line, how many groups of the first images hold something; warns if all do.
+
+    It asks after a step what the step has already found out.
+    """
+
+    IMAGES = 8
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        self.images, self.kept, self.groups = 0, 0, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
+        """Count the groups of a batch, and tell once there are enough images."""
+        if self.images < self.IMAGES:
+            for image in batch["image"]:
+                found = grouped(pl_module.network, image, self.data)
+                self.images += 1
+                self.kept += found.num_groups - found.glimpses
+                self.groups += prod(found.grid)
+            if self.images >= self.IMAGES:
+                self._tell(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell it of fewer images, if there were no more."""
+        if 0 < self.images < self.IMAGES:
+            self._tell(trainer)
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        given = [] if self.data.background == "none" else [f"background {in_short(self.data.background)}"]
+        given += [f"masks {self.data.masks}"] if self.data.masks else []
+        words = f"{', '.join(given)}: {self.kept / self.groups:.0%} of the groups of the first {self.images} images"
+        if self.kept < self.groups or self.data.background == "none":
+            print(f"{words} hold something", flush=True)
+        else:
+            warnings.warn(
+                f"{words} hold something, and none is skipped: data.background may be auto, or a level or colour as "
+                "the files have it; data.tolerance and data.least say what may differ from it",
+                stacklevel=2,
+            )
+
+
+def skipping(recipe: Recipe) -> list[Callback]:
+    """What tells of skipped groups, of a recipe that skips some."""
+    data = recipe.data
+    skips = isinstance(data, ImageData) and (data.background != "none" or data.masks is not None)
+    return [Skipping(data)] if isinstance(data, ImageData) and skips else []
+
+
+def in_short(background: Background) -> str:
+    """A background in a few characters."""
+    levels = background if isinstance(background, tuple) else (background,)
+    return ", ".join(level if isinstance(level, str) else f"{level:g}" for level in levels)
 
 
 def brief(metrics: dict[str, float]) -> dict[str, str]:
