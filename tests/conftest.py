@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

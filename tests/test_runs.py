@@ -145,7 +145,7 @@ RARELY_SAVED = ["--trainer.accumulate=3", "--trainer.steps=4", "--trainer.checkp
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(tmp_path_factory, one_thread):
     """A run that nothing stopped."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0

@@ -176,9 +176,9 @@ def test_what_needs_the_whole_image_is_refused(image, augmentation):
 @pytest.mark.parametrize(("augmentation", "most"), [("none", 2 * 5), ("flip", 2 * 5), ("dihedral", 4 * 3)])
 def test_the_largest_image_is_counted_in_the_turns_it_may_take(tmp_path, augmentation, most):
     pytest.importorskip("lightning", reason="needs the extra train")
-    from fitformer.training.room import _most_groups
+    from fitformer.training.room import _Headers, _most_groups
 
     np.save(tmp_path / "image.npy", np.zeros((40, 70, 3), np.uint8))
     network = FITImageEncoder("(1)1", None, (20, 16), 4, 2, 8, 8, 2, 2, glimpses=1, latent_position="row_column")
     dataset = lazy(open_image(tmp_path / "image.npy"), augmentation)
-    assert _most_groups(network, dataset) == 1 + most
+    assert _most_groups(network, dataset, _Headers(None).look) == 1 + most
