@@ -107,7 +107,7 @@ def test_what_is_computed_again_follows_from_the_memory(recipe):
 
     assert chosen() == chosen("--trainer.memory=8GB") == "light"
     assert chosen("--trainer.memory=8GB", "--trainer.recompute=local") == "local"
-    assert chosen("--trainer.memory=480MB") == "full"
+    assert chosen("--trainer.memory=640MB") == "full"
     assert chosen("--trainer.compile=true") == "full"
     with pytest.raises(InputError, match=r"recompute is 'light' with compile.*leave recompute out"):
         Training(compile=True, recompute="light")
@@ -377,12 +377,12 @@ def test_what_files_decode_at_once_is_planned_for(recipe, tmp_path, suffix):
         except InputError as error:
             return str(error)
 
-    setup = Setup(groups=63 * 63, execution="streamed", slice_groups=1)
+    setup = Setup(groups=63 * 63, execution="streamed", slice_groups=1, trainer=True, data_bytes=2 * 12 * 10**6)
     least = memory(network, setup).total
     if suffix == "tif":
         assert fits(least) is None
     else:
-        told = r"17.8 MB of it is to decode .*\.png, a PNG that is decoded in pieces of 12 MB; store it in small tiles"
+        told = r"6 MB of it is to decode .*\.png, a PNG that is decoded in pieces of 12 MB; store it in small tiles"
         assert re.search(told, fits(least))
         assert fits(memory(network, replace(setup, piece_bytes=12 * 10**6)).total) is None
     assert "take a smaller model" in fits(10**6)

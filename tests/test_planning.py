@@ -206,6 +206,16 @@ def test_the_working_set_of_streaming_does_not_grow_with_the_image():
     assert plain[1] / plain[0] == pytest.approx(4, rel=0.02)
 
 
+def test_a_run_of_training_counts_its_libraries_and_the_tiles_of_all_images():
+    model, setup = small(execution="streamed", groups=10)
+    one, mib = memory(model, setup).process, 2**20
+    assert memory(model, replace(setup, trainer=True)).process == one + 150 * mib
+    image = 10 * 256 * 256 * 3
+    assert memory(model, replace(setup, data_bytes=5 * image)).process == one + 4 * image
+    # Of which the cache keeps no more than it may.
+    assert memory(model, replace(setup, data_bytes=500 * image)).process == one - image + 128 * mib
+
+
 def test_a_slice_is_the_largest_that_fits_a_budget():
     model, setup = small(execution="streamed")
     most = slice_for(model, setup)

@@ -26,6 +26,8 @@ Precision = Literal[32, "bf16"]
 MIB = 2**20
 # Python, torch and this library with its optimizer, before the first tensor; measured.
 PROCESS = 320 * MIB
+# What a run of training has beside that: Lightning and its loggers, the look at new images; measured.
+TRAINER = 150 * MIB
 # Of a tile or picture while it is decoded: what the library that decodes it holds beside its pixels (Pillow holds three
 # channels in four bytes, and more for a time); measured.
 DECODING = 5, 2
@@ -47,6 +49,8 @@ class Setup:
         precision: 32, or bf16 (mixed).
         pixel_bytes: of a number of the input as it is read. piece_bytes: of the pixels that its files decode at once,
             at the most: of a tile, or the whole of a PNG or JPEG. conditions: tokens of a denoiser's condition.
+        data_bytes: of the pixels of all files that are read piece by piece, if there are more than one.
+        trainer: the step is one of `fitformer train`, which brings libraries of its own.
         device: cpu, where memory is that of the whole process, or cuda, where it is torch's on the device.
 
     Raises:
@@ -65,6 +69,8 @@ class Setup:
     pixel_bytes: int = 1
     piece_bytes: int = 0
     conditions: int = 1
+    data_bytes: int = 0
+    trainer: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -131,7 +137,8 @@ def memory(model: Model, setup: Setup) -> Memory:
     most = max([*moments(), step.optimizing()], key=lambda moment: moment.total)
     copies = 2 if setup.precision == "bf16" else 0
     # What is decoded stays while it fits the cache, and one piece of any size.
-    tiles = max(min(MOST_BYTES, step.tokens * step.raw), setup.piece_bytes * DECODING[0] // DECODING[1])
+    tiles = min(MOST_BYTES, max(step.tokens * step.raw, setup.data_bytes))
+    tiles = max(tiles, setup.piece_bytes * DECODING[0] // DECODING[1])
     away = step.boundaries if setup.execution == "streamed" else 0
     on_gpu = setup.device == "cuda"
     return Memory(
@@ -139,7 +146,7 @@ def memory(model: Model, setup: Setup) -> Memory:
         optimizer=2 * step.parameters * FLOAT,
         kept=most.kept + most.remembered,
         working=most.working,
-        process=WORKSPACE if on_gpu else PROCESS + tiles,
+        process=WORKSPACE if on_gpu else PROCESS + TRAINER * setup.trainer + tiles,
         slack=0 if on_gpu else _slack(setup.execution, most, step),
         scratch=away if setup.keep == "disk" else 0,
         host=away if setup.keep == "host" and on_gpu else 0,

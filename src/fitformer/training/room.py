@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import gettempdir
@@ -25,18 +26,20 @@ from fitformer.settings import Recipe, Training
 
 @dataclass
 class _Headers:
-    """Looks at the headers of images: whether each one's mask goes with it, and which file decodes most at once.
+    """Looks at the headers of images: whether each one's mask goes with it, how much there is to decode, and at once.
 
-    That is its largest tile, or the whole of a PNG or JPEG.
+    At once is the largest tile of a file, or the whole of a PNG or JPEG.
     """
 
     masks: Masks | None
     largest: str = ""
     piece_bytes: int = 0
+    data_bytes: int = 0
 
     def look(self, image: LazyImage) -> None:
         if self.masks is not None:
             self.masks.check(image)
+        self.data_bytes += prod(image.shape) * image.dtype.itemsize
         if image.piece_bytes > self.piece_bytes:
             self.largest, self.piece_bytes = image.path, image.piece_bytes
 
@@ -56,12 +59,14 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | 
     setup = Setup(
         groups=_most_groups(network, examples, headers.look),
         piece_bytes=headers.piece_bytes,
+        data_bytes=headers.data_bytes,
         execution=training.execution,
         keep=training.keep,
         kept_precision=training.keep_precision,
         batch=training.batch_size,
         accumulate=training.accumulate > 1,
         precision=training.precision,
+        trainer=True,
         device=device,
     )
     budget = machine_memory(device) if training.memory is None else bytes_of(training.memory)
