@@ -100,7 +100,7 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(recipe, 
     assert "no amount of memory" in capsys.readouterr().err
 
 
-def test_what_is_computed_again_follows_from_the_memory(recipe):
+def test_what_is_computed_again_follows_from_the_memory(recipe, monkeypatch):
     def chosen(*words):
         loaded = config.load(recipe, ["--trainer.execution=streamed", *words])
         return with_room(loaded, fit(recipe), data.build(loaded.data, "train")).recompute
@@ -109,6 +109,10 @@ def test_what_is_computed_again_follows_from_the_memory(recipe):
     assert chosen("--trainer.memory=8GB", "--trainer.recompute=local") == "local"
     assert chosen("--trainer.memory=640MB") == "full"
     assert chosen("--trainer.compile=true") == "full"
+    # Processes on one machine share its memory.
+    monkeypatch.setattr("fitformer.training.room.machine_memory", lambda device: 4 * 700 * 10**6)
+    assert chosen("--trainer.accelerator=cpu") == "light"
+    assert chosen("--trainer.accelerator=cpu", "--trainer.devices=4") == "full"
     with pytest.raises(InputError, match=r"recompute is 'light' with compile.*leave recompute out"):
         Training(compile=True, recompute="light")
 

@@ -69,7 +69,7 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | 
         trainer=True,
         device=device,
     )
-    budget = machine_memory(device) if training.memory is None else bytes_of(training.memory)
+    budget = _share_of_machine(training, device) if training.memory is None else bytes_of(training.memory)
     model: Any = network
     if training.execution == "streamed":
         # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
@@ -110,6 +110,12 @@ def _need_scratch(recipe: Recipe, needed: int) -> None:
             "free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 (half of it), or "
             "trainer.keep to memory"
         )
+
+
+def _share_of_machine(training: Training, device: str) -> int:
+    """Bytes for one process: each has a GPU of its own, and all share the memory of a machine."""
+    sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
+    return machine_memory(device) // max(1, sharing)
 
 
 def _device(training: Training) -> Any:
