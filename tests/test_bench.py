@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from fitformer.cli import main
 from fitformer.data.readers import open_image
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
-from fitformer.machine import peak_bytes
+from fitformer.machine import give_back, peak_bytes
 from fitformer.planning import Geometry, Wish
 
 SIZES = {"layers": "(1)1(1)1", "dim": 16, "latent_dim": 16, "heads": 2, "latent_heads": 2, "latents_per_group": 2}
@@ -79,6 +82,20 @@ def test_the_peak_grows_with_what_is_allocated():
     assert peak_bytes(torch.device("cpu")) >= before
     torch.ones((before + 50_000_000) // 4)
     assert peak_bytes(torch.device("cpu")) > before + 40_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_in_the_middle_of_the_heap_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Small enough for the heap, and every other one stays: the holes between them are not its end.
+    tensors = [torch.ones(2**13) for _ in range(12800)]
+    del tensors[::2]
+    before = resident()
+    give_back()
+    assert resident() < before - 100e6
+    assert len(tensors) == 6400
 
 
 def test_a_file_of_ones_own_is_measured_from_the_command_line(capsys, tmp_path):

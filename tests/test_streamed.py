@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fitformer
 from fitformer.errors import InputError
-from fitformer.execution import Streamed, Work, checkpointed, kept, plain, total
+from fitformer.execution import Streamed, Work, checkpointed, kept, passes, plain, total
 from fitformer.tiling import GroupedImage, PixelArray
 
 T, N = 7, 6
@@ -208,6 +208,19 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
     assert ours[1].pop("x") is plainly[1].pop("x") is None
     check_equal(ours, plainly)
     assert model.stem.projection.weight.grad is None
+
+
+def test_what_was_freed_is_given_back_where_there_are_many_slices(monkeypatch):
+    given = []
+    monkeypatch.setattr(passes, "give_back", lambda: given.append(1))
+    model = encoder()
+    model.run = Streamed(1)
+    # Of each of two blocks: after every second of seven slices and the whole block, and backward after each phase.
+    for many, times in ((2, 2 * (3 + 1) + 2 * 2), (8, 0)):
+        monkeypatch.setattr(passes, "MANY_SLICES", many)
+        given.clear()
+        model(torch.randn(1, T, N, 5))[1].sum().backward()
+        assert len(given) == times
 
 
 def test_without_gradients_one_room_serves_all_blocks(monkeypatch):

@@ -1,9 +1,12 @@
-"""The memory of this machine or of its GPU: how much there is, and the most that this process has taken."""
+"""The memory of this machine or of its GPU: how much there is, the most this process has taken, what it gives back."""
 
+import ctypes
 import os
 import resource
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,3 +34,17 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def give_back() -> None:
+    """Give memory that was freed, and that the C library keeps for itself, back to the system.
+
+    glibc keeps what is smaller than 32 MiB in a heap that it shortens from its end alone, however many holes there are.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

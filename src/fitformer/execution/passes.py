@@ -13,11 +13,15 @@ from fitformer.execution.ahead import ahead
 from fitformer.execution.kept import Kept, rooms
 from fitformer.execution.recompute import REMEMBERED, checkpointing, contexts
 from fitformer.execution.work import Work, embedded
+from fitformer.machine import give_back
 from fitformer.randomness import random_state, set_random_state
 from fitformer.trunk import Block, Trunk
 
 if TYPE_CHECKING:
     from fitformer.execution.streamed import Streamed
+
+# So many slices take so long that it costs nothing to give back, after them, what they have freed.
+MANY_SLICES = 16
 
 # A slice of groups, its tokens, their mask, and in the backward pass a gradient.
 Found = tuple[slice, Tensor, Tensor | None, Tensor | None]
@@ -61,6 +65,7 @@ class Pass:
                 if graph:
                     self.entered.append(latents)
                 latents = self._global(i, self._groups(i, latents))
+                self._tidy()
         except BaseException:
             self._close()
             raise
@@ -73,13 +78,15 @@ class Pass:
         """The group phase of block i: latents in and out."""
         source, parts = self.trunk.write_source(latents), []
         with closing(self._tokens(i)) as found:
-            for groups, tokens, mask, _ in found:
+            for k, (groups, tokens, mask, _) in enumerate(found, start=1):
                 if self.graph and self._calls_back(i):
                     self.states[i, groups.start] = random_state(self.device)
                 x = self._enter(i, groups, tokens)
                 x, part = self._remembering(i, groups, x, latents[:, groups], source[:, groups], mask)
                 parts.append(part)
                 self._leave(i, groups, x, mask)
+                if k % MANY_SLICES == 0:
+                    self._tidy()
         return torch.cat(parts, dim=1)
 
     def _calls_back(self, i: int) -> bool:
@@ -170,6 +177,11 @@ class Pass:
         near = self.how.keep == "memory" and (i > 0 or self.whole)
         yield from map(fetch, slices) if near else ahead(fetch, slices, self.device)
 
+    def _tidy(self) -> None:
+        """Give back the holes that freed tensors left between those that stay, or between others of another phase."""
+        if self.device.type == "cpu" and len(self.slices) >= MANY_SLICES:
+            give_back()
+
     def _close(self) -> None:
         for kept in self.kept:
             kept.close()
@@ -181,7 +193,9 @@ class Pass:
         try:
             for i in reversed(range(self.last + 1)):
                 g_latents = self._global_backward(i, g_latents)
+                self._tidy()
                 g_latents = self._groups_backward(i, g_out, g_latents)
+                self._tidy()
         finally:
             self._close()
             set_random_state(state, self.device)
