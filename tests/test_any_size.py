@@ -20,8 +20,8 @@ from fitformer import config, data
 from fitformer.cli import main
 from fitformer.data import images
 from fitformer.data.readers import open_image
-from fitformer.data.symmetries import EIGHT, SAME, Turned
-from fitformer.errors import InputError
+from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Turned
+from fitformer.errors import Blank, InputError
 from fitformer.image_encoder import FITImageEncoder
 from fitformer.planning import Setup, memory
 from fitformer.runs import Run
@@ -110,7 +110,8 @@ def test_what_is_computed_again_follows_from_the_memory(recipe, monkeypatch):
     assert chosen("--trainer.memory=640MB") == "full"
     assert chosen("--trainer.compile=true") == "full"
     # Processes on one machine share its memory.
-    monkeypatch.setattr("fitformer.training.room.machine_memory", lambda device: 4 * 700 * 10**6)
+    monkeypatch.setattr("fitformer.training.room.machine_memory", lambda device: 4 * 640 * 10**6)
+    monkeypatch.setattr("fitformer.training.room.spare_memory", lambda device: 4 * 640 * 10**6)
     assert chosen("--trainer.accelerator=cpu") == "light"
     assert chosen("--trainer.accelerator=cpu", "--trainer.devices=4") == "full"
     with pytest.raises(InputError, match=r"recompute is 'light' with compile.*leave recompute out"):
@@ -362,6 +363,29 @@ def test_a_share_of_nothing_that_is_skipped_is_ignored(recipe):
     loaded = config.load(recipe, ["--data.background=none", "--data.least=0.1"])
     with pytest.warns(UserWarning, match="data.least is of groups"):
         data.build(loaded.data)
+
+
+@pytest.mark.parametrize("task", ["diffuse", "autoregress"])
+def test_tasks_that_skip_no_groups_say_so(task, tmp_path, capsys):
+    words = [f"digits-{task}", "--data.background=white", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"is for the task classify: the task {task} skips no groups" in said
+
+
+def test_a_flip_is_blank_only_if_that_flip_is(recipe, tmp_path):
+    """Quarter turns, which are never drawn, may leave no group that holds enough."""
+    pixels = np.full((80, 32, 3), 255, np.uint8)
+    pixels[32:52] = 0
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(16, 16), photometric="rgb")
+    image = open_image(tmp_path / "a.tif")
+    words = ["--data.least=0.6", "--model.group_size=32"]
+    flipped = config.load(recipe, [*words, "--data.augmentation=flip"])
+    turned = SYMMETRIES["flip"][1]
+    assert grouped(fit(recipe, words), Turned(image, turned), flipped.data).num_groups == 1
+    any_way = config.load(recipe, [*words, "--data.augmentation=dihedral"])
+    with pytest.raises(Blank, match="as it is turned in training, has no group"):
+        grouped(fit(recipe, words), Turned(image, turned), any_way.data)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

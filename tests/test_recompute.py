@@ -165,6 +165,15 @@ def test_results_come_back_once_and_in_their_order():
     assert not remembering.results
 
 
+def test_other_kernels_in_the_backward_pass_are_refused():
+    model = wide()
+    model.run = Streamed(2, recompute="selective")
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(torch.randn(2, 6, 24, 20))[1].sum()
+    with pytest.raises(RuntimeError, match="same kernels of attention in both, or recompute='full'"):
+        loss.backward()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of itself, within torch
 def test_compiled_layers_are_exact():

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 # What the kernel lets the processes of a container have, in its second and its first version of control groups.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_STATUS = Path("/proc/self/status")
+_STATUS, _MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
 def machine_memory(device: str = "cpu") -> int:
@@ -23,15 +22,29 @@ def machine_memory(device: str = "cpu") -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(int, limits)])
 
 
+def spare_memory(device: str = "cpu") -> int:
+    """Bytes that may be filled unasked: three quarters of all, or what is free, if that is less."""
+    most = machine_memory(device) * 3 // 4
+    if device == "cuda":
+        return min(most, torch.cuda.mem_get_info()[0])
+    return min(most, _field(_MEMORY, "MemAvailable") or most)
+
+
+def _field(path: Path, name: str) -> int | None:
+    """Bytes that Linux tells under a name, given in kB; None elsewhere."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory so far: resident set of the process, or what torch allocated on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.is_file():
-        # Linux lets `ru_maxrss` of a process start from its parent's; this starts from nothing.
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    # Linux lets `ru_maxrss` of a process start from its parent's; this starts from nothing.
+    if (peak := _field(_STATUS, "VmHWM")) is not None:
+        return peak
+    import resource  # not everywhere
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

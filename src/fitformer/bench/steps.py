@@ -19,7 +19,7 @@ from fitformer.cuts import by, sides_of
 from fitformer.data.readers import open_image
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, Way, checkpointed, plain
-from fitformer.machine import machine_memory, peak_bytes
+from fitformer.machine import peak_bytes, spare_memory
 from fitformer.planning import Geometry, Plan, Setup, Wish
 from fitformer.tiling import PixelSource
 
@@ -93,7 +93,7 @@ def measure(bench: Bench) -> Measured:
 
 
 def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
-    budget = bench.wish.budget or machine_memory(bench.wish.device) * 3 // 4
+    budget = bench.wish.budget or spare_memory(bench.wish.device)
     plan = planning.choose(bench.geometry, replace(bench.wish, budget=budget))
     if not plan.fits:
         raise InputError(plan.verdict)

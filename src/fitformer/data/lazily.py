@@ -73,7 +73,7 @@ def _check_alike(image: LazyImage, other: LazyImage) -> None:
         )
 
 
-def sizes_of(source: Any, check: Callable[[LazyImage], None] | None = None) -> list[tuple[int, int]]:
+def sizes_of(source: Any, check: Callable[[LazyImage], object] | None = None) -> list[tuple[int, int]]:
     """Rows and columns of all images of a source that can be opened, by their headers; `check` is told of each.
 
     Raises:

@@ -63,8 +63,11 @@ class Masks:
             "is none: add it, or leave the image out"
         )
 
-    def check(self, image: LazyImage) -> None:
+    def check(self, image: LazyImage) -> tuple[str, int]:
         """Check by its header that the mask of an image is there, is no other image's, and has the right size.
+
+        Returns:
+            its path, and the bytes of it that are decoded at once.
 
         Raises:
             InputError: it is not so.
@@ -72,6 +75,7 @@ class Masks:
         mask = self._take(image.path)
         with open_image(mask) as drawn:
             check_mask(drawn, image)
+            return str(mask), drawn.piece_bytes
 
     def check_shared(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         """Check that no two of these images have the same mask; those without one are passed over.

@@ -40,10 +40,9 @@ aten = torch.ops.aten
 # The products that linear maps are made of, each with the place of the weights among the arguments.
 MAPS = {aten.mm.default: 1, aten.addmm.default: 2}
 ATTENTIONS = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+    getattr(aten, name).default
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    if hasattr(aten, name := f"_scaled_dot_product_{kind}")
 }
 
 
@@ -95,8 +94,12 @@ class _Recalling(_Remembering):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _kind(function, args, kwargs or {}) not in self.kinds:
             return function(*args, **(kwargs or {}))
-        remembered, result = self.results.popleft()
-        assert remembered is function, f"{function} is computed again where {remembered} was"
+        remembered, result = self.results.popleft() if self.results else (None, None)
+        if remembered is not function:
+            raise RuntimeError(
+                f"{function} is computed in the backward pass where the forward pass computed {remembered}: choose the "
+                "same kernels of attention in both, or recompute='full'"
+            )
         return result
 
 

@@ -37,7 +37,8 @@ class Streamed(ByWork):
         folder: for the scratch file; the system's folder for temporary files by default.
         recompute: what the backward pass computes again: everything (`full`); all but the dearest results of global
             layers (`local`), or of all layers (`selective`); or little more than pointwise functions (`light`). What it
-            does not is remembered in the memory of the device that computes. Results are the same.
+            does not is remembered in the memory of the device that computes, a CPU or a CUDA one. Results are the same.
+            Compiled layers run as if they were not, but under `full`.
 
     Raises:
         InputError: a slice of no groups, an unknown place, precision or recomputation.

@@ -31,11 +31,14 @@ def arguments(model: Model, *drop: str) -> dict[str, Any]:
 
 
 def one_size(recipe: Any) -> int | tuple[int, int]:
-    """The one size of a recipe's images.
+    """The one size of a recipe's images, none of whose groups is skipped.
 
     Raises:
-        InputError: `data.image_size` is null, images of any size.
+        InputError: `data.image_size` is null, images of any size; or `data.background` or `data.masks` is set.
     """
+    if recipe.data.background != "none" or recipe.data.masks is not None:
+        name = "masks" if recipe.data.background == "none" else "background"
+        raise InputError(f"data.{name} is for the task classify: the task {recipe.task} skips no groups; remove it")
     if recipe.data.image_size is None:
         raise InputError(f"data.image_size is null; the task {recipe.task} needs images of one size")
     return recipe.data.image_size

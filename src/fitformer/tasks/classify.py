@@ -14,7 +14,7 @@ from fitformer.data.masks import Masks
 from fitformer.data.occupancy import occupied_turned
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
-from fitformer.data.symmetries import EIGHT, SAME, Symmetry, Turned
+from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Symmetry, Turned
 from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import Blank, InputError
 from fitformer.image_encoder import FITImageEncoder
@@ -98,11 +98,17 @@ def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray
         )
     else:
         # An image that is turned at all will be turned in other ways, too, and one look serves them all.
-        symmetries = EIGHT if isinstance(source, Turned) else (SAME,)
+        symmetries = SYMMETRIES.get(data.augmentation, EIGHT) if isinstance(source, Turned) else (SAME,)
         found = _occupied_file(
             image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks, data.least
         )
     return found[symmetry]
+
+
+@lru_cache
+def _masks(folder: str) -> Masks:
+    """Listed once for all images."""
+    return Masks(folder)
 
 
 @lru_cache(maxsize=2**16)
@@ -117,7 +123,7 @@ def _occupied_file(
 ) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
-        mask = None if masks is None else Masks(masks).of(path)
+        mask = None if masks is None else _masks(masks).of(path)
         found = occupied_turned(
             image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask, least=least
         )
@@ -125,8 +131,9 @@ def _occupied_file(
         left = [f"background {background}, tolerance {tolerance}"] if background is not None else []
         left += [f"mask {mask}"] if mask else []
         left += [f"least {least}"] if least else []
+        turned = ", as it is turned in training," if len(symmetries) > 1 else ""
         raise Blank(
-            f"{path} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
+            f"{path}{turned} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
             f"data.{'masks' if background is None else 'tolerance'}"
         )
     return found

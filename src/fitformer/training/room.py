@@ -19,7 +19,7 @@ from fitformer.data.readers.levels import RETILE
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 from fitformer.image_encoder import FITImageEncoder
-from fitformer.machine import machine_memory
+from fitformer.machine import machine_memory, spare_memory
 from fitformer.planning import Setup, memory, need_room, streaming_for
 from fitformer.settings import Recipe, Training
 
@@ -37,11 +37,10 @@ class _Headers:
     data_bytes: int = 0
 
     def look(self, image: LazyImage) -> None:
-        if self.masks is not None:
-            self.masks.check(image)
         self.data_bytes += prod(image.shape) * image.dtype.itemsize
-        if image.piece_bytes > self.piece_bytes:
-            self.largest, self.piece_bytes = image.path, image.piece_bytes
+        for path, size in [(image.path, image.piece_bytes), *([self.masks.check(image)] if self.masks else [])]:
+            if size > self.piece_bytes:
+                self.largest, self.piece_bytes = path, size
 
 
 def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
@@ -69,11 +68,13 @@ def with_room(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | 
         trainer=True,
         device=device,
     )
-    budget = _share_of_machine(training, device) if training.memory is None else bytes_of(training.memory)
+    # Each process has a GPU of its own, and all share the memory of a machine.
+    sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
+    budget = machine_memory(device) // max(1, sharing) if training.memory is None else bytes_of(training.memory)
     model: Any = network
     if training.execution == "streamed":
         # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
-        room = budget if training.memory is not None else budget * 3 // 4
+        room = budget if training.memory is not None else spare_memory(device) // max(1, sharing)
         recompute = "full" if training.compile else training.recompute
         setup = streaming_for(model, setup, room, recompute, training.slice_groups)
     _need_decoded(model, setup, budget, headers.largest)
@@ -110,12 +111,6 @@ def _need_scratch(recipe: Recipe, needed: int) -> None:
             "free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 (half of it), or "
             "trainer.keep to memory"
         )
-
-
-def _share_of_machine(training: Training, device: str) -> int:
-    """Bytes for one process: each has a GPU of its own, and all share the memory of a machine."""
-    sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
-    return machine_memory(device) // max(1, sharing)
 
 
 def _device(training: Training) -> Any:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fitformer.data.settings import Background, ImageData
 from fitformer.runs import Run
-from fitformer.settings import Recipe
+from fitformer.settings import ClassifyRecipe, Recipe
 from fitformer.tasks import Preview, task_of
 from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import grid, save
@@ -144,7 +144,7 @@ class Observer(Callback):
 class Skipping(Callback):
     """Says once, in one line, how many groups of the first images hold something; warns if all do.
 
-    It asks after a step what the step has already found out.
+    It asks after a step, when what lies in files has been looked at already.
     """
 
     IMAGES = 8
@@ -155,7 +155,7 @@ class Skipping(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
         """Count the groups of a batch, and tell once there are enough images."""
-        if self.images < self.IMAGES:
+        if self.images < self.IMAGES and trainer.is_global_zero:
             for image in batch["image"]:
                 found = grouped(pl_module.network, image, self.data)
                 self.images += 1
@@ -170,8 +170,6 @@ class Skipping(Callback):
             self._tell(trainer)
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
         given = [] if self.data.background == "none" else [f"background {in_short(self.data.background)}"]
         given += [f"masks {self.data.masks}"] if self.data.masks else []
         words = f"{', '.join(given)}: {self.kept / self.groups:.0%} of the groups of the first {self.images} images"
@@ -187,9 +185,10 @@ class Skipping(Callback):
 
 def skipping(recipe: Recipe) -> list[Callback]:
     """What tells of skipped groups, of a recipe that skips some."""
+    if not isinstance(recipe, ClassifyRecipe):
+        return []
     data = recipe.data
-    skips = isinstance(data, ImageData) and (data.background != "none" or data.masks is not None)
-    return [Skipping(data)] if isinstance(data, ImageData) and skips else []
+    return [Skipping(data)] if data.background != "none" or data.masks is not None else []
 
 
 def in_short(background: Background) -> str:
