@@ -13,6 +13,7 @@ from fitformer.decoder import FITDecoder
 from fitformer.denoiser import FITDenoiser
 from fitformer.encoder import FITEncoder
 from fitformer.errors import InputError
+from fitformer.execution.passes import MANY_SLICES
 from fitformer.execution.recompute import REMEMBERED, Recompute
 from fitformer.execution.streamed import SLICE_TOKENS
 from fitformer.image_encoder import FITImageEncoder
@@ -156,17 +157,21 @@ def memory(model: Model, setup: Setup) -> Memory:
 def _slack(execution: str, most: _Moment, step: "_Step") -> int:
     """Bytes that are free at the peak and yet held: fitted to measured peaks, the rest follows from shapes.
 
-    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back. With a fixed threshold
-    (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
+    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back, unless many slices have it do so. With a
+    fixed threshold (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
     """
     if execution == "plain":
         return max(min(200 * MIB, most.working // 2) - step.parameters * FLOAT, 0)
     if execution == "checkpointed":
         small = step.tokens * step.x < 32 * MIB
         return min(most.kept + most.working, (500 if small else 150) * MIB)
+    if step.plan.groups >= MANY_SLICES * step.slice_groups:
+        held = min(100 * MIB + most.working // 5, 150 * MIB)
+    else:
+        held = min(100 * MIB + most.working * 11 // 20, 500 * MIB)
     # The room of gradients that are still to come is counted as theirs.
     to_come = step.parameters * FLOAT - most.gradients
-    return max(min(100 * MIB + most.working * 11 // 20, 500 * MIB) + most.remembered // 10 - to_come, 0)
+    return max(held + most.remembered // 10 - to_come, 0)
 
 
 class _Step:
