@@ -157,8 +157,8 @@ def memory(model: Model, setup: Setup) -> Memory:
 def _slack(execution: str, most: _Moment, step: "_Step") -> int:
     """Bytes that are free at the peak and yet held: fitted to measured peaks, the rest follows from shapes.
 
-    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back, unless many slices have it do so. With a
-    fixed threshold (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
+    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back, unless many slices have it do so. With
+    a fixed threshold (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
     """
     if execution == "plain":
         return max(min(200 * MIB, most.working // 2) - step.parameters * FLOAT, 0)
