@@ -37,9 +37,9 @@ def test_a_budget_decides_how_to_run(capsys):
     tight = plan(capsys, *words, "--memory", "2GB")
     assert tight["setup"]["execution"] == "streamed"
     assert tight["memory"]["total"] <= 2e9
-    tightest = plan(capsys, *words, "--memory", "1.6GB")
+    tightest = plan(capsys, *words, "--memory", "1.54GB")
     assert tightest["setup"]["slice_groups"] < tight["setup"]["slice_groups"]
-    assert tightest["memory"]["total"] <= 1.6e9
+    assert tightest["memory"]["total"] <= 1.54e9
 
 
 def test_what_does_not_fit_says_what_would(capsys):
