@@ -105,12 +105,6 @@ def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray
     return found[symmetry]
 
 
-@lru_cache
-def _masks(folder: str) -> Masks:
-    """Listed once for all images."""
-    return Masks(folder)
-
-
 @lru_cache(maxsize=2**16)
 def _occupied_file(
     path: str,
@@ -123,7 +117,7 @@ def _occupied_file(
 ) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
-        mask = None if masks is None else _masks(masks).of(path)
+        mask = None if masks is None else Masks(masks).of(path)
         found = occupied_turned(
             image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask, least=least
         )

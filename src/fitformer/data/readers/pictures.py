@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps
 
-from fitformer.cuts import by
 from fitformer.data.pixels import MODES, natural_channels
 from fitformer.data.readers.faults import readable
 from fitformer.data.readers.levels import Opened, Tiles
@@ -92,9 +91,6 @@ def _decoded(path: str, mode: str, turn: int, shape: tuple[int, int, int], dtype
             image.load()
             if turn > 1:
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.size != (columns, rows):
-                found, said = by(image.size[::-1]), by((rows, columns))
-                raise InputError(f"{path} is {found} pixels once it is decoded, and its header says {said}")
             # Band by band: of what numpy takes from Pillow, there are two more copies for a time.
             for top in range(0, rows, _BAND):
                 bottom = min(top + _BAND, rows)
