@@ -11,7 +11,7 @@ fitformer predict RUN slides/ --output seen/
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from fitformer.errors import InputError
 from fitformer.files import write_atomically
 
 if TYPE_CHECKING:
+    from fitformer.data.masks import Masks
     from fitformer.data.settings import ImageData
     from fitformer.execution.kept import Keep
     from fitformer.image_encoder import FITImageEncoder
@@ -89,16 +90,24 @@ def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None
     network.encoder.run = Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch)
 
 
-def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
+def _masks(data: "ImageData", files: Sequence[Path]) -> "Masks | None":
+    """The masks of the run's data, if there are, none of which two of these images share."""
     from fitformer.data.masks import masks_of
+
+    masks = masks_of(data)
+    if masks is not None:
+        masks.check_shared(files)
+    return masks
+
+
+def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
     from fitformer.prediction import as_text, expand, predict
     from fitformer.seeing.slides import find
     from fitformer.tasks.classify import grouped
 
     files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
-    masks, trained = masks_of(data), of.pixels
-    if masks is not None:
-        masks.check_shared(files)
+    _masks(data, files)
+    trained = of.pixels
     found = predict(
         network,
         files,
@@ -119,7 +128,6 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder",
 
 
 def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
-    from fitformer.data.masks import masks_of
     from fitformer.seeing.slides import Slides, find, identity
     from fitformer.tasks.classify import grouped
 
@@ -131,9 +139,7 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
     slides = find(arguments.files, arguments.output)
-    masks, trained = masks_of(data), of.pixels
-    if masks is not None:
-        masks.check_shared(slide.path for slide in slides)
+    masks, trained = _masks(data, [slide.path for slide in slides]), of.pixels
     # As JSON gives it back.
     background = list(data.background) if isinstance(data.background, tuple) else data.background
     skipped = {"background": background, "tolerance": data.tolerance, "least": data.least, "masks": data.masks}

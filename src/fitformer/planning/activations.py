@@ -94,8 +94,9 @@ def _found(attention: Attention, at: Looked, numbers: Numbers) -> int:
     if not attention.dropout:
         return queries * width * numbers.product + queries * attention.heads * FLOAT
     # With dropout it is products, of queries by keys, and of weights by values.
-    pairs = queries * attention.heads * at.keys if width // attention.heads > at.keys else 0
-    return (pairs + (queries * width if at.keys > width // attention.heads else 0)) * numbers.product
+    head = width // attention.heads
+    pairs = queries * attention.heads * at.keys if head > at.keys else 0
+    return (pairs + (queries * width if at.keys > head else 0)) * numbers.product
 
 
 def remembered_of_map(tokens: int, layer: nn.Linear, numbers: Numbers) -> int:

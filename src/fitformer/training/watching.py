@@ -162,14 +162,14 @@ class Skipping(Callback):
                 self.kept += found.num_groups - found.glimpses
                 self.groups += prod(found.grid)
             if self.images >= self.IMAGES:
-                self._tell(trainer)
+                self._tell()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell it of fewer images, if there were no more."""
         if 0 < self.images < self.IMAGES:
-            self._tell(trainer)
+            self._tell()
 
-    def _tell(self, trainer: pl.Trainer) -> None:
+    def _tell(self) -> None:
         given = [] if self.data.background == "none" else [f"background {in_short(self.data.background)}"]
         given += [f"masks {self.data.masks}"] if self.data.masks else []
         words = f"{', '.join(given)}: {self.kept / self.groups:.0%} of the groups of the first {self.images} images"
