@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fitformer.amounts import bytes_of
+from fitformer._support.bytesize import parse_bytes
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -29,7 +29,7 @@ def files() -> dict[str, Path]:
 
 
 def main() -> int:
-    limit, command = bytes_of(sys.argv[1]), sys.argv[2:]
+    limit, command = parse_bytes(sys.argv[1]), sys.argv[2:]
     where = files()
     where["group"].mkdir()
     try:

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fitformer import data, pictures
+from fitformer import data, viz
 from fitformer.data.settings import ImageData
-from fitformer.evaluation.run import evaluate
-from fitformer.runs import Run
-from fitformer.seeing.heatmap import HeatMap
-from fitformer.seeing.overlay import painted
-from fitformer.seeing.relevance import relevance
+from fitformer.evaluation.evaluate import evaluate
+from fitformer.inference.explain.attribution import relevance
+from fitformer.inference.explain.heatmap import HeatMap
+from fitformer.inference.explain.overlay import blend
 from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import grid, write_picture
+from fitformer.training.run_dir import Run
 
 SMALL = 64
 
@@ -45,7 +45,7 @@ def baselines(settings: ImageData) -> Iterator[tuple[str, float]]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    (x, y), (x_test, y_test) = (shrunk(data.build(settings, part)) for part in ("train", "test"))
+    (x, y), (x_test, y_test) = (shrunk(data.build_dataset(settings, part)) for part in ("train", "test"))
     yield "always the training part's commonest class", float((y_test == np.bincount(y).argmax()).mean())
     for strength in (1e-4, 1e-2, 1.0):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300)).fit(x, y)
@@ -53,7 +53,7 @@ def baselines(settings: ImageData) -> Iterator[tuple[str, float]]:
         yield f"{name} ({model.score(x, y):.1%} in training)", float(model.score(x_test, y_test))
 
 
-def smoothed(curve: pictures.Curve, window: int = 25) -> pictures.Curve:
+def smoothed(curve: viz.Curve, window: int = 25) -> viz.Curve:
     """Means of so many neighbouring measurements, at the last one's step."""
     steps, values = (np.asarray(side) for side in curve)
     count = len(values) // window
@@ -68,18 +68,18 @@ def halved(images: np.ndarray) -> np.ndarray:
 
 def draw(run: Run, folder: Path, count: int = 4) -> None:
     """The learning curve; test canvases above maps of where the latents looked, and of what moved the decision."""
-    curves = pictures.metric_curves(run.metrics(), "train/accuracy", "val/accuracy")
+    curves = viz.metric_curves(run.metrics(), "train/accuracy", "val/accuracy")
     curves["train/accuracy"] = smoothed(curves["train/accuracy"])
-    pictures.write_curves(folder / "megapixel-curve.png", curves, y="accuracy")
+    viz.write_curves(folder / "megapixel-curve.png", curves, y="accuracy")
     dataset, network = run.dataset("test"), run.model()
     canvases, looked, moved = [], [], []
     for index in range(count):
         image, label = dataset[index]["image"], int(dataset[index]["label"])
         seen = relevance(network, grouped(network, image, run.recipe.data))
         print(f"test canvas {index}: {label}, taken for {int(seen.logits.argmax())}", file=sys.stderr)
-        canvases.append(pictures.as_colour(image[None])[0].numpy())
+        canvases.append(viz.as_colour(image[None])[0].numpy())
         for pile, values, colours in ((looked, seen.looked, "heat"), (moved, seen.moved, "signed")):
-            pile.append(painted(image.numpy(), HeatMap.of(values, seen.image).shrunk(*image.shape[:2]), colours))
+            pile.append(blend(image.numpy(), HeatMap.of(values, seen.image).shrunk(*image.shape[:2]), colours))
     sheet = grid(torch.from_numpy(halved(np.stack(canvases + looked + moved))), columns=count, enlarge=1)
     write_picture(folder / "megapixel-looked.png", sheet)
 

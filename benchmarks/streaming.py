@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fitformer.bench import in_process
+from fitformer.profiling.scaling import in_process
 
 WAYS = {
     "plain": ["--execution", "plain"],

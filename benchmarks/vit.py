@@ -2,12 +2,11 @@
 
     python benchmarks/vit.py --tokens 4096,16384,65536 --plot docs/pictures/vit.png > benchmarks/results/...
 
-The ViT is made of the same transformer layers (`fitformer.layers`, torch's fused attention), all of FIT's width c, as
-many as FIT has local and global ones, over all tokens. FIT runs plainly, with groups of its planned size. A step is
-forward, a mean of squares as the loss, backward and a fused AdamW update; raw tokens are random. Both are measured in
-turn, in the same process. With `--layers-of-vit`, only so many of the ViT's layers run at that length or above, and
-their time, stem taken out, is scaled up: the table says so.
-"""
+The ViT is made of the same transformer layers (`fitformer.models.layers`, torch's fused attention), all of FIT's
+width c, as many as FIT has local and global ones, over all tokens. FIT runs plainly, with groups of its planned size.
+A step is forward, a mean of squares as the loss, backward and a fused AdamW update; raw tokens are random. Both are
+measured in turn, in the same process. With `--layers-of-vit`, only so many of the ViT's layers run at that length or
+above, and their time, stem taken out, is scaled up: the table says so."""
 
 import argparse
 import json
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fitformer import FITEncoder
-from fitformer.bench.scaling import exponent
-from fitformer.encoder import Stem
-from fitformer.files import write_atomically
-from fitformer.layers import TransformerLayer, layer_norm
-from fitformer.planning import Geometry
-from fitformer.planning.geometry import grouped
+from fitformer._support.atomic_files import write_atomically
+from fitformer.models.encoder import Stem
+from fitformer.models.layers import TransformerLayer, layer_norm
+from fitformer.profiling import Geometry
+from fitformer.profiling.geometry import grouped
+from fitformer.profiling.scaling import exponent
 
 PATCH = 16
 TOKEN = PATCH * PATCH * 3

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from fitformer import pictures
-from fitformer.runs import Run
+from fitformer import viz
 from fitformer.tasks.preview import grid, write_picture
+from fitformer.training.run_dir import Run
 
 SAMPLES = 500
 
@@ -81,12 +81,12 @@ def draw(runs: Path, folder: Path) -> None:
     }
     for name, (key, label) in curves.items():
         lines = Run.open(runs / name).metrics()
-        pictures.write_curves(folder / f"{name}-curve.png", pictures.metric_curves(lines, key), y=label)
+        viz.write_curves(folder / f"{name}-curve.png", viz.metric_curves(lines, key), y=label)
     run = Run.open(runs / "classify")
     dataset = run.dataset("test")
     images = torch.stack([dataset[i]["image"] for i in range(8)])
-    maps = pictures.latent_attention(run.model(), images.float() / 255)
-    rows = [pictures.as_colour(images), *(pictures.overlay(images, looked) for looked in maps)]
+    maps = viz.latent_attention(run.model(), images.float() / 255)
+    rows = [viz.as_colour(images), *(viz.overlay(images, looked) for looked in maps)]
     write_picture(folder / "looked.png", grid(torch.cat(rows), columns=len(images), enlarge=3))
 
 

@@ -16,19 +16,20 @@ from PIL import Image
 
 pytest.importorskip("lightning", reason="needs the extra train")
 
-from fitformer import config, data
+from fitformer import data
 from fitformer.cli import main
-from fitformer.data import images
+from fitformer.config import load as config
+from fitformer.config.schema import ClassifyRecipe, Training
+from fitformer.data.datasets import images
+from fitformer.data.dihedral import DIHEDRAL, IDENTITY, SYMMETRIES, TransformedImage
 from fitformer.data.readers import open_image
-from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Turned
-from fitformer.errors import Blank, InputError
-from fitformer.image_encoder import FITImageEncoder
-from fitformer.planning import Setup, memory
-from fitformer.runs import Run
-from fitformer.settings import ClassifyRecipe, Training
-from fitformer.tasks import autoregress, classify, diffuse, set_way
+from fitformer.errors import EmptyImageError, InputError
+from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.profiling import StepConfig, memory
+from fitformer.tasks import autoregress, classify, diffuse, set_execution
 from fitformer.tasks.classify import grouped
-from fitformer.training.room import with_room
+from fitformer.training.memory_check import fit_to_memory
+from fitformer.training.run_dir import Run
 
 COLOUR = {(): {"photometric": "minisblack"}, (3,): {"photometric": "rgb"}}
 SIZES = [(90, 70), (33, 130), (64, 64), (100, 41)]
@@ -103,15 +104,15 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(recipe, 
 def test_what_is_computed_again_follows_from_the_memory(recipe, monkeypatch):
     def chosen(*words):
         loaded = config.load(recipe, ["--trainer.execution=streamed", *words])
-        return with_room(loaded, fit(recipe), data.build(loaded.data, "train")).recompute
+        return fit_to_memory(loaded, fit(recipe), data.build_dataset(loaded.data, "train")).recompute
 
     assert chosen() == chosen("--trainer.memory=8GB") == "light"
     assert chosen("--trainer.memory=8GB", "--trainer.recompute=local") == "local"
     assert chosen("--trainer.memory=640MB") == "full"
     assert chosen("--trainer.compile=true") == "full"
     # Processes on one machine share its memory.
-    monkeypatch.setattr("fitformer.training.room.machine_memory", lambda device: 4 * 640 * 10**6)
-    monkeypatch.setattr("fitformer.training.room.spare_memory", lambda device: 4 * 640 * 10**6)
+    monkeypatch.setattr("fitformer.training.memory_check.total_memory", lambda device: 4 * 640 * 10**6)
+    monkeypatch.setattr("fitformer.training.memory_check.available_memory", lambda device: 4 * 640 * 10**6)
     assert chosen("--trainer.accelerator=cpu") == "light"
     assert chosen("--trainer.accelerator=cpu", "--trainer.devices=4") == "full"
     with pytest.raises(InputError, match=r"recompute is 'light' with compile.*leave recompute out"):
@@ -133,18 +134,18 @@ def test_the_groups_of_a_turned_image_are_those_of_a_turned_file(recipe, slides,
     masks.mkdir()
     mask = np.zeros((90, 70), np.uint8)
     mask[5:30, :70] = 1
-    for name, symmetry in [("0", SAME), *((f"turned{k}", each) for k, each in enumerate(EIGHT))]:
+    for name, symmetry in [("0", IDENTITY), *((f"turned{k}", each) for k, each in enumerate(DIHEDRAL))]:
         tifffile.imwrite(masks / f"{name}.tif", symmetry.turn(mask))
     loaded = config.load(recipe, [f"--data.masks={masks}", *overrides])
     network, image = fit(recipe, overrides), settings_image(loaded.data, slides)
-    for k, symmetry in enumerate(EIGHT):
+    for k, symmetry in enumerate(DIHEDRAL):
         path = tmp_path / f"turned{k}.tif"
         tifffile.imwrite(path, symmetry.turn(image.window(0, 0, 90, 70)), tile=(32, 32), photometric="rgb")
         found, wanted = (
-            grouped(network, Turned(image, symmetry), loaded.data),
+            grouped(network, TransformedImage(image, symmetry), loaded.data),
             grouped(network, open_image(path), loaded.data),
         )
-        assert torch.equal(found.places, wanted.places)
+        assert torch.equal(found.coords, wanted.coords)
         for part, other in zip(found.read(slice(None)), wanted.read(slice(None))):
             assert torch.equal(part, other) if part is not None else other is None
 
@@ -159,7 +160,7 @@ def test_a_run_on_turned_images_goes_on_as_if_it_had_not_been_stopped(recipe, tm
         classify, "grouped", lambda network, image, data: (seen.append(image), group(network, image, data))[1]
     )
     assert main(["train", recipe, *words, "--run-dir", str(straight)]) == 0
-    turned = [image for image in seen if isinstance(image, Turned)]
+    turned = [image for image in seen if isinstance(image, TransformedImage)]
     assert len(turned) == 6 * 4
     assert len({image.symmetry for image in turned}) > 4
     assert len(seen) - len(turned) == 2 * 8
@@ -184,7 +185,7 @@ def fit(recipe, overrides=()):
     from fitformer.tasks import build_model
 
     loaded = config.load(recipe, overrides)
-    return build_model(loaded, data.build(loaded.data, "train"))
+    return build_model(loaded, data.build_dataset(loaded.data, "train"))
 
 
 def settings_image(settings, slides):
@@ -200,7 +201,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
     loaded = config.load(recipe, ["--data.background=none", f"--data.masks={folder}"])
     network = fit(recipe)
     image = settings_image(loaded.data, slides)
-    assert grouped(network, image, loaded.data).places.tolist() == [[1, 0], [2, 0]]
+    assert grouped(network, image, loaded.data).coords.tolist() == [[1, 0], [2, 0]]
     (folder / "0.png").touch()
     with pytest.raises(InputError, match=r"0\.tif needs one mask, and there are 2 .*0\.png, .*0\.tif"):
         grouped(network, image, config.load(recipe, [f"--data.masks={folder}", "--data.tolerance=0.2"]).data)
@@ -216,7 +217,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--data.masks=nowhere", "there is no folder nowhere of masks"),
         ("--data.background=[255,0]", "data.background has 2 levels, and .* has 3 channels"),
         ("--data.background=pink", "data.background is 'pink'; expected .*'auto'.*, float, tuple"),
-        ("--data.least=1", "data.least is 1.0: a share from 0 to below 1"),
+        ("--data.min_foreground=1", "data.min_foreground is 1.0: a share from 0 to below 1"),
         ("--trainer.memory=16", "'16' says no unit"),
         ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
     ],
@@ -290,7 +291,7 @@ def test_losses_of_tokens_stream_as_they_run_plainly(task):
     loaded = config.load(f"digits-{task}", overrides[task])
     from fitformer.tasks import build_model
 
-    examples = data.build(loaded.data, "train")
+    examples = data.build_dataset(loaded.data, "train")
     torch.manual_seed(0)
     network = build_model(loaded, examples)
     batch = torch.utils.data.default_collate([examples[k] for k in range(4)])
@@ -298,7 +299,7 @@ def test_losses_of_tokens_stream_as_they_run_plainly(task):
     for way in ("plain", "streamed"):
         words = [f"--trainer.execution={way}", "--trainer.slice_groups=1", "--trainer.recompute=light"]
         training = config.load(f"digits-{task}", words).trainer
-        set_way(network, training)
+        set_execution(network, training)
         network.zero_grad()
         torch.manual_seed(1)
         value, _ = module.loss(network, batch, loaded)
@@ -339,7 +340,11 @@ def off_white(folder, suffix="tif", size=(90, 70)):
 
 @pytest.mark.parametrize("background", ["auto", "235", "[235, 235, 235]"])
 def test_a_run_says_what_it_skips(recipe, tmp_path, capsys, background):
-    words = [f"--data.path={off_white(tmp_path / 'images')}", f"--data.background={background}", "--data.least=0.01"]
+    words = [
+        f"--data.path={off_white(tmp_path / 'images')}",
+        f"--data.background={background}",
+        "--data.min_foreground=0.01",
+    ]
     words += ["--trainer.steps=3", "--trainer.batch_size=4", "--data.holdout=0.5", "--run-dir", str(tmp_path / "run")]
     assert main(["train", recipe, *words]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("background"))
@@ -348,8 +353,8 @@ def test_a_run_says_what_it_skips(recipe, tmp_path, capsys, background):
     kept = Run.open(tmp_path / "run").recipe
     assert config.parse(config.dump(kept)) == kept
     # It changes what is learned.
-    assert main(["train", recipe, *words, "--data.least=0.02"]) == 2
-    assert "data.least is 0.01 there, 0.02 here" in said(capsys)
+    assert main(["train", recipe, *words, "--data.min_foreground=0.02"]) == 2
+    assert "data.min_foreground is 0.01 there, 0.02 here" in said(capsys)
 
 
 def test_a_run_warns_if_its_background_skips_nothing(recipe, tmp_path):
@@ -360,9 +365,9 @@ def test_a_run_warns_if_its_background_skips_nothing(recipe, tmp_path):
 
 
 def test_a_share_of_nothing_that_is_skipped_is_ignored(recipe):
-    loaded = config.load(recipe, ["--data.background=none", "--data.least=0.1"])
-    with pytest.warns(UserWarning, match="data.least is of groups"):
-        data.build(loaded.data)
+    loaded = config.load(recipe, ["--data.background=none", "--data.min_foreground=0.1"])
+    with pytest.warns(UserWarning, match="data.min_foreground is of groups"):
+        data.build_dataset(loaded.data)
 
 
 @pytest.mark.parametrize("task", ["diffuse", "autoregress"])
@@ -379,13 +384,13 @@ def test_a_flip_is_blank_only_if_that_flip_is(recipe, tmp_path):
     pixels[32:52] = 0
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(16, 16), photometric="rgb")
     image = open_image(tmp_path / "a.tif")
-    words = ["--data.least=0.6", "--model.group_size=32"]
+    words = ["--data.min_foreground=0.6", "--model.group_size=32"]
     flipped = config.load(recipe, [*words, "--data.augmentation=flip"])
     turned = SYMMETRIES["flip"][1]
-    assert grouped(fit(recipe, words), Turned(image, turned), flipped.data).num_groups == 1
+    assert grouped(fit(recipe, words), TransformedImage(image, turned), flipped.data).num_groups == 1
     any_way = config.load(recipe, [*words, "--data.augmentation=dihedral"])
-    with pytest.raises(Blank, match="as it is turned in training, has no group"):
-        grouped(fit(recipe, words), Turned(image, turned), any_way.data)
+    with pytest.raises(EmptyImageError, match="as it is turned in training, has no group"):
+        grouped(fit(recipe, words), TransformedImage(image, turned), any_way.data)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -395,24 +400,24 @@ def test_what_files_decode_at_once_is_planned_for(recipe, tmp_path, suffix):
         recipe,
         [f"--data.path={folder}", "--data.holdout=0.5", "--trainer.execution=streamed", "--trainer.batch_size=1"],
     )
-    examples = data.build(loaded.data, "train")
+    examples = data.build_dataset(loaded.data, "train")
     network = fit(recipe)
 
     def fits(budget):
         training = replace(loaded.trainer, memory=str(budget), slice_groups=1, recompute="full")
         try:
-            with_room(replace(loaded, trainer=training), network, examples)
+            fit_to_memory(replace(loaded, trainer=training), network, examples)
         except InputError as error:
             return str(error)
 
-    setup = Setup(groups=63 * 63, execution="streamed", slice_groups=1, trainer=True, data_bytes=2 * 12 * 10**6)
-    least = memory(network, setup).total
+    setup = StepConfig(groups=63 * 63, execution="streamed", slice_groups=1, trainer=True, data_bytes=2 * 12 * 10**6)
+    min_foreground = memory(network, setup).total
     if suffix == "tif":
-        assert fits(least) is None
+        assert fits(min_foreground) is None
     else:
         told = r"6 MB of it is to decode .*\.png, a PNG that is decoded in pieces of 12 MB; store it in small tiles"
-        assert re.search(told, fits(least))
-        assert fits(memory(network, replace(setup, piece_bytes=12 * 10**6)).total) is None
+        assert re.search(told, fits(min_foreground))
+        assert fits(memory(network, replace(setup, decode_bytes=12 * 10**6)).total) is None
     assert "take a smaller model" in fits(10**6)
 
 
@@ -429,7 +434,7 @@ def test_images_in_memory_skip_their_empty_groups_too():
     network = FITImageEncoder("(1)1", None, 8, 4, 2, 8, 8, 2, 2, channels=1, latent_position="row_column")
     pixels = torch.zeros(32, 32, 1, dtype=torch.uint8)
     pixels[9, 20] = 255
-    assert grouped(network, pixels, loaded.data).places.tolist() == [[1, 2]]
+    assert grouped(network, pixels, loaded.data).coords.tolist() == [[1, 2]]
 
 
 @pytest.fixture
@@ -507,7 +512,9 @@ def test_scratch_that_is_too_small_is_said_before_the_run_starts(recipe, tmp_pat
     words = ["train", recipe, "--trainer.execution=streamed", "--trainer.keep=disk", "--run-dir", str(run)]
     assert main([*words, f"--trainer.scratch={tmp_path / 'nowhere'}"]) == 2
     assert "trainer.scratch: there is no folder" in said(capsys)
-    monkeypatch.setattr("fitformer.training.room.disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1000))
+    monkeypatch.setattr(
+        "fitformer.training.memory_check.disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1000)
+    )
     assert main([*words, "--data.background=none", f"--trainer.scratch={tmp_path}"]) == 2
     assert re.search("needs [0-9.]+ KB of scratch between blocks, and .* has 1 KB free", said(capsys))
     assert not run.exists()

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fitformer.bench import Bench, exponent, measure, scaling
-from fitformer.bench.images import write_image
-from fitformer.bench.work import loss_of
+from fitformer._support.system_memory import peak_bytes, trim_heap
 from fitformer.cli import main
 from fitformer.data.readers import open_image
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
-from fitformer.machine import give_back, peak_bytes
-from fitformer.planning import Geometry, Wish
+from fitformer.profiling import Geometry, PlanRequest
+from fitformer.profiling.benchmark import Bench, measure
+from fitformer.profiling.losses import loss_of
+from fitformer.profiling.scaling import exponent, scaling
+from fitformer.profiling.synthetic_image import write_image
 
 SIZES = {"layers": "(1)1(1)1", "dim": 16, "latent_dim": 16, "heads": 2, "latent_heads": 2, "latents_per_group": 2}
 
@@ -67,7 +68,7 @@ def test_every_way_to_run_measures_the_same_step(role, tmp_path):
 
 def test_a_step_is_measured_and_its_file_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = measure(Bench(geometry("encoder"), Wish(execution="streamed", slice_groups=2), steps=2, warmup=1))
+    found = measure(Bench(geometry("encoder"), PlanRequest(execution="streamed", slice_groups=2), steps=2, warmup=1))
     assert len(found.seconds) == len(found.cpu_seconds) == 2
     assert min(found.seconds) > 0
     assert found.peak > 50e6
@@ -93,7 +94,7 @@ def test_freed_memory_in_the_middle_of_the_heap_is_given_back():
     tensors = [torch.ones(2**13) for _ in range(12800)]
     del tensors[::2]
     before = resident()
-    give_back()
+    trim_heap()
     assert resident() < before - 100e6
     assert len(tensors) == 6400
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
-from fitformer import cli, config
+from fitformer import cli
+from fitformer.config import load as config
 from fitformer.errors import InputError
 
 
@@ -58,7 +59,7 @@ def test_bad_input_is_one_line_and_status_2(words, message, capsys):
     assert error.count("\n") == 1
 
 
-class Broken:
+class Failure:
     def __len__(self):
         return 1
 
@@ -68,7 +69,7 @@ class Broken:
 
 def test_an_error_in_a_worker_process_is_one_line_too(capsys, monkeypatch):
     def train(arguments):
-        list(DataLoader(Broken(), num_workers=1))
+        list(DataLoader(Failure(), num_workers=1))
 
     monkeypatch.setattr("fitformer.cli.train.run", train)
     assert cli.main(["train"]) == 2

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fitformer import config, data, runs
+from fitformer import data
 from fitformer.cli import main
+from fitformer.config import load as config
 from fitformer.tasks import build_model
+from fitformer.training import run_dir
 
 TINY = ["model.dim=16", "model.latent_dim=16", "model.heads=2", "model.latent_heads=2", "model.latents_per_group=2"]
 RECIPES = {
@@ -37,9 +39,9 @@ def made(tmp_path_factory):
                 source.write_bytes(bytes(range(65, 91)) * 40)
                 text = ["data.source=files", f"data.path={source}"]
             recipe = config.load(name, [*TINY, *overrides, *text])
-            train, test = (data.build(recipe.data, split, seed=0) for split in ("train", "test"))
-            run = runs.start(folder, recipe)
-            runs.note_data(run, train, test)
+            train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
+            run = run_dir.start_run(folder, recipe)
+            run_dir.write_data_card(run, train, test)
             torch.manual_seed(0)
             build_model(recipe, train).save_pretrained(run.model_folder)
             there[kind] = folder

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from fitformer import config
+from fitformer.config import load as config
+from fitformer.config.schema import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe
 from fitformer.errors import InputError
-from fitformer.settings import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe
 
 
 @pytest.mark.parametrize("name", config.names())

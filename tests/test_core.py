@@ -19,7 +19,8 @@ import torch
 import fitformer
 
 for module in pkgutil.walk_packages(fitformer.__path__, "fitformer."):
-    if not module.name.startswith("fitformer.training") and not module.name.endswith("__main__"):
+    alone = not module.name.startswith("fitformer.training.") or module.name.endswith("run_dir")
+    if alone and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 
 encoder = fitformer.FITImageEncoder.from_preset(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fitformer.data import build
-from fitformer.data.building import choose_part, read_parts
+from fitformer.data import build_dataset
+from fitformer.data.build import choose_part, read_parts
 from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
 
@@ -34,21 +34,21 @@ def indices(dataset):
 
 
 def test_digits_split_by_their_own_seed_into_stratified_parts():
-    train, test = (build(ImageData(), split) for split in ("train", "test"))
+    train, test = (build_dataset(ImageData(), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (1438, 359)
     assert indices(train) | indices(test) == set(range(1797))
     shares = np.bincount(test.source.labels) / np.bincount(train.source.labels)
     assert np.all(abs(shares - 0.25) < 0.01)
-    assert indices(build(ImageData(), "test", seed=7)) == indices(test)
-    assert indices(build(ImageData(split_seed=1), "test")) != indices(test)
-    assert indices(build(ImageData(), "val")) == indices(test)
+    assert indices(build_dataset(ImageData(), "test", seed=7)) == indices(test)
+    assert indices(build_dataset(ImageData(split_seed=1), "test")) != indices(test)
+    assert indices(build_dataset(ImageData(), "val")) == indices(test)
     assert train.classes == tuple("0123456789")
 
 
 def test_validation_is_taken_from_the_training_part_alone():
     settings = ImageData(validation=0.1)
-    train, val, test = (indices(build(settings, split)) for split in ("train", "val", "test"))
-    assert test == indices(build(ImageData(), "test"))
+    train, val, test = (indices(build_dataset(settings, split)) for split in ("train", "val", "test"))
+    assert test == indices(build_dataset(ImageData(), "test"))
     assert len(val) == 144
     assert train | val | test == set(range(1797))
     assert len(train) + len(val) + len(test) == 1797
@@ -56,46 +56,46 @@ def test_validation_is_taken_from_the_training_part_alone():
 
 def test_only_training_images_are_augmented():
     settings = ImageData(image_size=16, augmentation="light")
-    train, test = build(settings, "train", seed=3), build(settings, "test", seed=3)
+    train, test = build_dataset(settings, "train", seed=3), build_dataset(settings, "test", seed=3)
     assert not np.array_equal(train[0, 0]["image"], train[1, 0]["image"])
     assert np.array_equal(test[0, 0]["image"], test[1, 0]["image"])
-    assert not np.array_equal(train[0, 0]["image"], build(settings, "train", seed=4)[0, 0]["image"])
+    assert not np.array_equal(train[0, 0]["image"], build_dataset(settings, "train", seed=4)[0, 0]["image"])
 
 
 def test_seventeen_levels_are_the_raw_digits():
     from sklearn.datasets import load_digits
 
     raw = load_digits().images
-    dataset = build(ImageData(image_size=8, levels=17), "test")
+    dataset = build_dataset(ImageData(image_size=8, levels=17), "test")
     for index in range(0, len(dataset), 10):
         assert np.array_equal(dataset[index]["image"][..., 0], raw[dataset.source.indices[index]])
 
 
 def test_descriptions_are_one_line():
-    assert build(ImageData(image_size=(8, 16), levels=17)).describe() == (
+    assert build_dataset(ImageData(image_size=(8, 16), levels=17)).describe() == (
         "digits: 1,438 images, 8 x 16 x 1, 17 levels, 10 classes (to train on)"
     )
-    assert "20% held out by seed 0" in build(ImageData(), "test").describe()
+    assert "20% held out by seed 0" in build_dataset(ImageData(), "test").describe()
     for split in ("train", "test"):
-        assert "windows of 64" in build(ByteData(source="python-docs", length=64), split).describe()
+        assert "windows of 64" in build_dataset(ByteData(source="python-docs", length=64), split).describe()
 
 
 def test_own_parts_are_used_before_any_is_held_out(folder):
     path = folder("train/a/0.png", "train/a/1.png", "train/b/0.png", "valid/a/0.png", "test/b/0.png")
     settings = ImageData(source="folder", path=path, image_size=4)
-    assert [len(build(settings, split)) for split in ("train", "val", "test")] == [3, 1, 1]
-    assert build(settings, "test")[0]["label"] == 1
-    assert "its own validation part" in build(settings, "val").describe()
+    assert [len(build_dataset(settings, split)) for split in ("train", "val", "test")] == [3, 1, 1]
+    assert build_dataset(settings, "test")[0]["label"] == 1
+    assert "its own validation part" in build_dataset(settings, "val").describe()
     swapped = ImageData(source="folder", path=path, image_size=4, val_part="test", test_part="valid")
-    assert build(swapped, "test")[0]["label"] == 0
+    assert build_dataset(swapped, "test")[0]["label"] == 0
     with pytest.raises(InputError, match=r"no part 'tset'; did you mean 'test'\?"):
-        build(ImageData(source="folder", path=path, test_part="tset"), "test")
+        build_dataset(ImageData(source="folder", path=path, test_part="tset"), "test")
 
 
 def test_a_validation_part_stands_in_for_a_test_part(folder):
     path = folder("train/a/0.png", "train/a/1.png", "val/a/0.png")
     settings = ImageData(source="folder", path=path)
-    assert [len(build(settings, split)) for split in ("train", "val", "test")] == [2, 1, 1]
+    assert [len(build_dataset(settings, split)) for split in ("train", "val", "test")] == [2, 1, 1]
 
 
 def test_a_folder_without_parts_is_split(folder):
@@ -107,22 +107,22 @@ def test_a_folder_without_parts_is_split(folder):
 
 def test_bytes_are_split_by_whole_files():
     settings = ByteData(source="python-docs", length=256, holdout=0.2)
-    train, val, test = (build(settings, split) for split in ("train", "val", "test"))
+    train, val, test = (build_dataset(settings, split) for split in ("train", "val", "test"))
     names = [{piece.name for piece in part.buffer.pieces} for part in (train, test)]
     assert not names[0] & names[1]
     assert val.contents() == test.contents()
     assert 0.15 < len(test.buffer) / (len(test.buffer) + len(train.buffer)) <= 0.2
-    assert build(settings, "train", seed=1)[0]["tokens"].tolist() != train[0]["tokens"].tolist()
+    assert build_dataset(settings, "train", seed=1)[0]["tokens"].tolist() != train[0]["tokens"].tolist()
 
 
 def test_an_option_that_a_source_does_not_read_warns():
     with pytest.warns(UserWarning, match="'digits' does not read path, classes: ignored"):
-        build(ImageData(path="somewhere", classes=("a",)))
+        build_dataset(ImageData(path="somewhere", classes=("a",)))
     with pytest.warns(UserWarning, match="'python-docs' does not read glob: ignored"):
-        build(ByteData(source="python-docs", glob="*.txt"))
+        build_dataset(ByteData(source="python-docs", glob="*.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(ImageData(channels=3, levels=4, holdout=0.3, num_workers=2))
+        build_dataset(ImageData(channels=3, levels=4, holdout=0.3, num_workers=2))
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_an_option_that_a_source_does_not_read_warns():
 )
 def test_bad_settings_are_one_clear_error(settings, message):
     with pytest.raises(InputError, match=message):
-        build(settings)
+        build_dataset(settings)
 
 
 def test_an_unknown_split():
     with pytest.raises(InputError, match="split is 'dev': choose train, val or test"):
-        build(ImageData(), "dev")
+        build_dataset(ImageData(), "dev")
 
 
 def test_settings_and_order_do_not_wait_for_torch():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fitformer.data.folders import Columns
-from fitformer.data.hub import read_huggingface
+from fitformer.data.datasets.folders import Columns
+from fitformer.data.datasets.hub import read_huggingface
 from fitformer.errors import InputError
 
 random = np.random.default_rng(0)
@@ -47,9 +47,9 @@ def test_hub_columns_are_found_by_type(datasets, tmp_path, form):
     assert source.classes == ("cat", "dog")
     assert source.labels.tolist() == [0, 1, 0, 1]
     assert all(np.array_equal(source[index][0], pixels[index]) for index in range(4))
-    reordered = read_huggingface(str(path), None, Columns(), ("dog", "cat"), 1)["train"]
-    assert reordered.labels.tolist() == [1, 0, 1, 0]
-    assert reordered[0][0].shape == (5, 4, 1)
+    reorder = read_huggingface(str(path), None, Columns(), ("dog", "cat"), 1)["train"]
+    assert reorder.labels.tolist() == [1, 0, 1, 0]
+    assert reorder[0][0].shape == (5, 4, 1)
 
 
 def test_hub_image_folders_and_parts(datasets, tmp_path):

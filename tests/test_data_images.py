@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fitformer.data.arrays import array_source
-from fitformer.data.folders import read_folder
-from fitformer.data.images import ImageDataset, dequantize, quantize
+from fitformer.data.datasets.arrays import array_source
+from fitformer.data.datasets.folders import read_folder
+from fitformer.data.datasets.images import ImageDataset, dequantize, quantize
 from fitformer.data.order import EvaluationBatches, StepBatches
 from fitformer.data.pixels import fit, jitter, random_crop
 from fitformer.errors import InputError

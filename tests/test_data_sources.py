@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fitformer.data.arrays import read_arrays, read_digits, read_idx
-from fitformer.data.folders import Columns, image_files, read_folder, read_manifest
-from fitformer.data.pixels import Unreadable, decode, header_channels
+from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
+from fitformer.data.datasets.folders import Columns, image_files, read_folder, read_manifest
+from fitformer.data.pixels import UnreadableImageError, decode, header_channels
 from fitformer.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -174,12 +174,12 @@ def test_truncated_files_are_unreadable_and_named(tmp_path, suffix, keep):
     file = tmp_path / f"a{suffix}"
     paint(file, (64, 64, 3))
     truncate(file, keep)
-    with pytest.raises(Unreadable, match=f"a{suffix}"):
+    with pytest.raises(UnreadableImageError, match=f"a{suffix}"):
         decode(file, str(file))
 
 
 def test_a_missing_file_is_unreadable(tmp_path):
-    with pytest.raises(Unreadable, match="no such file"):
+    with pytest.raises(UnreadableImageError, match="no such file"):
         decode(tmp_path / "none.png", "none.png")
 
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fitformer.data import text
-from fitformer.data.order import StepBatches
-from fitformer.data.text import (
+from fitformer.data.datasets import text
+from fitformer.data.datasets.text import (
     ByteBuffer,
     BytesDataset,
     Piece,
@@ -21,6 +20,7 @@ from fitformer.data.text import (
     python_sources,
     split_pieces,
 )
+from fitformer.data.order import StepBatches
 from fitformer.errors import InputError
 
 contents = st.lists(st.binary(max_size=40), min_size=1, max_size=6).filter(any)

@@ -265,15 +265,15 @@ def test_conditions_are_dropped_whole_at_the_given_rate():
 
 # ---- sampling ----
 
-MEAN, DEVIATION = 0.3, 0.2
+MEAN, INIT_STD = 0.3, 0.2
 
 
 def gaussian(prediction):
-    """The best possible denoiser of data that are normal with MEAN and DEVIATION in each place."""
+    """The best possible denoiser of data that are normal with MEAN and INIT_STD in each place."""
 
     def denoise(x, level, cond, latents_prev):
         g = level.reshape(-1, 1)
-        x0 = MEAN + g.sqrt() * DEVIATION**2 / (g * DEVIATION**2 + 1 - g) * (x - g.sqrt() * MEAN)
+        x0 = MEAN + g.sqrt() * INIT_STD**2 / (g * INIT_STD**2 + 1 - g) * (x - g.sqrt() * MEAN)
         return diffusion.target(prediction, x0, (x - g.sqrt() * x0) / (1 - g).sqrt(), level), None
 
     return denoise
@@ -286,7 +286,7 @@ def test_sampling_reaches_the_distribution_of_the_data(sampler, prediction):
     torch.manual_seed(0)
     given = diffusion.sample(gaussian(prediction), init, 250, sampler=sampler, prediction=prediction, clip=None)
     assert abs(given.mean() - MEAN) < 0.02
-    assert abs(given.std() - DEVIATION) < 0.02
+    assert abs(given.std() - INIT_STD) < 0.02
 
 
 def test_sample_is_the_same_at_any_batch_size():

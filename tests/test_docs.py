@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fitformer import config
 from fitformer.cli import VERBS
+from fitformer.config import load as config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fitformer import FITDecoder, FITImageEncoder
+from fitformer.config.schema import ByteRecipe
 from fitformer.errors import InputError
 from fitformer.evaluation.baselines import IndependentPixels, independent_bits
 from fitformer.evaluation.batches import batches, measured
 from fitformer.evaluation.classification import classification, confusion
-from fitformer.evaluation.recognition import as_the_classifier_sees, classify, recognised
-from fitformer.settings import ByteRecipe
+from fitformer.evaluation.sample_accuracy import classify, match_classifier_input, sample_accuracy
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 
@@ -123,10 +123,10 @@ def classifier():
 def test_samples_of_another_size_and_channel_count_are_shown_as_the_classifier_sees_them(classifier):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8))
     large = images.repeat_interleave(2, 1).repeat_interleave(2, 2).expand(-1, -1, -1, 3)
-    seen = as_the_classifier_sees(large, classifier)
+    seen = match_classifier_input(large, classifier)
     assert seen.shape == images.shape
     assert (seen.float() - images.float()).abs().mean() < 40
-    assert as_the_classifier_sees(images, classifier) is images
+    assert match_classifier_input(images, classifier) is images
 
 
 def test_recognition_counts_what_the_classifier_says(classifier):
@@ -135,10 +135,10 @@ def test_recognition_counts_what_the_classifier_says(classifier):
     assert torch.allclose(probabilities.sum(1), torch.ones(7))
     said = probabilities.argmax(1).tolist()
     wrong = [*said[:-1], (said[-1] + 1) % 3]
-    assert dict(recognised(classifier, images, said, "abc"))["recognised"] == 1
-    assert dict(recognised(classifier, images, wrong, "abc"))["recognised"] == pytest.approx(6 / 7)
+    assert dict(sample_accuracy(classifier, images, said, "abc"))["recognised"] == 1
+    assert dict(sample_accuracy(classifier, images, wrong, "abc"))["recognised"] == pytest.approx(6 / 7)
     with pytest.raises(InputError, match="knows 3 classes and the samples have 2"):
-        list(recognised(classifier, images, said, "ab"))
+        list(sample_accuracy(classifier, images, said, "ab"))
 
 
 class _Dying(torch.utils.data.Dataset):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fitformer.files import write_atomically
+from fitformer._support.atomic_files import write_atomically
 
 
 def test_a_file_appears_whole_and_with_its_folder(tmp_path):

@@ -13,12 +13,14 @@ import torch
 import yaml
 from PIL import Image
 
-from fitformer import FITImageEncoder, config, data, runs
+from fitformer import FITImageEncoder, data
 from fitformer.cli import main
+from fitformer.config import load as config
 from fitformer.data.masks import Masks
 from fitformer.errors import InputError
+from fitformer.patching.any_size import PixelArray
 from fitformer.tasks import build_model, classify
-from fitformer.tiling import PixelArray
+from fitformer.training import run_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,9 +65,9 @@ def recipe_of(folder, **more):
 def run_of(folder, **more):
     """A run on a folder, untrained."""
     recipe = config.load(recipe_of(folder, **more))
-    train, test = (data.build(recipe.data, split, seed=0) for split in ("train", "test"))
-    run = runs.start(folder.parent / f"{folder.name}-run", recipe)
-    runs.note_data(run, train, test)
+    train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
+    run = run_dir.start_run(folder.parent / f"{folder.name}-run", recipe)
+    run_dir.write_data_card(run, train, test)
     torch.manual_seed(0)
     build_model(recipe, train).save_pretrained(run.model_folder)
     return run
@@ -105,7 +107,7 @@ def test_a_part_of_other_numbers_is_refused_before_the_run_starts(tmp_path, caps
 def test_parts_of_other_depths_go_together(tmp_path):
     fill(tmp_path / "in" / "train")
     fill(tmp_path / "in" / "test", as_deeper)
-    assert data.build(config.load(recipe_of(tmp_path / "in")).data, "test").pixels == "uint8"
+    assert data.build_dataset(config.load(recipe_of(tmp_path / "in")).data, "test").pixels == "uint8"
 
 
 # The model and later images
@@ -239,7 +241,7 @@ def test_training_with_masks_in_the_subfolders_of_the_images(tmp_path, capsys):
     words = ["train", recipe_of(folder, masks=str(masks)), "--run-dir", str(tmp_path / "run")]
     assert main(words) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--split", "train"]) == 0
-    first = data.build(config.load(words[1]).data, "test").source.name(0)
+    first = data.build_dataset(config.load(words[1]).data, "test").source.name(0)
     (masks / "xy"["/y/" in first] / f"{Path(first).stem}.png").unlink()
     assert f"{first} needs a mask" in refusal(capsys, "evaluate", tmp_path / "run")
 

@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitformer.errors import InputError
-from fitformer.layers import Attention, CrossLayer, DropPath, FeedForward, TransformerLayer, check_heads, check_sizes
-from fitformer.positions import grid_code, latent_positions, line_code, token_positions
+from fitformer.models.layers import (
+    Attention,
+    CrossLayer,
+    DropPath,
+    FeedForward,
+    TransformerLayer,
+    check_heads,
+    check_sizes,
+)
+from fitformer.models.positions import grid_code, latent_positions, line_code, token_positions
 
 
 @given(heads=st.integers(-3, 40), width=st.integers(1, 32))

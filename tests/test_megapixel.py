@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fitformer.data import build
-from fitformer.data.megapixel import DIGITS, SIDE, SMALLEST, line_patterns, read_megapixel_mnist
+from fitformer.data import build_dataset
+from fitformer.data.datasets.megapixel import DIGITS, SIDE, SMALLEST, line_patterns, read_megapixel_mnist
 from fitformer.data.pixels import shift
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
@@ -123,13 +123,13 @@ def test_a_recipe_builds_it_with_augmentation_validation_and_colour(mnist):
     settings = ImageData(
         source="megapixel-mnist", path=mnist, image_size=192, augmentation="light", validation=0.1, channels=3
     )
-    train, val, test = (build(settings, split) for split in ("train", "val", "test"))
+    train, val, test = (build_dataset(settings, split) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (4500, 500, 1000)
     assert test[0]["image"].shape == (192, 192, 3)
     assert test.describe() == ("megapixel MNIST, test: 1,000 images, 192 x 192 x 3, 10 classes (its own test part)")
     assert not np.array_equal(train[0, 3]["image"], train[1, 3]["image"])
     assert train.source.name(0).endswith("of megapixel MNIST, train")
-    other = build(ImageData(source="megapixel-mnist", path=mnist, image_size=192, split_seed=1), "test")
+    other = build_dataset(ImageData(source="megapixel-mnist", path=mnist, image_size=192, split_seed=1), "test")
     assert not np.array_equal(other[0]["image"][..., :1], test[0]["image"][..., :1])
 
 
@@ -150,7 +150,7 @@ def test_bad_input_is_one_clear_error(mnist, tmp_path):
 
 def test_shifted_images_are_the_same_pixels_elsewhere(mnist):
     settings = ImageData(source="megapixel-mnist", path=mnist, image_size=(160, 320), augmentation="shift")
-    plain, shifted = build(replace(settings, augmentation="none")), build(settings)
+    plain, shifted = build_dataset(replace(settings, augmentation="none")), build_dataset(settings)
     steps = set()
     for index in range(40):
         before, after = plain[0, index]["image"].numpy()[..., 0], shifted[0, index]["image"].numpy()[..., 0]
@@ -163,7 +163,7 @@ def test_shifted_images_are_the_same_pixels_elsewhere(mnist):
         assert found
         steps.update(found)
     assert len(steps) > 30
-    assert np.array_equal(shifted[3, 7]["image"], build(settings)[3, 7]["image"])
+    assert np.array_equal(shifted[3, 7]["image"], build_dataset(settings)[3, 7]["image"])
     assert not np.array_equal(shifted[3, 7]["image"], shifted[4, 7]["image"])
 
 
@@ -175,16 +175,16 @@ def test_what_comes_in_at_the_edge_has_the_colour_of_the_rim():
 
 def test_the_recipe_trains_on_the_groups_that_hold_something(mnist, tmp_path):
     pytest.importorskip("lightning", reason="needs the extra train")
-    from fitformer import config
-    from fitformer.runs import Run
+    from fitformer.config import load as config
     from fitformer.tasks.classify import grouped
-    from fitformer.training import train
+    from fitformer.training.fit import train
+    from fitformer.training.run_dir import Run
 
     short = ["--trainer.steps=2", "--trainer.validate_batches=1", "--trainer.accelerator=cpu", f"--data.path={mnist}"]
     recipe = config.load("megapixel-mnist", short)
     assert train(recipe, tmp_path / "run")
-    network, test = Run.open(tmp_path / "run").model(), build(recipe.data, "test")
+    network, test = Run.open(tmp_path / "run").model(), build_dataset(recipe.data, "test")
     image = test[5]["image"]
     touched = (image.numpy()[..., 0] > 0).reshape(8, 64, 8, 64).any(axis=(1, 3))
-    assert grouped(network, image, recipe.data).places.tolist() == np.argwhere(touched).tolist()
+    assert grouped(network, image, recipe.data).coords.tolist() == np.argwhere(touched).tolist()
     assert 5 <= touched.sum() < 40

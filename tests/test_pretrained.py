@@ -11,9 +11,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import fitformer
-from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder, pretrained
+from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
-from fitformer.pretrained import difference, load_strictly
+from fitformer.models import pretrained
+from fitformer.models.pretrained import difference, load_strictly
 
 GROUPED = {"num_groups": 2, "tokens_per_group": 4}
 
@@ -222,7 +223,7 @@ class PlayedHub:
 def hub(tmp_path, monkeypatch):
     played = PlayedHub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", played)
-    monkeypatch.setattr("fitformer.pretrained.hf_hub_download", played.download)
+    monkeypatch.setattr("fitformer.models.pretrained.hf_hub_download", played.download)
     return played
 
 

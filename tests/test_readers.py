@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fitformer.data.readers import LazyImage, check_channels, open_image, to_tiled_tiff, write_tiled_tiff
-from fitformer.data.readers.areas import average
+from fitformer.data.readers.area_resize import average
 from fitformer.data.readers.cache import TileCache
 from fitformer.data.readers.levels import Tiles, blocks
-from fitformer.errors import InputError, MissingExtra
+from fitformer.errors import InputError, MissingDependencyError
 
 
 def pixels(rows=203, columns=171, channels=3, dtype="uint8", seed=0):
@@ -824,7 +824,7 @@ def test_what_is_decoded_for_one_pixel(kind, tmp_path):
         tiff(path, array, compression="zlib", **({"tile": (64, 48)} if kind == "tiles" else {"rowsperstrip": 203}))
     wanted = {"png": whole, "strip": whole, "npy": 171 * 3}.get(kind, 64 * 48 * 3)
     with open_image(path) as image:
-        assert image.piece_bytes == wanted
+        assert image.decode_bytes == wanted
 
 
 def test_strips_that_fill_the_cache_are_warned_of(tmp_path, monkeypatch):
@@ -841,7 +841,7 @@ def test_without_the_packages(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     for path in paths:
         if path.name in packages:
-            with pytest.raises(MissingExtra, match=rf"{packages[path.name]}.*fitformer\[gigapixel\]"):
+            with pytest.raises(MissingDependencyError, match=rf"{packages[path.name]}.*fitformer\[gigapixel\]"):
                 open_image(path)
         else:
             open_image(path).close()

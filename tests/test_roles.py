@@ -9,7 +9,7 @@ import torch
 from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.execution import checkpointed
-from fitformer.presets import SIZES, preset
+from fitformer.models.config import SIZES, preset
 
 T, N, M, V = 4, 6, 2, 11
 SIZE = {"layers": "(1)1(1)1(1)", "dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 4, "latents_per_group": M}

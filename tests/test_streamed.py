@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import fitformer
 from fitformer.errors import InputError
-from fitformer.execution import Streamed, Work, checkpointed, kept, passes, plain, total
-from fitformer.tiling import GroupedImage, PixelArray
+from fitformer.execution import Streamed, Work, _streamed_pass, checkpointed, plain, token_store, total
+from fitformer.patching.any_size import GroupedImage, PixelArray
 
 T, N = 7, 6
 SIZES = {"latents_per_group": 2, "dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 3}
@@ -212,28 +212,30 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
 
 def test_what_was_freed_is_given_back_where_there_are_many_slices(monkeypatch):
     given = []
-    monkeypatch.setattr(passes, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(_streamed_pass, "trim_heap", lambda: given.append(1))
     model = encoder()
     model.run = Streamed(1)
     # Of each of two blocks: after every second of seven slices and the whole block, and backward after each phase.
     for many, times in ((2, 2 * (3 + 1) + 2 * 2), (8, 0)):
-        monkeypatch.setattr(passes, "MANY_SLICES", many)
+        monkeypatch.setattr(_streamed_pass, "MANY_SLICES", many)
         given.clear()
         model(torch.randn(1, T, N, 5))[1].sum().backward()
         assert len(given) == times
 
 
 def test_without_gradients_one_room_serves_all_blocks(monkeypatch):
-    rooms = []
-    make = kept.InMemory.__init__
-    monkeypatch.setattr(kept.InMemory, "__init__", lambda self, *a: (rooms.append(a[0]), make(self, *a))[1])
+    make_stores = []
+    make = token_store.MemoryStore.__init__
+    monkeypatch.setattr(
+        token_store.MemoryStore, "__init__", lambda self, *a: (make_stores.append(a[0]), make(self, *a))[1]
+    )
     model = denoiser().eval()
     x = torch.randn(2, T, N, 5)
     with torch.no_grad():
         expected = denoise(model, x)[0]
         model.run = Streamed(2)
         torch.testing.assert_close(denoise(model, x)[0], expected)
-    assert len(rooms) == 1
+    assert len(make_stores) == 1
 
 
 def test_bf16_tokens_are_near_and_not_exact():
@@ -282,13 +284,13 @@ def test_scratch_has_no_name_and_goes_with_the_pass(tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(token_store.shutil, "disk_usage", lambda folder: usage)
     model = encoder()
     model.run = Streamed(2, keep="disk", folder=tmp_path)
-    with pytest.raises(kept.ScratchFailed, match=r"need .* of scratch, and .* has 1 KB free"):
+    with pytest.raises(token_store.ScratchError, match=r"need .* of scratch, and .* has 1 KB free"):
         model(torch.randn(1, T, N, 5))
     model.run = Streamed(2, keep="disk", folder=tmp_path / "absent")
-    with pytest.raises(kept.ScratchFailed, match="there is no folder"):
+    with pytest.raises(token_store.ScratchError, match="there is no folder"):
         model(torch.randn(1, T, N, 5))
 
 
@@ -301,7 +303,7 @@ def test_a_disk_that_fails_in_mid_step_leaves_nothing_behind(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given)
 
-    monkeypatch.setattr(kept.os, "pwrite", failing)
+    monkeypatch.setattr(token_store.os, "pwrite", failing)
     model = encoder()
     model.run = Streamed(1, keep="disk", folder=tmp_path)
     before = len(open_scratch())
@@ -400,9 +402,9 @@ def test_an_error_in_the_middle_ends_the_reading_and_the_scratch(tmp_path):
 def test_scratch_for_all_blocks_is_asked_for_at_once(tmp_path, monkeypatch):
     model = denoiser()
     size = T * N * SIZES["dim"] * 4
-    monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 2 * size - 1}))
+    monkeypatch.setattr(token_store.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 2 * size - 1}))
     model.run = Streamed(2, keep="disk", folder=tmp_path)
-    with pytest.raises(kept.ScratchFailed, match="of scratch"):
+    with pytest.raises(token_store.ScratchError, match="of scratch"):
         denoise(model, torch.randn(2, T, N, 5))
     with torch.no_grad():  # needs one room only
         denoise(model, torch.randn(2, T, N, 5))
@@ -595,7 +597,7 @@ def test_images_run_in_the_precision_of_the_weights(dtype):
 def test_images_that_cannot_be():
     model = image_encoder()
     with pytest.raises(InputError, match="places of 3 groups given for an input of 7"):
-        encoder(latent_position="row_column")(torch.ones(1, T, N, 5), places=torch.zeros(3, 2, dtype=torch.long))
+        encoder(latent_position="row_column")(torch.ones(1, T, N, 5), coords=torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
         model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
     with pytest.raises(InputError, match="has no occupied group among 4"):

@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fitformer import config, diffusion
-from fitformer.decoder import FITDecoder
+from fitformer import diffusion
+from fitformer.config import load as config
+from fitformer.config.schema import Optimizer
 from fitformer.errors import InputError
-from fitformer.positions import PositionTable
-from fitformer.settings import Optimizer
+from fitformer.models.decoder import FITDecoder
+from fitformer.models.positions import PositionTable
 from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of, trunk_of
 from fitformer.tasks.preview import Preview, grid, save
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fitformer.errors import InputError
 from fitformer.execution import checkpointed, plain
-from fitformer.layers import DropPath
-from fitformer.trunk import Trunk, block_causal_mask, parse_layers
+from fitformer.models.layers import DropPath
+from fitformer.models.trunk import Trunk, block_causal_mask, parse_layers
 
 T, N, M, C, D = 4, 5, 2, 8, 12
 CAUSAL = ["none", "global", "all"]

@@ -7,21 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fitformer.decoder import FITDecoder
-    from fitformer.denoiser import FITDenoiser
-    from fitformer.encoder import FITEncoder
-    from fitformer.image_encoder import FITImageEncoder
+    from fitformer.models.decoder import FITDecoder
+    from fitformer.models.denoiser import FITDenoiser
+    from fitformer.models.encoder import FITEncoder
+    from fitformer.models.image_encoder import FITImageEncoder
 
 __version__ = "0.1.0"
 __all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageEncoder"]
 
 _HOMES = {
-    "FITDecoder": "fitformer.decoder",
-    "FITDenoiser": "fitformer.denoiser",
-    "FITEncoder": "fitformer.encoder",
-    "FITImageEncoder": "fitformer.image_encoder",
+    "FITDecoder": "fitformer.models.decoder",
+    "FITDenoiser": "fitformer.models.denoiser",
+    "FITEncoder": "fitformer.models.encoder",
+    "FITImageEncoder": "fitformer.models.image_encoder",
 }
-_ROOMS = {"decoder", "denoiser", "diffusion", "encoder", "execution", "generation", "grouping", "official", "trunk"}
+_ROOMS = {"diffusion", "execution", "generation", "models", "patching"}
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +30,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _ROOMS:
         return importlib.import_module(f"fitformer.{name}")
+    if name == "official":
+        return importlib.import_module("fitformer.interop.official")
     raise AttributeError(f"module 'fitformer' has no attribute {name!r}")

@@ -8,11 +8,11 @@ class InputError(ValueError):
     """Bad input: the message says what is wrong, with both numbers, and the way out."""
 
 
-class Blank(InputError):
+class EmptyImageError(InputError):
     """An image of which nothing is left to look at: all of it is background, or masked."""
 
 
-class MissingExtra(ImportError):
+class MissingDependencyError(ImportError):
     """An optional package is not installed; the message says which extra brings it."""
 
 
@@ -20,7 +20,7 @@ def require(package: str, extra: str) -> ModuleType:
     """Import an optional package, or say which extra installs it.
 
     Raises:
-        MissingExtra: `package` is not installed.
+        MissingDependencyError: `package` is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -29,4 +29,4 @@ def require(package: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
             raise
         name = package.split(".")[0]
-        raise MissingExtra(f"this needs the package {name!r}: pip install 'fitformer[{extra}]'") from error
+        raise MissingDependencyError(f"this needs the package {name!r}: pip install 'fitformer[{extra}]'") from error

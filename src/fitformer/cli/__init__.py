@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fitformer import __version__
-from fitformer.errors import InputError, MissingExtra
+from fitformer.errors import InputError, MissingDependencyError
 
 VERBS = {
     "train": "train a model from a recipe, or continue its run",
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except (InputError, MissingExtra, OSError) as error:
+    except (InputError, MissingDependencyError, OSError) as error:
         print(f"fitformer: error: {_one_line(error)}", file=sys.stderr)
         return 2
 

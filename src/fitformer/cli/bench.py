@@ -14,7 +14,7 @@ from fitformer.cli.plan import add_geometry, add_wish, geometry_of, wish_of
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
-    from fitformer.bench import Measured
+    from fitformer.profiling.benchmark import Measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,21 +48,20 @@ def _step(arguments: argparse.Namespace) -> int:
         raise InputError("--sizes and --output are for `fitformer bench scaling`")
     if arguments.image is not None and arguments.image_size is not None:
         raise InputError(f"--image-size is of a generated image, and {arguments.image} has its own size: leave one out")
-    from fitformer.bench import Bench, measure
-    from fitformer.bench.steps import as_plain
+    from fitformer.profiling.benchmark import Bench, as_plain, measure
 
     geometry = geometry_of(arguments, None if arguments.image is None else 1)
     bench = Bench(geometry, wish_of(arguments), arguments.steps, arguments.warmup, arguments.image)
     found = measure(bench)
-    print(json.dumps(as_plain(found), indent=2) if arguments.json else in_words(found))
+    print(json.dumps(as_plain(found), indent=2) if arguments.json else format_bytes(found))
     return 0
 
 
-def in_words(found: "Measured") -> str:
+def format_bytes(found: "Measured") -> str:
     """What a step took, for people."""
-    from fitformer.amounts import in_words as amount
-    from fitformer.bench.steps import as_plain
+    from fitformer._support.bytesize import format_bytes as amount
     from fitformer.cli.info import short
+    from fitformer.profiling.benchmark import as_plain
 
     plain = as_plain(found)
     kept = f", kept {plain['keep']}, {plain['slice_groups']} groups a slice" if plain["keep"] else ""
@@ -87,9 +86,8 @@ _OWN = {"what", "sizes", "output", "json", "image_size", "image"}
 def _scaling(arguments: argparse.Namespace) -> int:
     if not arguments.sizes or arguments.image or arguments.image_size is not None:
         raise InputError("scaling takes generated images of several --sizes, such as --sizes 1600,3200,6400")
-    from fitformer.bench import scaling
-    from fitformer.bench.scaling import write_plot
-    from fitformer.files import write_atomically
+    from fitformer._support.atomic_files import write_atomically
+    from fitformer.profiling.scaling import scaling, write_plot
 
     def tell(step: dict[str, Any]) -> None:
         if not arguments.json:

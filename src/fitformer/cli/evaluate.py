@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from fitformer.evaluation.run import evaluate, recognition
+    from fitformer.evaluation.evaluate import evaluate, recognition
 
     of, device = open_run(arguments.run, *TASKS), device_of(arguments)
     judge = None if arguments.classifier is None else open_run(arguments.classifier, "classify")

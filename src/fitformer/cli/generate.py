@@ -11,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fitformer._support.atomic_files import write_atomically
 from fitformer.cli.options import add_device, device_of, natural, open_run, positive
 from fitformer.errors import InputError
-from fitformer.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fitformer.decoder import FITDecoder
-    from fitformer.runs import Run
+    from fitformer.models.decoder import FITDecoder
+    from fitformer.training.run_dir import Run
 
 PROMPT = b"\n"
 LENGTH = 512
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, print and write."""
-    from fitformer.decoder import FITDecoder
-    from fitformer.settings import ByteRecipe
+    from fitformer.config.schema import ByteRecipe
+    from fitformer.models.decoder import FITDecoder
 
     of, device = open_run(arguments.run, "autoregress"), device_of(arguments)
     of_bytes = isinstance(of.recipe, ByteRecipe)
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _images(of: "Run", network: "FITDecoder", arguments: argparse.Namespace, drawing: dict[str, Any]) -> int:
-    from fitformer.samples import write_samples
-    from fitformer.settings import PixelRecipe
+    from fitformer.config.schema import PixelRecipe
+    from fitformer.inference.sample import write_samples
     from fitformer.tasks.autoregress import generate_images
 
     assert isinstance(of.recipe, PixelRecipe)

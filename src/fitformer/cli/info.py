@@ -16,7 +16,7 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fitformer.planning import Model
+    from fitformer.profiling import Model
 
 ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITDenoiser", "decoder": "FITDecoder"}
 SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the model holds and costs."""
-    from fitformer.presets import SIZES as PRESETS
+    from fitformer.models.config import SIZES as PRESETS
 
     model = of_preset(arguments) if arguments.what in PRESETS else of_folder(arguments)
     if arguments.json:
@@ -79,9 +79,9 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
     Raises:
         InputError: options that the role has no use for, or sizes that do not fit.
     """
-    from fitformer.grouping import ImageGroups
-    from fitformer.planning import on_meta
-    from fitformer.presets import preset
+    from fitformer.models.config import preset
+    from fitformer.patching import ImageGroups
+    from fitformer.profiling import on_meta
 
     asked = given(arguments)
     role = asked.pop("role", "encoder")
@@ -109,17 +109,17 @@ DEFAULT_CUT: dict[str, Any] = {"image_size": 256, "group_size": 64, "patch_size"
 
 def _sequence(asked: dict[str, Any]) -> dict[str, Any]:
     """Geometry of a decoder: of `length` tokens, or of the pixels of an image, a patch a group (spec section 6)."""
-    from fitformer.cuts import need_division, sides_of
+    from fitformer.patching.sizes import check_divisible, to_sides
 
     vocabulary = {"vocab_size": asked.pop("vocab_size", 256)}
     if "length" in asked:
         length, n = asked.pop("length"), asked.pop("tokens_per_group", 64)
-        need_division(length, n, ("a sequence", "groups", "tokens"))
+        check_divisible(length, n, ("a sequence", "groups", "tokens"))
         return {"num_groups": length // n, "tokens_per_group": n, **vocabulary}
-    rows, columns = sides_of(asked.pop("image_size", DEFAULT_CUT["image_size"]), "hw")
-    high, wide = sides_of(asked.pop("patch_size", DEFAULT_CUT["patch_size"]), "hw")
-    need_division(rows, high, ("an image", "patches", "rows"))
-    need_division(columns, wide, ("an image", "patches", "columns"))
+    rows, columns = to_sides(asked.pop("image_size", DEFAULT_CUT["image_size"]), "hw")
+    high, wide = to_sides(asked.pop("patch_size", DEFAULT_CUT["patch_size"]), "hw")
+    check_divisible(rows, high, ("an image", "patches", "rows"))
+    check_divisible(columns, wide, ("an image", "patches", "columns"))
     groups = (rows // high) * (columns // wide)
     return {"num_groups": groups, "tokens_per_group": high * wide * asked.pop("channels", 3), **vocabulary}
 
@@ -130,8 +130,8 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
     Raises:
         InputError: neither a preset nor such a folder, or options of a preset given with a folder.
     """
-    from fitformer.planning import on_meta
-    from fitformer.presets import SIZES as PRESETS
+    from fitformer.models.config import SIZES as PRESETS
+    from fitformer.profiling import on_meta
 
     folder = Path(arguments.what)
     path = next((file for file in (folder / CONFIG, folder / "model" / CONFIG) if file.is_file()), None)
@@ -153,7 +153,7 @@ def as_plain(model: "Model") -> dict[str, Any]:
     """What the tables say, as plain data."""
     from dataclasses import asdict
 
-    from fitformer.planning import count_parameters, flops, group_plan, parts
+    from fitformer.profiling import count_parameters, flops, group_plan, parts
 
     return {
         "role": type(model).__name__,
@@ -169,7 +169,7 @@ def tables(model: "Model", title: str) -> "list[Table]":
     from rich import box
     from rich.table import Table
 
-    from fitformer.planning import count_parameters, group_plan, parts, total
+    from fitformer.profiling import count_parameters, group_plan, parts, total
 
     plan, look = group_plan(model), {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     headings = ("groups t", "tokens n", "latents m", "width c", "width d", "layers")

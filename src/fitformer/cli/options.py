@@ -11,7 +11,7 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from fitformer.runs import Run
+    from fitformer.training.run_dir import Run
 
 
 def positive(text: str) -> int:
@@ -83,7 +83,7 @@ def open_run(path: str, *tasks: str) -> "Run":
     Raises:
         InputError: no run there, or one of another task (says which verb serves it).
     """
-    from fitformer.runs import Run
+    from fitformer.training.run_dir import Run
 
     run = Run.open(path)
     if run.recipe.task not in tasks:

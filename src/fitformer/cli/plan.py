@@ -15,7 +15,7 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fitformer.planning import Geometry, Plan, Wish
+    from fitformer.profiling import Geometry, Plan, PlanRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
     Raises:
         InputError: no image size, no such preset, sizes that do not fit.
     """
-    from fitformer.planning import Geometry
+    from fitformer.profiling import Geometry
 
     wanted = image_size if arguments.image_size is None else arguments.image_size
     if wanted is None:
@@ -78,22 +78,22 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
     return found if found.group_size is None else found.checked()
 
 
-def wish_of(arguments: argparse.Namespace) -> "Wish":
+def wish_of(arguments: argparse.Namespace) -> "PlanRequest":
     """The way to run that was asked for.
 
     Raises:
         InputError: an amount of memory that is none, or options of streamed execution with another one.
     """
-    from fitformer.amounts import bytes_of
-    from fitformer.planning import Wish
+    from fitformer._support.bytesize import parse_bytes
+    from fitformer.profiling import PlanRequest
 
     streamed = {"--keep": arguments.keep, "--slice": arguments.slice, "--kept-precision": arguments.kept_precision}
     streamed["--recompute"] = arguments.recompute
     for name, value in streamed.items():
         if value is not None and arguments.execution in ("plain", "checkpointed"):
             raise InputError(f"{name} is for streamed execution; leave it out, or take --execution streamed")
-    return Wish(
-        budget=None if arguments.memory is None else bytes_of(arguments.memory),
+    return PlanRequest(
+        budget=None if arguments.memory is None else parse_bytes(arguments.memory),
         execution=arguments.execution,
         keep=arguments.keep,
         slice_groups=arguments.slice,
@@ -107,7 +107,7 @@ def wish_of(arguments: argparse.Namespace) -> "Wish":
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; the exit status is 1 if nothing fits."""
-    from fitformer.planning import choose
+    from fitformer.profiling import choose
 
     plan = choose(geometry_of(arguments), wish_of(arguments))
     if arguments.json:
@@ -149,9 +149,9 @@ def table(plan: "Plan") -> "Table":
     from rich import box
     from rich.table import Table
 
-    from fitformer.amounts import in_words
+    from fitformer._support.bytesize import format_bytes
     from fitformer.cli.info import short
-    from fitformer.cuts import by
+    from fitformer.patching.sizes import format_size
 
     geometry, memory = plan.geometry, plan.memory
     found = Table(show_header=False, box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -160,7 +160,7 @@ def table(plan: "Plan") -> "Table":
     found.add_column()
     tiling = geometry.tiling
     high, wide = tiling.grid(*geometry.image_size)  # type: ignore[misc]
-    cut = f"{high} x {wide} of {by(tiling.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
+    cut = f"{high} x {wide} of {format_size(tiling.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
     found.add_row("groups", f"{geometry.groups:,}", cut)
     beyond = plan.tokens - geometry.length
     found.add_row(
@@ -180,9 +180,9 @@ def table(plan: "Plan") -> "Table":
         ("process", memory.process, "Python, torch, decoded tiles"),
         ("allocator", memory.slack, "freed, and not given back"),
     ):
-        found.add_row(name, in_words(count), what)
-    found.add_row("peak memory", in_words(memory.total), end_section=True)
+        found.add_row(name, format_bytes(count), what)
+    found.add_row("peak memory", format_bytes(memory.total), end_section=True)
     for name, count in (("scratch on disk", memory.scratch), ("on the host", memory.host)):
         if count:
-            found.add_row(name, in_words(count), "data tokens between blocks")
+            found.add_row(name, format_bytes(count), "data tokens between blocks")
     return found

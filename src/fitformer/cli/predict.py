@@ -15,18 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fitformer._support.atomic_files import write_atomically
 from fitformer.cli.options import add_device, device_of, open_run, positive, progress
 from fitformer.errors import InputError
-from fitformer.files import write_atomically
 
 if TYPE_CHECKING:
+    from fitformer.config.schema import ClassifyRecipe, Training
     from fitformer.data.masks import Masks
     from fitformer.data.settings import ImageData
-    from fitformer.execution.kept import Keep
-    from fitformer.image_encoder import FITImageEncoder
-    from fitformer.runs import Run
-    from fitformer.seeing.slides import Broken
-    from fitformer.settings import ClassifyRecipe, Training
+    from fitformer.execution.token_store import Keep
+    from fitformer.inference.explain.batch import Failure
+    from fitformer.models.image_encoder import FITImageEncoder
+    from fitformer.training.run_dir import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Label and print, or write into a folder what was seen."""
-    from fitformer.image_encoder import FITImageEncoder
-    from fitformer.settings import ClassifyRecipe
+    from fitformer.config.schema import ClassifyRecipe
+    from fitformer.models.image_encoder import FITImageEncoder
 
     of = open_run(arguments.run, "classify")
     network = of.model().to(device_of(arguments))
@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _of_any_size(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", recipe: "ClassifyRecipe") -> int:
-    from fitformer.execution.kept import ScratchFailed
+    from fitformer.execution.token_store import ScratchError
 
     _stream(network, recipe.trainer, arguments.keep, arguments.scratch)
     labels_only = arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json")
     try:
         return (_label if labels_only else _see)(arguments, of, network, recipe.data)
-    except ScratchFailed as error:
+    except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
 
 
@@ -101,8 +101,8 @@ def _masks(data: "ImageData", files: Sequence[Path]) -> "Masks | None":
 
 
 def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
-    from fitformer.prediction import as_text, expand, predict
-    from fitformer.seeing.slides import find
+    from fitformer.inference.explain.batch import find
+    from fitformer.inference.predict import as_text, expand, predict
     from fitformer.tasks.classify import grouped
 
     files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
@@ -128,7 +128,7 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder",
 
 
 def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
-    from fitformer.seeing.slides import Slides, find, identity
+    from fitformer.inference.explain.batch import Slides, find, identity
     from fitformer.tasks.classify import grouped
 
     if arguments.format is not None:
@@ -142,7 +142,12 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     masks, trained = _masks(data, [slide.path for slide in slides]), of.pixels
     # As JSON gives it back.
     background = list(data.background) if isinstance(data.background, tuple) else data.background
-    skipped = {"background": background, "tolerance": data.tolerance, "least": data.least, "masks": data.masks}
+    skipped = {
+        "background": background,
+        "tolerance": data.tolerance,
+        "min_foreground": data.min_foreground,
+        "masks": data.masks,
+    }
     with progress("looking") as show:
         work = Slides(
             network,
@@ -162,7 +167,7 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     return 0
 
 
-def _counted(broken: "Mapping[str, Broken]") -> str:
+def _counted(broken: "Mapping[str, Failure]") -> str:
     """How many images could not be labelled, for each of the reasons there are."""
     said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with pixels that are no numbers"}
     found = [each.what for each in broken.values()]

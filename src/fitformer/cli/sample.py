@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw and write."""
-    from fitformer.denoiser import FITDenoiser
-    from fitformer.samples import class_numbers, write_samples
-    from fitformer.settings import DiffuseRecipe
+    from fitformer.config.schema import DiffuseRecipe
+    from fitformer.inference.sample import class_numbers, write_samples
+    from fitformer.models.denoiser import FITDenoiser
     from fitformer.tasks.diffuse import sample_images
 
     of, device = open_run(arguments.run, "diffuse"), device_of(arguments)

@@ -6,7 +6,7 @@ Any key of a recipe can be overridden: `fitformer train digits-classify --traine
 import argparse
 from pathlib import Path
 
-from fitformer import config
+from fitformer.config import load as config
 from fitformer.errors import InputError, require
 
 OVERRIDES = True
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Here torch and Lightning come in, which takes seconds; everything above answers at once.
     for package in ("lightning", "tensorboard"):
         require(package, extra="train")
-    from fitformer.training import train
+    from fitformer.training.fit import train
 
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
     return 0 if train(recipe, run_dir) else 130

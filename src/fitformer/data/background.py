@@ -49,8 +49,8 @@ def _given(background: Background, channels: int, top: float, name: str) -> np.n
 def _sample(image: Pixels) -> np.ndarray:
     """Pixels (k, channels) of small windows that are spread evenly over the image."""
     rows, columns, channels = image.shape
-    places = (np.unique(np.linspace(0, side - min(side, _SIDE), _WINDOWS).astype(int)) for side in (rows, columns))
-    tops, lefts = (each.tolist() for each in places)
+    coords = (np.unique(np.linspace(0, side - min(side, _SIDE), _WINDOWS).astype(int)) for side in (rows, columns))
+    tops, lefts = (each.tolist() for each in coords)
     high, wide = min(rows, _SIDE), min(columns, _SIDE)
     windows = [image.window(top, left, high, wide).reshape(-1, channels) for top in tops for left in lefts]
     return np.concatenate(windows).astype(np.float64)

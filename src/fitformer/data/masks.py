@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fitformer.data.lazily import is_image_folder, lazy_suffixes
-from fitformer.data.occupancy import check_mask
+from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
+from fitformer.data.foreground import check_mask
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
@@ -75,7 +75,7 @@ class Masks:
         mask = self._take(image.path)
         with open_image(mask) as drawn:
             check_mask(drawn, image)
-            return str(mask), drawn.piece_bytes
+            return str(mask), drawn.decode_bytes
 
     def check_shared(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         """Check that no two of these images have the same mask; those without one are passed over.

@@ -44,8 +44,8 @@ def step_batch(
     is left out, and a data set smaller than a batch simply goes on into the next epoch.
     """
     first = (step * world_size + rank) * batch_size
-    places = (divmod(place, length) for place in range(first, first + batch_size))
-    return [(epoch, int(permutation(length, seed, epoch)[position])) for epoch, position in places]
+    coords = (divmod(place, length) for place in range(first, first + batch_size))
+    return [(epoch, int(permutation(length, seed, epoch)[position])) for epoch, position in coords]
 
 
 def _check(length: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -21,7 +21,7 @@ _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, Image.DecompressionBombError)
 
 
-class Unreadable(Exception):
+class UnreadableImageError(Exception):
     """A file that is missing or cannot be decoded; the message names it and says why."""
 
     def __init__(self, name: str, reason: str):
@@ -63,7 +63,7 @@ def header_channels(file: str | os.PathLike[str] | bytes, name: str) -> int:
     """Channels of an image from its header alone.
 
     Raises:
-        Unreadable: it is missing or no image.
+        UnreadableImageError: it is missing or no image.
     """
     try:
         with Image.open(_openable(file)) as image:
@@ -71,14 +71,14 @@ def header_channels(file: str | os.PathLike[str] | bytes, name: str) -> int:
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
-        raise Unreadable(name, _reason(error)) from error
+        raise UnreadableImageError(name, _reason(error)) from error
 
 
 def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None = None) -> np.ndarray:
     """Pixels (H, W, ch) uint8 of an image file, turned upright, with `channels` or its own number of them.
 
     Raises:
-        Unreadable: it is missing, truncated or no image.
+        UnreadableImageError: it is missing, truncated or no image.
     """
     try:
         with Image.open(_openable(file)) as image:
@@ -87,7 +87,7 @@ def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
-        raise Unreadable(name, _reason(error)) from error
+        raise UnreadableImageError(name, _reason(error)) from error
     return pixels if channels is None else convert(pixels, channels)
 
 

@@ -76,7 +76,7 @@ class ImageData:
     augmentation: Augmentation = "none"
     background: Background = "none"
     tolerance: float = 0.1
-    least: float = 0.0
+    min_foreground: float = 0.0
     masks: str | None = None
     max_unreadable: int = 10
     num_workers: int = 0

@@ -17,17 +17,17 @@ class IndependentPixels:
         smoothing: added to every count, so that what never occurred is rare, not impossible; 1 is Laplace's rule.
     """
 
-    def __init__(self, places: int, levels: int, smoothing: float = 1.0) -> None:
+    def __init__(self, coords: int, levels: int, smoothing: float = 1.0) -> None:
         if smoothing <= 0:
             raise InputError(f"smoothing is {smoothing}; above 0 it keeps the bits of unseen values finite")
         self.levels, self.smoothing = levels, smoothing
-        self.counts = torch.zeros(places, levels, dtype=torch.int64)
+        self.counts = torch.zeros(coords, levels, dtype=torch.int64)
 
     def fit(self, tokens: Tensor) -> None:
         """Count more examples `(b, ...)` of integers, their values in any order that is always the same."""
         flat = tokens.flatten(1).cpu()
-        places = torch.arange(flat.shape[1]).expand_as(flat)
-        self.counts.index_put_((places, flat), torch.ones_like(flat), accumulate=True)
+        coords = torch.arange(flat.shape[1]).expand_as(flat)
+        self.counts.index_put_((coords, flat), torch.ones_like(flat), accumulate=True)
 
     def bits(self, tokens: Tensor) -> float:
         """Bits that examples `(b, ...)` take in all."""

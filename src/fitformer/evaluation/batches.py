@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches
 from fitformer.data.workers import dead_worker
-from fitformer.settings import Recipe
 from fitformer.tasks import Batch, task_of
 
 

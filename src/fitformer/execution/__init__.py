@@ -5,9 +5,9 @@ is chosen by giving it to a role: `encoder.run = checkpointed`, or `Streamed(kee
 of these ways, on `Work` that is read slice by slice.
 """
 
+from fitformer.execution.base import Execution, Work, total
 from fitformer.execution.checkpointed import checkpointed
 from fitformer.execution.plain import plain
 from fitformer.execution.streamed import Streamed
-from fitformer.execution.work import Way, Work, total
 
-__all__ = ["Streamed", "Way", "Work", "checkpointed", "plain", "total"]
+__all__ = ["Execution", "Streamed", "Work", "checkpointed", "plain", "total"]

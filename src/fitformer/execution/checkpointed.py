@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fitformer.trunk import Trunk
+from fitformer.models.trunk import Trunk
 
 
 def checkpointed(

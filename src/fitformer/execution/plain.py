@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fitformer.trunk import Trunk
+from fitformer.models.trunk import Trunk
 
 
 def plain(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fitformer.errors import InputError
-from fitformer.execution.kept import Keep
-from fitformer.execution.passes import Pass
-from fitformer.execution.recompute import Recompute
-from fitformer.execution.work import ByWork, Work
-from fitformer.trunk import Trunk
+from fitformer.execution._streamed_pass import Pass
+from fitformer.execution.base import ByWork, Work
+from fitformer.execution.selective_checkpoint import Recompute
+from fitformer.execution.token_store import Keep
+from fitformer.models.trunk import Trunk
 
 # Tokens of a slice where its size is not given: what a local layer makes of them stays in a processor's cache.
 SLICE_TOKENS = 4096

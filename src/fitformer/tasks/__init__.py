@@ -9,13 +9,13 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from fitformer.execution import Streamed, Way, checkpointed, plain
-from fitformer.settings import Recipe, Training
+from fitformer.config.schema import Recipe, Training
+from fitformer.execution import Execution, Streamed, checkpointed, plain
+from fitformer.models.trunk import Trunk
 from fitformer.tasks.batch import Batch
 from fitformer.tasks.preview import Preview
-from fitformer.trunk import Trunk
 
-__all__ = ["Batch", "Preview", "Task", "build_model", "set_way", "task_of", "trunk_of"]
+__all__ = ["Batch", "Preview", "Task", "build_model", "set_execution", "task_of", "trunk_of"]
 
 
 class Task(Protocol):
@@ -33,7 +33,7 @@ class Task(Protocol):
     def preview(self, network: Any, recipe: Any, count: int) -> Preview | None:
         """Samples to look at, always the same `count` ones for the same weights; None where there is nothing."""
 
-    def watch(self, recipe: Any) -> tuple[str, str]:
+    def monitor(self, recipe: Any) -> tuple[str, str]:
         """The held-out metric that says which checkpoint is best, and `min` or `max`."""
 
 
@@ -51,11 +51,11 @@ def build_model(recipe: Recipe, dataset: Any) -> nn.Module:
     return task_of(recipe).build(recipe, dataset)
 
 
-def set_way(network: Any, training: Training) -> None:
+def set_execution(network: Any, training: Training) -> None:
     """Have a network's trunk run as `trainer.execution` says."""
-    ways: dict[str, Way] = {"plain": plain, "checkpointed": checkpointed}
+    ways: dict[str, Execution] = {"plain": plain, "checkpointed": checkpointed}
     if training.execution == "streamed":
-        way: Way = Streamed(
+        way: Execution = Streamed(
             groups=training.slice_groups,
             keep=training.keep,
             precision=training.keep_precision,

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitformer import generation, grouping
-from fitformer.cuts import sides_of
-from fitformer.decoder import FITDecoder
+from fitformer import generation, patching
+from fitformer.config.schema import ByteRecipe, PixelRecipe
 from fitformer.errors import InputError
 from fitformer.execution import Work, total
-from fitformer.settings import ByteRecipe, PixelRecipe
+from fitformer.models.decoder import FITDecoder
+from fitformer.patching.sizes import to_sides
 from fitformer.tasks.batch import Batch, arguments, one_size
 from fitformer.tasks.preview import Preview
 
@@ -29,8 +29,8 @@ def build(recipe: PixelRecipe | ByteRecipe, dataset: Any) -> FITDecoder:
     """
     if isinstance(recipe, ByteRecipe):
         return _build(recipe, _division(recipe), recipe.model.tokens_per_group, BYTES)
-    image = torch.zeros(1, *sides_of(one_size(recipe), "hw"), dataset.channels, dtype=torch.uint8)
-    t, n = grouping.image_to_pixels(image, recipe.model.patch_size, recipe.objective.order).shape[1:]
+    image = torch.zeros(1, *to_sides(one_size(recipe), "hw"), dataset.channels, dtype=torch.uint8)
+    t, n = patching.image_to_pixels(image, recipe.model.patch_size, recipe.objective.order).shape[1:]
     return _build(recipe, t, n, recipe.data.levels or BYTES)
 
 
@@ -61,14 +61,14 @@ def targets(batch: Batch, recipe: PixelRecipe | ByteRecipe) -> tuple[Tensor, Ten
     if isinstance(recipe, ByteRecipe):
         n = recipe.model.tokens_per_group
         mask = batch.get("mask")
-        kept = None if mask is None or bool(mask.all()) else grouping.sequence_to_groups(mask, n)
-        return grouping.sequence_to_groups(batch["tokens"], n), kept
-    return grouping.image_to_pixels(batch["image"], recipe.model.patch_size, recipe.objective.order), None
+        kept = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
+        return patching.sequence_to_groups(batch["tokens"], n), kept
+    return patching.image_to_pixels(batch["image"], recipe.model.patch_size, recipe.objective.order), None
 
 
 def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean bits of the tokens `(b, t, n)` that count, a scalar, with gradients: the paper's negative log-likelihood."""
-    given = grouping.shift_right(tokens)
+    given = patching.shift_right(tokens)
     weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
     def nats(groups: slice, logits: Tensor, _: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ def generate_images(
 ) -> Tensor:
     """Draw images pixel by pixel, uint8 0 .. 255 `(count, H, W, ch)`. Image k depends on (seed, first + k) alone."""
     length = network.num_groups * network.tokens_per_group
-    size, levels = sides_of(one_size(recipe), "hw"), network.vocab_size
+    size, levels = to_sides(one_size(recipe), "hw"), network.vocab_size
     parts = []
     for start in range(0, count, batch_size):
         k = min(batch_size, count - start)
@@ -130,9 +130,9 @@ def generate_images(
             seed=seed,
             first=first + start,
         )
-        tokens = grouping.sequence_to_groups(drawn.cpu(), network.tokens_per_group)
+        tokens = patching.sequence_to_groups(drawn.cpu(), network.tokens_per_group)
         channels = length // math.prod(size)
-        parts.append(grouping.pixels_to_image(tokens, size, recipe.model.patch_size, channels, recipe.objective.order))
+        parts.append(patching.pixels_to_image(tokens, size, recipe.model.patch_size, channels, recipe.objective.order))
     return to_grey(torch.cat(parts), levels)
 
 
@@ -160,7 +160,7 @@ def generate_bytes(
     if len({len(prompt) for prompt in prompts}) != 1 or not prompts[0]:
         raise InputError("prompts must be given, all of one length above 0; continue others one at a time")
     device = next(network.parameters()).device
-    start = torch.stack([grouping.bytes_to_tokens(prompt) for prompt in prompts]).to(device)
+    start = torch.stack([patching.bytes_to_tokens(prompt) for prompt in prompts]).to(device)
     drawn = generation.generate(
         network,
         start,
@@ -172,7 +172,7 @@ def generate_bytes(
         on_token=on_token,
         window=True,
     )
-    return [grouping.tokens_to_bytes(row) for row in drawn]
+    return [patching.tokens_to_bytes(row) for row in drawn]
 
 
 def preview(network: FITDecoder, recipe: PixelRecipe | ByteRecipe, count: int) -> Preview:
@@ -185,6 +185,6 @@ def preview(network: FITDecoder, recipe: PixelRecipe | ByteRecipe, count: int) -
     return Preview(text=tuple(data.decode("utf-8", errors="replace") for data in drawn))
 
 
-def watch(recipe: PixelRecipe | ByteRecipe) -> tuple[str, str]:
+def monitor(recipe: PixelRecipe | ByteRecipe) -> tuple[str, str]:
     """The best checkpoint needs the fewest held-out bits."""
     return f"val/{unit(recipe)}", "min"

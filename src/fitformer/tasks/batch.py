@@ -5,8 +5,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from fitformer.config.schema import Model
 from fitformer.errors import InputError
-from fitformer.settings import Model
 
 
 class Batch(TypedDict, total=False):

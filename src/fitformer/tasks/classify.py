@@ -8,19 +8,19 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitformer.cuts import Size
+from fitformer.config.schema import ClassifyRecipe
 from fitformer.data.background import Background
+from fitformer.data.dihedral import DIHEDRAL, IDENTITY, SYMMETRIES, Symmetry, TransformedImage
+from fitformer.data.foreground import foreground_groups_transformed
 from fitformer.data.masks import Masks
-from fitformer.data.occupancy import occupied_turned
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.settings import ImageData
-from fitformer.data.symmetries import EIGHT, SAME, SYMMETRIES, Symmetry, Turned
 from fitformer.diffusion import pixels_to_signal
-from fitformer.errors import Blank, InputError
-from fitformer.image_encoder import FITImageEncoder
-from fitformer.settings import ClassifyRecipe
+from fitformer.errors import EmptyImageError, InputError
+from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
+from fitformer.patching.sizes import Size
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
-from fitformer.tiling import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
@@ -91,16 +91,23 @@ def _occupied(source: Any, tiling: Tiling, data: ImageData | None) -> np.ndarray
         return None
     background = None if data.background == "none" else data.background
     image: Any
-    image, symmetry = (source.source, source.symmetry) if isinstance(source, Turned) else (source, SAME)
+    image, symmetry = (source.source, source.symmetry) if isinstance(source, TransformedImage) else (source, IDENTITY)
     if not isinstance(image, LazyImage):
-        found = occupied_turned(
-            image, tiling.group_size, (symmetry,), background=background, tolerance=data.tolerance, least=data.least
+        found = foreground_groups_transformed(
+            image,
+            tiling.group_size,
+            (symmetry,),
+            background=background,
+            tolerance=data.tolerance,
+            min_foreground=data.min_foreground,
         )
     else:
         # An image that is turned at all will be turned in other ways, too, and one look serves them all.
-        symmetries = SYMMETRIES.get(data.augmentation, EIGHT) if isinstance(source, Turned) else (SAME,)
+        symmetries = (
+            SYMMETRIES.get(data.augmentation, DIHEDRAL) if isinstance(source, TransformedImage) else (IDENTITY,)
+        )
         found = _occupied_file(
-            image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks, data.least
+            image.path, tiling.group_size, symmetries, background, data.tolerance, data.masks, data.min_foreground
         )
     return found[symmetry]
 
@@ -113,20 +120,26 @@ def _occupied_file(
     background: Background | None,
     tolerance: float,
     masks: str | None,
-    least: float,
+    min_foreground: float,
 ) -> dict[Symmetry, np.ndarray]:
     # Looking takes as long as reading the image: it is done once for all epochs.
     with open_image(path) as image:
         mask = None if masks is None else Masks(masks).of(path)
-        found = occupied_turned(
-            image, group_size, symmetries, background=background, tolerance=tolerance, mask=mask, least=least
+        found = foreground_groups_transformed(
+            image,
+            group_size,
+            symmetries,
+            background=background,
+            tolerance=tolerance,
+            mask=mask,
+            min_foreground=min_foreground,
         )
     if not all(each.any() for each in found.values()):
         left = [f"background {background}, tolerance {tolerance}"] if background is not None else []
         left += [f"mask {mask}"] if mask else []
-        left += [f"least {least}"] if least else []
+        left += [f"least {min_foreground}"] if min_foreground else []
         turned = ", as it is turned in training," if len(symmetries) > 1 else ""
-        raise Blank(
+        raise EmptyImageError(
             f"{path}{turned} has no group that holds anything ({', '.join(left)}): leave the image out, or change "
             f"data.{'masks' if background is None else 'tolerance'}"
         )
@@ -174,7 +187,7 @@ def preview(network: FITImageEncoder, recipe: ClassifyRecipe, count: int) -> Non
     return None
 
 
-def watch(recipe: ClassifyRecipe) -> tuple[str, str]:
+def monitor(recipe: ClassifyRecipe) -> tuple[str, str]:
     """The best checkpoint has the highest held-out accuracy."""
     return "val/accuracy", "max"
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer import diffusion
-from fitformer.denoiser import FITDenoiser
+from fitformer.config.schema import DiffuseRecipe
 from fitformer.errors import InputError
 from fitformer.execution import Work, total
-from fitformer.grouping import ImageGroups
-from fitformer.settings import DiffuseRecipe
+from fitformer.models.denoiser import FITDenoiser
+from fitformer.patching import ImageGroups
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
 from fitformer.tasks.preview import Preview
 
@@ -225,6 +225,6 @@ def preview(network: FITDenoiser, recipe: DiffuseRecipe, count: int) -> Preview:
     return Preview(images=sample_images(network, recipe, None, count, seed=recipe.trainer.seed))
 
 
-def watch(recipe: DiffuseRecipe) -> tuple[str, str]:
+def monitor(recipe: DiffuseRecipe) -> tuple[str, str]:
     """The best checkpoint has the lowest held-out error."""
     return "val/loss", "min"

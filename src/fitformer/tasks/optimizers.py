@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fitformer.positions import PositionTable
-from fitformer.settings import Optimizer
+from fitformer.config.schema import Optimizer
+from fitformer.models.positions import PositionTable
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fitformer.files import write_atomically
+from fitformer._support.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fitformer.data.readers.areas import average
-from fitformer.data.readers.levels import WHOLE_BYTES, Level, Opened, as_pixels, tile_bytes
+from fitformer.data.datasets.sources import nearest
+from fitformer.data.readers.area_resize import average
+from fitformer.data.readers.levels import WHOLE_BYTES, Level, OpenImage, as_pixels, tile_bytes
 from fitformer.data.readers.npy import open_npy
 from fitformer.data.readers.pictures import open_picture
 from fitformer.data.readers.slides import open_slide
 from fitformer.data.readers.tiff import open_tiff
 from fitformer.data.readers.zarr_arrays import open_zarr
-from fitformer.data.sources import nearest
 from fitformer.errors import InputError
 
-Backend = Callable[[str, float], Opened]
+Backend = Callable[[str, float], OpenImage]
 
 BACKENDS: dict[str, Backend] = {
     **dict.fromkeys((".tif", ".tiff", ".gtif", ".gtiff", ".btf", ".tf8", ".lsm", ".qptiff"), open_tiff),
@@ -42,7 +42,7 @@ class LazyImage:
 
     def __init__(self, path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES):
         self.path, self.most_bytes = os.path.expanduser(os.fspath(path)), most_bytes
-        self._opened: tuple[int, Opened] | None = None
+        self._opened: tuple[int, OpenImage] | None = None
         self._locks: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> tuple[str, float]:
@@ -70,7 +70,7 @@ class LazyImage:
         return self._levels()[0].tile
 
     @property
-    def piece_bytes(self) -> int:
+    def decode_bytes(self) -> int:
         """Bytes that are decoded for one pixel: of a tile, or of the whole of a PNG or JPEG."""
         return tile_bytes(self._levels()[0])
 
@@ -143,7 +143,7 @@ class LazyImage:
         return list(opened[1].levels)
 
 
-def _open(path: str, most_bytes: float) -> Opened:
+def _open(path: str, most_bytes: float) -> OpenImage:
     if not os.path.exists(path):
         beside = Path(path).parent
         # Not itself: a link that leads nowhere.
@@ -157,7 +157,7 @@ def _open(path: str, most_bytes: float) -> Opened:
     except InputError:
         opened.close()
         raise
-    return Opened(levels, opened.release)
+    return OpenImage(levels, opened.release)
 
 
 def open_image(path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES) -> LazyImage:
@@ -167,7 +167,7 @@ def open_image(path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES) ->
 
     Raises:
         InputError: it is missing (with the nearest name), broken, or of a kind that cannot be read.
-        MissingExtra: the package that reads such files is not installed.
+        MissingDependencyError: the package that reads such files is not installed.
     """
     image = LazyImage(path, most_bytes)
     image._levels()

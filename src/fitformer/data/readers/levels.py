@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fitformer.data.readers import cache
-from fitformer.data.readers.faults import readable
+from fitformer.data.readers.errors import readable
 from fitformer.errors import InputError
 
 WHOLE_BYTES = 2**30
@@ -61,7 +61,7 @@ class Level(Pixels, Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenImage:
     """An open file: its levels, full size first, and how to let go of the file."""
 
     levels: Sequence[Level]
@@ -117,7 +117,7 @@ class Tiles:
         cache.shared().drop(lambda key: key[0] == self._serial)  # type: ignore[index]
 
 
-class Mapped:
+class MemmapLevel:
     """A level whose pixels lie in a file as they are, an array of `shape` at `offset`.
 
     `order` are the axes of rows and columns; the others together are the channels. The file is mapped only while a
@@ -146,7 +146,7 @@ class Mapped:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedLevel:
     """A level whose windows go through `change`, which leaves rows and columns as they are."""
 
     level: Level
@@ -189,10 +189,10 @@ def as_pixels(level: Level, path: str) -> Level:
         return level
     if kind == "bool":
         byte = np.dtype(np.uint8)
-        return Converted(level, lambda bits: bits.astype(byte) * byte.type(255), byte, level.shape[2])
+        return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(255), byte, level.shape[2])
     if kind in _EXACT:
         dtype = np.dtype(_EXACT[kind])
-        return Converted(level, lambda pixels: pixels.astype(dtype), dtype, level.shape[2])
+        return ConvertedLevel(level, lambda pixels: pixels.astype(dtype), dtype, level.shape[2])
     raise InputError(
         f"{path} has pixels of type {kind}; what can be read are uint8, uint16 and float32 (and bool, int8, int16, "
         f"float16 and float64, which are converted): store it as one of these"

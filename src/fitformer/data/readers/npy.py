@@ -5,12 +5,12 @@ import os
 import numpy as np
 
 from fitformer.data.readers.axes import guessed
-from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import Mapped, Opened
+from fitformer.data.readers.errors import readable
+from fitformer.data.readers.levels import MemmapLevel, OpenImage
 from fitformer.errors import InputError
 
 
-def open_npy(path: str, most_bytes: float) -> Opened:
+def open_npy(path: str, most_bytes: float) -> OpenImage:
     """Open an array (H, W), (H, W, ch) or (ch, H, W); the shorter end axis is the channels.
 
     Only windows are ever held, whatever `most_bytes` is.
@@ -29,4 +29,4 @@ def open_npy(path: str, most_bytes: float) -> Opened:
     there, needed = os.path.getsize(path), offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if there < needed:
         raise InputError(f"{path} is truncated: its array ends at byte {needed:,} and the file at byte {there:,}")
-    return Opened([Mapped(path, dtype, offset, shape, order, "F" if by_columns else "C")])
+    return OpenImage([MemmapLevel(path, dtype, offset, shape, order, "F" if by_columns else "C")])

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fitformer.data.pixels import MODES, natural_channels
-from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import Opened, Tiles
+from fitformer.data.readers.errors import readable
+from fitformer.data.readers.levels import OpenImage, Tiles
 from fitformer.errors import InputError
 
 TO_TILES = (
@@ -39,7 +39,7 @@ def _own_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def open_picture(path: str, most_bytes: float) -> Opened:
+def open_picture(path: str, most_bytes: float) -> OpenImage:
     """Open a picture by its header; all of it is decoded at the first window, and kept while the cache holds it.
 
     Raises:
@@ -59,7 +59,7 @@ def open_picture(path: str, most_bytes: float) -> Opened:
     if loses:
         warnings.warn(f"{path} has 16 bits a channel, of which Pillow keeps 8: TIFF keeps them all", stacklevel=2)
     level = Tiles(shape, dtype, (rows, columns), lambda row, column: _decoded(path, mode, turn, shape, dtype))
-    return Opened([level])
+    return OpenImage([level])
 
 
 def _mode(image: Image.Image) -> str:

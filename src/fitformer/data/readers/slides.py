@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import Opened
+from fitformer.data.readers.errors import readable
+from fitformer.data.readers.levels import OpenImage
 from fitformer.errors import require
 
 
-def open_slide(path: str, most_bytes: float) -> Opened:
+def open_slide(path: str, most_bytes: float) -> OpenImage:
     """Open a slide with all its levels, in RGB.
 
     Only windows are ever held, whatever `most_bytes` is.
@@ -21,7 +21,7 @@ def open_slide(path: str, most_bytes: float) -> Opened:
     openslide = require("openslide", extra="gigapixel")
     with readable(path):
         slide = openslide.OpenSlide(path)
-    return Opened([_Region(path, slide, level) for level in range(slide.level_count)], slide.close)
+    return OpenImage([_Region(path, slide, level) for level in range(slide.level_count)], slide.close)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fitformer.data.readers.axes import named
-from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import Converted, Level, Mapped, Opened, Tiles, weigh_tiles
+from fitformer.data.readers.errors import readable
+from fitformer.data.readers.levels import ConvertedLevel, Level, MemmapLevel, OpenImage, Tiles, weigh_tiles
 from fitformer.errors import InputError, require
 
 # Values of the tag Compression, and of PhotometricInterpretation.
@@ -23,7 +23,7 @@ _COLOURS = {5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camer
 _SILENT = logging.NullHandler()
 
 
-def open_tiff(path: str, most_bytes: float) -> Opened:
+def open_tiff(path: str, most_bytes: float) -> OpenImage:
     """Open the first image of a file and the reductions of it that the file holds.
 
     Raises:
@@ -45,7 +45,7 @@ def open_tiff(path: str, most_bytes: float) -> Opened:
                 # Reductions are a convenience: the image itself serves in place of a broken one.
                 if not levels:
                     raise
-    return Opened(levels)
+    return OpenImage(levels)
 
 
 def _pyramid(series: Sequence[Any]) -> Iterator[Any]:
@@ -81,7 +81,7 @@ def _level(path: str, series: Any, most_bytes: float) -> Level:
     if series.dataoffset is not None and series.keyframe.is_contiguous:
         dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
         _need_bytes(path, series.dataoffset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        return _in_colour(path, Mapped(path, dtype, series.dataoffset, shape, order), series.keyframe)
+        return _in_colour(path, MemmapLevel(path, dtype, series.dataoffset, shape, order), series.keyframe)
     channels = int(np.prod(shape, dtype=np.int64)) // (shape[order[0]] * shape[order[1]])
     pages = series.pages[:]
     if any(page is None or page.parent.filehandle.name != series.parent.filehandle.name for page in pages):
@@ -191,8 +191,8 @@ def _in_colour(path: str, level: Level, page: Any) -> Level:
         name = _COLOURS.get(kind, "YCbCr")
         raise InputError(f"{path} stores its colours as {name}, and grey, RGB and JPEG can be read: convert it")
     if kind == _GREY_FROM_WHITE and level.dtype.kind in "ub":
-        return Converted(level, np.invert, level.dtype, channels)
+        return ConvertedLevel(level, np.invert, level.dtype, channels)
     if kind == _PALETTE and page.colormap is not None:
         table = np.ascontiguousarray((np.asarray(page.colormap) >> 8).astype(np.uint8).T)
-        return Converted(level, lambda indices: table[indices[..., 0]], table.dtype, 3)
+        return ConvertedLevel(level, lambda indices: table[indices[..., 0]], table.dtype, 3)
     return level

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fitformer._support.atomic_files import write_atomically
 from fitformer.data.readers.lazy import LazyImage, open_image
 from fitformer.errors import InputError, require
-from fitformer.files import write_atomically
 
 Windows = Callable[[int, int, int, int], np.ndarray]
 """Pixels (height, width, channels) of the window (top, left, height, width)."""

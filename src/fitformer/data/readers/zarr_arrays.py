@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from fitformer.data.datasets.sources import listed
 from fitformer.data.readers.axes import guessed, named
-from fitformer.data.readers.faults import readable
-from fitformer.data.readers.levels import Opened, Tiles, weigh_tiles
-from fitformer.data.sources import listed
+from fitformer.data.readers.errors import readable
+from fitformer.data.readers.levels import OpenImage, Tiles, weigh_tiles
 from fitformer.errors import InputError, require
 
 
-def open_zarr(path: str, most_bytes: float) -> Opened:
+def open_zarr(path: str, most_bytes: float) -> OpenImage:
     """Open an array, the only array of a group that has rows and columns, or the pyramid of an OME-Zarr group.
 
     Its axes are those that it names; without names, the shorter of the first and the last one is the channels.
@@ -30,7 +30,7 @@ def open_zarr(path: str, most_bytes: float) -> Opened:
                 "folder of a Zarr array or group"
             ) from error
         arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
-        return Opened([_level(path, array, axes, most_bytes) for array in arrays])
+        return OpenImage([_level(path, array, axes, most_bytes) for array in arrays])
 
 
 def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:

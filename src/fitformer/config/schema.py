@@ -1,0 +1,310 @@
+"""What a run is: small frozen dataclasses of plain data, checked when made; `config.load` reads them from YAML.
+
+Nothing slow is imported here: the command line checks a recipe before it waits for torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fitformer.data.settings import ByteData, ImageData
+from fitformer.errors import InputError
+
+Position = Literal["learned", "sin_cos", "sin_cos2d"]
+LatentPosition = Literal["learned", "sin_cos", "row_column"]
+
+
+def _at_least(lowest: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < lowest:
+            raise InputError(f"{name} is {value}; it must be at least {lowest:g}")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} is {value}; it is a share, between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A preset and what departs from it; None keeps the preset's number.
+
+    Attributes:
+        preset: `tiny`, `small`, `base` or `large` (`fitformer.models.config`).
+        layers: layer string, `(local)global(local)global...`.
+        dim, latent_dim, heads, latent_heads, latents_per_group: see `fitformer.models.trunk.Trunk`.
+        position, latent_position: of data tokens and of latents; `row_column` is for images of any size.
+        mlp_ratio: inner over outer width of the feed-forwards.
+        drop_path, drop_units, drop_att: dropout of branches, feed-forward units, attention weights.
+    """
+
+    preset: str = "tiny"
+    layers: str | None = None
+    dim: int | None = None
+    latent_dim: int | None = None
+    heads: int | None = None
+    latent_heads: int | None = None
+    latents_per_group: int | None = None
+    position: Position = "learned"
+    latent_position: LatentPosition = "learned"
+    mlp_ratio: float = 4
+    drop_path: float = 0.0
+    drop_units: float = 0.0
+    drop_att: float = 0.0
+
+    def __post_init__(self) -> None:
+        _share(drop_path=self.drop_path, drop_units=self.drop_units, drop_att=self.drop_att)
+
+
+@dataclass(frozen=True)
+class EncoderModel(Model):
+    """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns).
+
+    `glimpses` are copies of the whole image, shrunk to one group, that stand before its groups.
+    """
+
+    group_size: int | tuple[int, int] = 16
+    patch_size: int | tuple[int, int] = 4
+    mask: Literal["causal"] | None = None
+    glimpses: int = 0
+
+
+@dataclass(frozen=True)
+class DenoiserModel(Model):
+    """A denoiser of images: `group_size` and `patch_size` in pixels; the rest as `FITDenoiser` has it."""
+
+    group_size: int | tuple[int, int] = 16
+    patch_size: int | tuple[int, int] = 2
+    cond_proj: bool = True
+    x_self_attention: bool = True
+    xattn_with_mlp: bool = False
+    xattn_enc_ln: bool = True
+
+
+@dataclass(frozen=True)
+class PixelDecoderModel(Model):
+    """A decoder of pixels: a group is one patch of `patch_size` pixels, its tokens the patch's pixel values."""
+
+    patch_size: int | tuple[int, int] = 4
+    shared_embedding: bool = True
+    output_bias: bool = True
+
+
+@dataclass(frozen=True)
+class ByteDecoderModel(Model):
+    """A decoder of bytes: `tokens_per_group` must divide the data's `length`."""
+
+    tokens_per_group: int = 64
+    shared_embedding: bool = True
+    output_bias: bool = True
+
+
+@dataclass(frozen=True)
+class ClassifyObjective:
+    """Cross-entropy of the class, with `label_smoothing`."""
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _share(label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class DiffuseObjective:
+    """Denoising (spec of `fitformer.diffusion`).
+
+    Attributes:
+        prediction: what the network's output means; loss_on: what the squared error is taken on.
+        train_schedule, sample_schedule: gamma(t), as `fitformer.diffusion.gamma` reads them.
+        self_cond: latent self-conditioning: `none`; `half`, the first half of the batch (share `self_cond_rate`) is fed
+            its own latents; `masking`, every example with probability `self_cond_rate`.
+        class_conditional: the denoiser is told the class; condition_dropout: share of examples that are not told,
+            so that guidance can be used when sampling.
+        b_scale: images are scaled to [-b_scale, b_scale]; normalize_input: divide noisy input by its deviation.
+        sampler, sample_steps, guidance: how previews, and `fitformer sample` unless told otherwise, are drawn.
+    """
+
+    prediction: Literal["eps", "x", "v"] = "eps"
+    loss_on: Literal["eps", "x"] = "eps"
+    train_schedule: str = "sigmoid@-3,3,0.9"
+    sample_schedule: str = "cosine"
+    self_cond: Literal["none", "half", "masking"] = "none"
+    self_cond_rate: float = 0.5
+    class_conditional: bool = False
+    condition_dropout: float = 0.0
+    b_scale: float = 1.0
+    normalize_input: bool = False
+    sampler: Literal["ddim", "ddpm", "ddpm@small", "ddpm@large"] = "ddim"
+    sample_steps: int = 100
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _share(self_cond_rate=self.self_cond_rate, condition_dropout=self.condition_dropout)
+        _at_least(1, sample_steps=self.sample_steps)
+        if self.b_scale <= 0:
+            raise InputError(f"b_scale is {self.b_scale}; it must be above 0")
+        if self.condition_dropout and not self.class_conditional:
+            raise InputError(
+                f"condition_dropout is {self.condition_dropout} but class_conditional is false: there is no condition "
+                "to drop; set one of the two"
+            )
+        if self.guidance and not (self.class_conditional and self.condition_dropout):
+            raise InputError(
+                f"guidance is {self.guidance}, which needs class_conditional: true and a condition_dropout above 0 "
+                f"(they are {str(self.class_conditional).lower()} and {self.condition_dropout})"
+            )
+
+
+@dataclass(frozen=True)
+class PixelObjective:
+    """Next pixel, in bits per pixel value; `order` of the patches of an image."""
+
+    kind: Literal["pixels"] = "pixels"
+    order: Literal["raster", "snake"] = "snake"
+
+
+@dataclass(frozen=True)
+class ByteObjective:
+    """Next byte, in bits per byte; previews are `preview_length` bytes drawn at `preview_temperature`."""
+
+    kind: Literal["bytes"] = "bytes"
+    preview_length: int = 256
+    preview_temperature: float = 0.8
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up, no decay on norms, biases and positions.
+
+    Attributes:
+        lr: peak; warmup_steps: linear from 0; schedule: after it; lr_end: share of the peak left when `cosine` ends.
+        betas, eps, weight_decay: AdamW's. clip: largest global norm of the gradient, 0 for none.
+        fused: use the fused kernel.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    lr_end: float = 0.0
+    clip: float = 1.0
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip=self.clip, eps=self.eps)
+        _share(lr_end=self.lr_end)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are {self.betas}; each is at least 0 and below 1")
+        if self.lr <= 0:
+            raise InputError(f"lr is {self.lr}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how much at once, on what.
+
+    Attributes:
+        steps: optimizer steps of the whole run. batch_size: examples of one micro-step on one device.
+        accumulate: micro-steps of an optimizer step. seed: of weights, order, augmentation, dropout and noise.
+        precision: 32, or bf16 (mixed). devices, accelerator: Lightning's words. ema: decay of the averaged weights,
+            0 for none; it warms up as (1 + k) / (10 + k).
+        checkpoint_every, validate_every, log_every: in optimizer steps.
+        validate_batches: at most so many, None for all; 0 for no validation.
+        previews: samples drawn at each validation, 0 for none. keep_best: also keep the best checkpoint.
+        compile: layer by layer.
+        execution: how the trunk runs (`fitformer.execution`). keep, keep_precision, scratch: of the streamed one, where
+            data tokens wait, in which precision (null is as computed) and in which folder on disk (null is the system's
+            for temporary files). slice_groups: groups of a slice; recompute: what the backward pass computes again,
+            from `light` over `selective` and `local` to `full`. Both are chosen where they are null by `memory`, which
+            is what a step may take, such as 8GB (null is the machine's).
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal[32, "bf16"] = 32
+    devices: int | str = "auto"
+    accelerator: str = "auto"
+    ema: float = 0.0
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    validate_batches: int | None = None
+    log_every: int = 20
+    previews: int = 10
+    keep_best: bool = False
+    compile: bool = False
+    execution: Literal["plain", "checkpointed", "streamed"] = "plain"
+    keep: Literal["memory", "host", "disk"] = "memory"
+    keep_precision: Literal["bf16"] | None = None
+    slice_groups: int | None = None
+    recompute: Literal["full", "local", "selective", "light"] | None = None
+    scratch: str | None = None
+    memory: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, log_every=self.log_every)
+        _at_least(1, checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
+        _at_least(1, slice_groups=self.slice_groups)
+        _at_least(0, seed=self.seed, previews=self.previews, validate_batches=self.validate_batches)
+        if self.compile and self.recompute not in (None, "full"):
+            raise InputError(
+                f"recompute is {self.recompute!r} with compile: what compiled layers compute again is "
+                "their own choice; leave recompute out, or do not compile"
+            )
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}; the decay lies in [0, 1), 0 switches averaging off")
+
+
+@dataclass(frozen=True)
+class ClassifyRecipe:
+    """Learn the class of an image."""
+
+    task: Literal["classify"] = "classify"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: ImageData = field(default_factory=ImageData)
+    objective: ClassifyObjective = field(default_factory=ClassifyObjective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class DiffuseRecipe:
+    """Learn to denoise images, so as to sample them."""
+
+    task: Literal["diffuse"] = "diffuse"
+    model: DenoiserModel = field(default_factory=DenoiserModel)
+    data: ImageData = field(default_factory=ImageData)
+    objective: DiffuseObjective = field(default_factory=DiffuseObjective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class PixelRecipe:
+    """Learn the next pixel of an image."""
+
+    task: Literal["autoregress"] = "autoregress"
+    model: PixelDecoderModel = field(default_factory=PixelDecoderModel)
+    data: ImageData = field(default_factory=ImageData)
+    objective: PixelObjective = field(default_factory=PixelObjective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class ByteRecipe:
+    """Learn the next byte of a text or file."""
+
+    task: Literal["autoregress"] = "autoregress"
+    model: ByteDecoderModel = field(default_factory=ByteDecoderModel)
+    data: ByteData = field(default_factory=ByteData)
+    objective: ByteObjective = field(default_factory=ByteObjective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Training = field(default_factory=Training)
+
+
+Recipe = ClassifyRecipe | DiffuseRecipe | PixelRecipe | ByteRecipe
+TASKS = ("classify", "diffuse", "autoregress")

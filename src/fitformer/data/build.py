@@ -1,0 +1,192 @@
+"""From the settings of a recipe to a dataset."""
+
+import warnings
+from dataclasses import fields
+from typing import Literal
+
+from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
+from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
+from fitformer.data.datasets.hub import read_huggingface
+from fitformer.data.datasets.images import ImageDataset
+from fitformer.data.datasets.lazy_source import LazySource
+from fitformer.data.datasets.megapixel import read_megapixel_mnist
+from fitformer.data.datasets.sources import Source, listed, nearest, subset
+from fitformer.data.datasets.text import (
+    ByteBuffer,
+    BytesDataset,
+    file_pieces,
+    python_docs,
+    python_sources,
+    split_pieces,
+)
+from fitformer.data.order import hold_out
+from fitformer.data.settings import READ_BY, ByteData, ImageData
+from fitformer.errors import InputError
+
+Split = Literal["train", "val", "test"]
+_VAL_PARTS = ("validation", "val", "valid", "dev")
+_TEST_PARTS = ("test", "testing")
+
+
+def build_dataset(settings: ImageData | ByteData, split: Split = "train", seed: int = 0) -> ImageDataset | BytesDataset:
+    """The training, validation or test part of the data that `settings` describe.
+
+    `seed` drives augmentation and training windows; which examples are held out is `settings.split_seed`'s alone.
+    Both kinds of dataset have `classes`, `channels`, `describe()` and take `(epoch, index)`.
+
+    Raises:
+        InputError: settings that make no sense, or data that are missing or broken.
+        MissingDependencyError: a package that this source needs is not installed.
+    """
+    if split not in ("train", "val", "test"):
+        raise InputError(f"split is {split!r}: choose train, val or test")
+    if settings.num_workers < 0:
+        raise InputError(f"num_workers is {settings.num_workers}: 0 reads in the training process itself")
+    _warn_of_ignored(settings)
+    if isinstance(settings, ByteData):
+        return _build_bytes(settings, split, seed)
+    return _build_images(settings, split, seed)
+
+
+def _warn_of_ignored(settings: ImageData | ByteData) -> None:
+    ignored = [
+        field.name
+        for field in fields(settings)
+        if getattr(settings, field.name) != field.default
+        and settings.source not in READ_BY.get(field.name, (settings.source,))
+    ]
+    if ignored:
+        warnings.warn(f"data source {settings.source!r} does not read {listed(ignored)}: ignored", stacklevel=3)
+
+
+def read_parts(settings: ImageData) -> dict[str, Source]:
+    """The source's own parts by name; `train` alone where it has no parts.
+
+    Raises:
+        InputError: an unknown source, or data that are missing or broken.
+    """
+    path, classes, channels = settings.path, settings.classes, settings.channels
+    lazy = settings.image_size is None
+    if lazy and settings.source not in ("folder", "manifest"):
+        raise InputError(f"image_size is null, each image's own, which the source {settings.source!r} does not have")
+    if channels not in (None, 1, 3, 4) and not lazy:
+        raise InputError(f"channels is {channels}: images have 1 (grey), 3 (colour) or 4 (colour and alpha)")
+    columns = Columns(settings.image_column, settings.label_column, settings.split_column)
+    match settings.source:
+        case "digits":
+            return read_digits(channels)
+        case "idx":
+            return read_idx(path, classes, channels)
+        case "arrays":
+            return read_arrays(path, classes, channels)
+        case "folder":
+            asked = (settings.train_part, settings.val_part, settings.test_part)
+            return read_folder(path, classes, channels, [part for part in asked if part], LAZY if lazy else DECODED)
+        case "manifest":
+            most = settings.max_unreadable
+            return read_manifest(path, columns, classes, channels, most, LAZY if lazy else DECODED)
+        case "huggingface":
+            return read_huggingface(path, settings.subset, columns, classes, channels)
+        case "megapixel-mnist":
+            assert settings.image_size is not None
+            return read_megapixel_mnist(path, settings.image_size, settings.split_seed, channels)
+        case other:
+            known = ["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
+            raise InputError(f"there is no image source {other!r}{nearest(other, known)} ({listed(known)})")
+
+
+def _named_part(parts: dict[str, Source], asked: str | None, usual: tuple[str, ...]) -> Source | None:
+    if asked is not None and asked not in parts:
+        raise InputError(f"there is no part {asked!r}{nearest(asked, list(parts))} (there are {listed(list(parts))})")
+    name = asked or next((name for name in usual if name in parts), None)
+    return None if name is None else parts[name]
+
+
+def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> tuple[Source, str]:
+    """The part for `split` and a note on where it comes from; what the source does not have is held out by seed.
+
+    test: the source's test part, else its validation part, else `holdout` of the training part.
+    val: the source's validation part, else `validation` of the training part, else the test part.
+    train: what is left. A part is stratified by class when it is held out.
+
+    Raises:
+        InputError: a part that is not there or of other images than those to train on, or a share that leaves a side
+            empty.
+    """
+    train = _named_part(parts, settings.train_part, ())
+    assert train is not None
+    val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
+    test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
+    test, test_note = (test or val), "its own test part" if test else "its own validation part"
+    if test is None:
+        train, test = _split(train, settings.holdout, settings.split_seed)
+        test_note = f"{settings.holdout:.0%} held out by seed {settings.split_seed}"
+    val_note = "its own validation part" if val else test_note
+    if val is None and settings.validation > 0:
+        train, val = _split(train, settings.validation, settings.split_seed + 1)
+        val_note = f"{settings.validation:.0%} of the training part, by seed {settings.split_seed}"
+    chosen = {"train": (train, "to train on"), "val": (val or test, val_note), "test": (test, test_note)}
+    return chosen[split]
+
+
+def _alike(train: Source, part: Source | None) -> Source | None:
+    """A part whose images must have the channels, and the kind of pixels, of those to train on."""
+    if isinstance(part, LazySource) and isinstance(train, LazySource):
+        return part.alike(train)
+    if part is not None and part.channels != train.channels:
+        raise InputError(
+            f"mixed channel counts: {part.title} has {part.channels} and {train.title} has {train.channels}; "
+            "set data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
+        )
+    return part
+
+
+def _split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    kept, held = hold_out(len(source), share, seed, source.labels)
+    return subset(source, kept), subset(source, held)
+
+
+def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
+    _check_skipping(settings)
+    source, note = choose_part(read_parts(settings), settings, split)
+    if isinstance(settings.background, tuple) and len(settings.background) not in (1, source.channels):
+        raise InputError(
+            f"data.background has {len(settings.background)} levels, and {source.title} has {source.channels} channels"
+        )
+    return ImageDataset(
+        source,
+        settings.image_size,
+        resize=settings.resize,
+        augmentation=settings.augmentation if split == "train" else "none",
+        levels=settings.levels,
+        seed=seed,
+        max_unreadable=settings.max_unreadable,
+        note=note,
+    )
+
+
+def _check_skipping(settings: ImageData) -> None:
+    for name in ("tolerance", "min_foreground"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise InputError(f"data.{name} is {getattr(settings, name)}: a share from 0 to below 1")
+    if settings.min_foreground and settings.background == "none" and settings.masks is None:
+        warnings.warn(
+            "data.min_foreground is of groups that data.background or data.masks leave out: ignored", stacklevel=4
+        )
+
+
+def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
+    match settings.source:
+        case "python-sources":
+            pieces = python_sources()
+        case "python-docs":
+            pieces = python_docs()
+        case "files":
+            pieces = file_pieces(settings.path, settings.glob)
+        case other:
+            known = ["python-sources", "python-docs", "files"]
+            raise InputError(f"there is no byte source {other!r}{nearest(other, known)} ({listed(known)})")
+    kept, held = split_pieces(pieces, settings.holdout, settings.split_seed)
+    train = split == "train"
+    title = f"{settings.path or settings.source} {'to train on' if train else 'held out'}"
+    return BytesDataset(ByteBuffer(kept if train else held), settings.length, train=train, seed=seed, title=title)

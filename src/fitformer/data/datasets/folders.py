@@ -1,0 +1,220 @@
+"""Image files in folders, and in tables of paths (CSV, Parquet)."""
+
+import csv
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fitformer.data.datasets.lazy_source import is_image_folder, lazy_source, lazy_suffixes
+from fitformer.data.datasets.sources import (
+    Source,
+    existing,
+    file_source,
+    in_order,
+    listed,
+    nearest,
+    number_labels,
+    unlabelled,
+)
+from fitformer.data.pixels import suffixes
+from fitformer.errors import InputError, require
+
+PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is taken for an image file, by its ending, and the source that files make."""
+
+    suffixes: Callable[[], frozenset[str]]
+    source: Callable[..., Source]
+
+
+DECODED = Reading(suffixes, file_source)
+LAZY = Reading(lazy_suffixes, lazy_source)
+
+
+def image_files(folder: Path, reading: Reading = DECODED) -> list[str]:
+    """Every image below a folder, by file name ending, sorted; hidden files and folders are left out."""
+    known = reading.suffixes()
+    found: list[str] = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found += [
+            os.path.join(where, name)
+            for name in [*names, *filter(is_image_folder, folders)]
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in known
+        ]
+        folders[:] = [name for name in folders if not is_image_folder(name)]
+    return sorted(found)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith((".", "__")) and not is_image_folder(entry)
+    )
+
+
+def read_folder(
+    path: str | None,
+    classes: tuple[str, ...],
+    channels: int | None,
+    part_names: Sequence[str] = (),
+    reading: Reading = DECODED,
+) -> dict[str, Source]:
+    """A folder of images: a class per subfolder, or flat and without classes; either in part folders, train and so on.
+
+    Raises:
+        InputError: it is missing, empty, or has a folder for a class that is not in `classes`.
+    """
+    root = existing(path, "folder", "a folder of images")
+    if not root.is_dir():
+        raise InputError(f"data source 'folder' needs a folder of images: {root} is a file")
+    below = _subfolders(root)
+    in_parts = bool(below) and set(below) <= {*PART_NAMES, *part_names}
+    folders = {part: root / part for part in below} if in_parts else {"train": root}
+    named = {part: _label_files(folder, reading) for part, folder in folders.items()}
+    return number_parts(str(root), named, classes, channels, reading)
+
+
+Labelled = list[tuple[str, str | None]]
+
+
+def _label_files(folder: Path, reading: Reading) -> Labelled:
+    """Every image of a part with its class name, None in a flat folder."""
+    named: Labelled = []
+    for name in _subfolders(folder):
+        files = image_files(folder / name, reading)
+        named += [(file, name) for file in files]
+        if not files:
+            warnings.warn(f"the folder {folder / name} has no images and makes no class", stacklevel=2)
+    known = reading.suffixes()
+    loose = sorted(
+        str(entry)
+        for entry in folder.iterdir()
+        if (entry.is_file() or is_image_folder(entry)) and entry.suffix.lower() in known
+    )
+    if named and loose:
+        beside = f"{folder} has images beside its class folders, which are left out: {listed(loose, 3)}"
+        warnings.warn(beside, stacklevel=2)
+    named = named or [(file, None) for file in loose]
+    if not named:
+        raise InputError(
+            f"the folder {folder} has no images: expected files such as .png or .jpg in it, or in a subfolder per class"
+        )
+    return named
+
+
+def number_parts(
+    title: str,
+    parts: dict[str, Labelled],
+    classes: tuple[str, ...],
+    channels: int | None,
+    reading: Reading = DECODED,
+) -> dict[str, Source]:
+    """Sources of several parts with one numbering of their classes.
+
+    Raises:
+        InputError: a label outside `classes`, or some images with a label and some without.
+    """
+    names = {name for part in parts.values() for _, name in part if name is not None}
+    classes = classes or in_order(names) if names else ()
+    sources: dict[str, Source] = {}
+    for part, named in parts.items():
+        where = f"{title} {part}" if len(parts) > 1 else title
+        known = [name for _, name in named if name is not None]
+        if len(known) != len(named) and names:
+            lacking = [file for file, name in named if name is None]
+            raise InputError(f"{where}: {len(lacking)} of {len(named)} images have no label: {listed(lacking, 3)}")
+        labels = number_labels(known, classes, where) if names else unlabelled(len(named))
+        sources[part] = reading.source(where, [file for file, _ in named], labels, classes, channels)
+    return sources
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table is what; None finds it by one of the usual names."""
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+
+
+_USUAL = {
+    "image": ("path", "file", "filename", "file_name", "filepath", "image"),
+    "label": ("label", "class", "category", "target"),
+    "split": ("split", "part", "fold"),
+}
+
+
+def read_manifest(
+    path: str | None,
+    columns: Columns,
+    classes: tuple[str, ...],
+    channels: int | None,
+    most_missing: int = 10,
+    reading: Reading = DECODED,
+) -> dict[str, Source]:
+    """A CSV, TSV or Parquet table with a row per image: its path (absolute or from the table's folder), label, split.
+
+    Raises:
+        InputError: a missing table or column (with the nearest), no rows, an unknown or empty label, or more than
+            `most_missing` files that do not exist.
+        MissingDependencyError: Parquet without pyarrow.
+    """
+    file = existing(path, "manifest", "a CSV or Parquet table")
+    table = _read_table(file)
+    found = {what: _column(what, getattr(columns, what), table, file) for what in _USUAL}
+    if found["image"] is None:
+        raise InputError(f"{file} has no column for the images; set data.image_column to one of {listed(list(table))}")
+    paths = [str(file.parent / row) for row in table[found["image"]]]
+    if not paths:
+        raise InputError(f"{file} has no rows")
+    missing = [row for row in paths if not os.path.exists(row)]
+    if len(missing) > min(most_missing, len(paths) - 1):
+        raise InputError(
+            f"{len(missing)} of the {len(paths)} files in {file} do not exist (at most {most_missing} may be missing): "
+            f"{listed(missing, 3)}; relative paths count from {file.parent}"
+        )
+    names: Sequence[str | None] = table[found["label"]] if found["label"] else [None] * len(paths)
+    split = table[found["split"]] if found["split"] else ["train"] * len(paths)
+    parts = {
+        part: [(p, n or None) for p, n, s in zip(paths, names, split) if s == part] for part in dict.fromkeys(split)
+    }
+    return number_parts(str(file), parts, classes, channels, reading)
+
+
+def _column(what: str, asked: str | None, table: dict[str, list[str]], file: Path) -> str | None:
+    if asked is None:
+        return next((name for name in _USUAL[what] if name in table), None)
+    if asked not in table:
+        raise InputError(f"{file} has no column {asked!r}{nearest(asked, list(table))} (it has {listed(list(table))})")
+    return asked
+
+
+def _read_table(file: Path) -> dict[str, list[str]]:
+    """Columns of a table as text, an empty text where there is nothing."""
+    if file.suffix.lower() in (".parquet", ".pq"):
+        parquet = require("pyarrow.parquet", extra="train")
+        arrow = require("pyarrow", extra="train")
+        try:
+            columns = parquet.read_table(file).to_pydict()
+        except (arrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file} is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        return {name: ["" if value is None else str(value) for value in values] for name, values in columns.items()}
+    with open(file, newline="", encoding="utf-8-sig") as stream:
+        try:
+            head, *rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        except ValueError as error:
+            raise InputError(f"{file} is empty or not a UTF-8 table: {error}") from error
+        except csv.Error as error:
+            raise InputError(f"{file} is not a whole CSV table: {error}") from error
+    rows = [row for row in rows if row]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(head):
+            raise InputError(f"{file} row {number} has {len(row)} fields and the head {len(head)}: is it cut off?")
+    return {name.strip(): [row[place].strip() for row in rows] for place, name in enumerate(head)}

@@ -1,0 +1,204 @@
+"""A dataset of images: size, channels, pixel values and augmentation on top of a source."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from fitformer.data.datasets.sources import Source, listed
+from fitformer.data.dihedral import IDENTITY, SYMMETRIES, Symmetry, TransformedImage, drawn
+from fitformer.data.order import example_generator
+from fitformer.data.pixels import UnreadableImageError, fit, jitter, random_crop, shift
+from fitformer.data.readers import LazyImage
+from fitformer.data.settings import Augmentation, Resize
+from fitformer.errors import InputError
+
+_log = logging.getLogger("fitformer.data")
+
+Augment = Callable[[np.ndarray, tuple[int, int], Resize, np.random.Generator], np.ndarray]
+
+
+def _light(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return jitter(fit(pixels, size, resize), random)
+
+
+def _shift(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return shift(fit(pixels, size, resize), random)
+
+
+def _crop(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    return random_crop(pixels, size, random)
+
+
+def _crop_flip(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
+    cropped = random_crop(pixels, size, random)
+    return cropped[:, ::-1] if random.random() < 0.5 else cropped
+
+
+def _turn(
+    name: str, pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator
+) -> np.ndarray:
+    return fit(drawn(name, random).turn(pixels), size, resize)
+
+
+AUGMENTATIONS: dict[str, Augment] = {
+    "light": _light,
+    "crop": _crop,
+    "crop-flip": _crop_flip,
+    "shift": _shift,
+    **{name: partial(_turn, name) for name in SYMMETRIES},
+}
+
+
+def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
+    """Pixels 0 .. 255 to the nearest of `levels` evenly spread values, as their numbers 0 .. levels - 1 (uint8)."""
+    return np.rint(pixels * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def dequantize(values: np.ndarray, levels: int) -> np.ndarray:
+    """The pixels 0 .. 255 that the numbers 0 .. levels - 1 stand for (uint8)."""
+    return np.rint(values * (255 / (levels - 1))).astype(np.uint8)
+
+
+def collate_any_size(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose images are a list."""
+    rest = default_collate([{name: item[name] for name in ("label", "index")} for item in items])
+    return {"image": [item["image"] for item in items], **rest}
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
+
+    An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
+    classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
+    image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
+    randomness of augmentation is a function of (seed, epoch, index).
+
+    A file that cannot be read is logged once by name and the next readable image stands in for it; the count is
+    shared by the worker processes of a loader.
+
+    Raises:
+        InputError: bad settings; when read, more than `max_unreadable` unreadable files, or mixed channel counts.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int | tuple[int, int] | None,
+        *,
+        resize: Resize = "crop",
+        augmentation: Augmentation = "none",
+        levels: int | None = None,
+        seed: int = 0,
+        max_unreadable: int = 10,
+        note: str = "",
+    ):
+        if augmentation != "none" and augmentation not in AUGMENTATIONS:
+            raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
+        if levels is not None and not 2 <= levels <= 256:
+            raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
+        self.source, self.seed, self.note = source, seed, note
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if sides is not None and min(sides) < 1:
+            raise InputError(f"image_size is {image_size}: its sides must be at least 1")
+        if sides is None and levels is not None:
+            raise InputError("images of any size are read as they are: remove data.levels")
+        if sides is None and augmentation not in ("none", *SYMMETRIES):
+            raise InputError(
+                f"data.augmentation {augmentation!r} needs the whole image at once, and images of any size are read "
+                f"piece by piece: choose {listed(['none', *SYMMETRIES])}"
+            )
+        self.image_size = sides
+        self.resize, self.levels, self.max_unreadable = resize, levels, max_unreadable
+        self.augmentation = augmentation
+        # One shared byte per image, so that all workers of a loader see and count what any of them found.
+        self._broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers; empty without classes."""
+        return self.source.classes
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return self.source.channels
+
+    @property
+    def reference_image(self) -> LazyImage | None:
+        """Of images of any size, one whose channels and kind of pixels all have; None of images of one size."""
+        return None if self.image_size is not None else self.source.reference_image  # type: ignore[attr-defined]
+
+    @property
+    def pixels(self) -> str:
+        """The type of the pixels, as numpy calls it; images of any size may have others that are scaled alike."""
+        return "uint8" if self.reference_image is None else str(self.reference_image.dtype)
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        """By which an image of any size may be turned."""
+        return SYMMETRIES.get(self.augmentation, (IDENTITY,))
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the files found unreadable so far."""
+        return [self.source.name(index) for index in torch.nonzero(self._broken).flatten().tolist()]
+
+    def describe(self) -> str:
+        """One line: what, how many, how large."""
+        size = "any size" if self.image_size is None else " x ".join(map(str, self.image_size))
+        kinds = f"{len(self.classes)} classes" if self.classes else "no classes"
+        values = f", {self.levels} levels" if self.levels else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.source.title}: {len(self):,} images, {size} x {self.channels}{values}, {kinds}{note}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, where: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = where if isinstance(where, tuple) else (0, where)
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        pixels, label, found = self._read(index)
+        augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
+        if self.image_size is None:
+            image = pixels if augment is None else TransformedImage(pixels, drawn(self.augmentation, random))
+            return {"image": image, "label": torch.tensor(label), "index": found}
+        if augment is None:
+            pixels = fit(pixels, self.image_size, self.resize)
+        else:
+            pixels = augment(pixels, self.image_size, self.resize, random)
+        if self.levels is not None:
+            pixels = quantize(pixels, self.levels)
+        # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
+        return {"image": torch.tensor(pixels.copy()), "label": torch.tensor(label), "index": found}
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
+        """How items become a batch; None for the usual way."""
+        return collate_any_size if self.image_size is None else None
+
+    def _read(self, index: int) -> tuple[Any, int, int]:
+        """The image at `index`, or the next one after it that can be read."""
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            if not self._broken[place]:
+                try:
+                    return *self.source[place], place
+                except UnreadableImageError as broken:
+                    self._note(place, broken)
+        raise InputError(f"no image of {self.source.title} is readable")
+
+    def _note(self, place: int, broken: UnreadableImageError) -> None:
+        self._broken[place] = 1
+        count = int(self._broken.sum(dtype=torch.int64))
+        if count > self.max_unreadable:
+            raise InputError(
+                f"{count} images of {self.source.title} are unreadable, more than max_unreadable, "
+                f"{self.max_unreadable}: {listed(self.unreadable)}"
+            )
+        _log.warning("unreadable image %s; the next one stands in (%d so far)", broken, count)

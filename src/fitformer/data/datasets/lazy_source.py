@@ -1,0 +1,140 @@
+"""Image files that are opened, not decoded: a source of lazily read images of any size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitformer.data.datasets.sources import Files
+from fitformer.data.pixels import UnreadableImageError, suffixes
+from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.readers.lazy import BACKENDS
+from fitformer.errors import InputError, MissingDependencyError
+from fitformer.patching.any_size import scaled_alike
+
+ZARR = ".zarr"
+
+
+def lazy_suffixes() -> frozenset[str]:
+    """The file name endings, lower case, that `open_image` is asked about; folders that end in .zarr are images too."""
+    return suffixes() | BACKENDS.keys() | {ZARR}
+
+
+@dataclass(frozen=True, eq=False)
+class LazySource:
+    """Image files as `LazyImage`s, each of its own size; their pixels are as `like`'s, one of the images."""
+
+    title: str
+    files: Files
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    reference_image: LazyImage
+
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return self.reference_image.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = opened(str(self.files[index]))
+        _check_alike(image, self.reference_image)
+        return image, int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.files[index])
+
+    def alike(self, other: "LazySource") -> "LazySource":
+        """These images, whose pixels must be as another source's.
+
+        Raises:
+            InputError: those of the first image are not.
+        """
+        _check_alike(self.reference_image, other.reference_image)
+        return replace(self, reference_image=other.reference_image)
+
+
+def _check_alike(image: LazyImage, other: LazyImage) -> None:
+    """Raise InputError if two images differ in their channels, or in whether their pixels are whole numbers."""
+    if image.shape[2] != other.shape[2]:
+        raise InputError(
+            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; images of "
+            "any size are read as they are: convert the one or the other, or leave it out"
+        )
+    if not scaled_alike(image.dtype, other.dtype):
+        raise InputError(
+            f"mixed types of pixels: {image.path} has {image.dtype} and {other.path} has {other.dtype}; floats are "
+            "read as they are, whole numbers scaled to -1 .. 1: convert the one or the other, or leave it out"
+        )
+
+
+def sizes_of(source: Any, check: Callable[[LazyImage], object] | None = None) -> list[tuple[int, int]]:
+    """Rows and columns of all images of a source that can be opened, by their headers; `check` is told of each.
+
+    Raises:
+        InputError: their channels or types differ, or `check` raises it.
+    """
+    sizes = []
+    for index in range(len(source)):
+        try:
+            image, _ = source[index]
+        except UnreadableImageError:
+            continue
+        if check is not None:
+            check(image)
+        sizes.append(image.shape[:2])
+    return sizes
+
+
+def opened(path: str) -> LazyImage:
+    """An image by its header.
+
+    Raises:
+        UnreadableImageError: it is missing or broken.
+        MissingDependencyError: the package that reads such files is not installed.
+    """
+    try:
+        return open_image(path)
+    except MissingDependencyError:
+        raise
+    except InputError as error:
+        raise UnreadableImageError(path, str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")) from error
+
+
+def lazy_source(
+    title: str, files: Files, labels: np.ndarray, classes: tuple[str, ...], channels: int | None
+) -> LazySource:
+    """A `LazySource`, whose images are like the first file that can be opened.
+
+    Raises:
+        InputError: no files, none that can be opened, or its channels are not `channels`.
+    """
+    if not len(files):
+        raise InputError(f"{title}: no images")
+    first = _first(title, files)
+    if channels not in (None, first.shape[2]):
+        raise InputError(
+            f"data.channels is {channels} and {first.path} has {first.shape[2]}; images of any size are read as they "
+            "are: remove data.channels, or convert the files"
+        )
+    return LazySource(title, files, labels, classes, first)
+
+
+def _first(title: str, files: Files) -> LazyImage:
+    broken = []
+    for index in range(len(files)):
+        try:
+            return opened(str(files[index]))
+        except UnreadableImageError as error:
+            broken.append(str(error))
+    raise InputError(f"{title}: no image is readable, e.g. {broken[0]}")
+
+
+def is_image_folder(folder: str | Path) -> bool:
+    """Whether a folder is an image itself, not a place for some."""
+    return Path(folder).suffix.lower() == ZARR

@@ -1,0 +1,233 @@
+"""Bytes to model: files, folders, and the text that comes with Python itself."""
+
+import gzip
+import importlib
+import lzma
+import os
+import sysconfig
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fitformer.data.datasets.sources import existing, listed
+from fitformer.data.order import example_generator, permutation
+from fitformer.errors import InputError
+
+VOCABULARY = 256
+# Files from here on are mapped, not read: they may be larger than memory.
+_MAPPED_FROM = 16 * 2**20
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes `start` to `stop` of a file, or of `data` where there is no file; `name` for messages."""
+
+    name: str
+    start: int
+    stop: int
+    data: bytes | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _open(piece: Piece) -> np.ndarray:
+    if piece.data is not None:
+        return np.frombuffer(piece.data, np.uint8)[piece.start : piece.stop]
+    size = os.path.getsize(piece.name)
+    if size < piece.stop:
+        raise InputError(f"{piece.name} is truncated: it had {piece.stop} bytes when it was listed and has {size} now")
+    if len(piece) >= _MAPPED_FROM:
+        return np.memmap(piece.name, np.uint8, "r", offset=piece.start, shape=(len(piece),))
+    return np.fromfile(piece.name, np.uint8, count=len(piece), offset=piece.start)
+
+
+class ByteBuffer:
+    """The bytes of several pieces, one after the other; large files stay on the disk.
+
+    Pickled as the list of pieces, so that worker processes map the files again instead of receiving their contents.
+
+    Raises:
+        InputError: a file is shorter than its piece.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]):
+        self.pieces = tuple(piece for piece in pieces if len(piece))
+        self._ends = list(accumulate(len(piece) for piece in self.pieces))
+        self._arrays = [_open(piece) for piece in self.pieces]
+
+    def __reduce__(self) -> tuple[type["ByteBuffer"], tuple[tuple[Piece, ...]]]:
+        return ByteBuffer, (self.pieces,)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def window(self, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop` (at most to the end), a copy, uint8 (stop - start,)."""
+        parts = []
+        first = bisect_right(self._ends, start)
+        for array, end in zip(self._arrays[first:], self._ends[first:]):
+            begin = end - len(array)
+            if begin >= stop:
+                break
+            parts.append(array[max(start - begin, 0) : stop - begin])
+        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+
+
+def file_pieces(path: str | None, glob: str = "**/*") -> list[Piece]:
+    """A file, or the files below a folder that match `glob`, hidden ones left out, in sorted order.
+
+    Raises:
+        InputError: nothing is there, nothing matches, or all of it is empty.
+    """
+    root = existing(path, "files", "a file, or a folder of files")
+    files = [root] if root.is_file() else sorted(file for file in root.glob(glob) if _plain(file, root))
+    if not files:
+        raise InputError(f"no file below {root} matches {glob!r}; set data.glob, e.g. to '**/*.txt'")
+    pieces = [Piece(str(file), 0, file.stat().st_size) for file in files]
+    if not any(map(len, pieces)):
+        raise InputError(f"{root} has no bytes: {listed([piece.name for piece in pieces], 3)} empty")
+    return pieces
+
+
+def _plain(file: Path, root: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def python_sources() -> list[Piece]:
+    """The running Python's standard library, .py files without its tests and installed packages, in sorted order.
+
+    Raises:
+        InputError: this Python comes without its sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files: list[Path] = []
+    for where, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        files += [Path(where, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise InputError(f"this Python has no sources in {root}: give your own with data.source=files, data.path=...")
+    files.sort(key=lambda file: file.relative_to(root).as_posix())
+    return [Piece(str(file), 0, file.stat().st_size) for file in files]
+
+
+def python_docs() -> list[Piece]:
+    """The language reference that Python's `help` shows, English, a piece per topic, in sorted order.
+
+    Raises:
+        InputError: this Python comes without it.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError as error:
+        raise InputError("this Python has no pydoc_data: give a text with data.source=files, data.path=...") from error
+    texts = {f"topic {name}": topics[name].encode() for name in sorted(topics)}
+    return [Piece(name, 0, len(text), text) for name, text in texts.items()]
+
+
+def split_pieces(pieces: Sequence[Piece], share: float, seed: int) -> tuple[list[Piece], list[Piece]]:
+    """Kept and held-out pieces, in their order; about `share` of the bytes is held out.
+
+    Whole pieces are held out, drawn by seed, as long as they do not go beyond the share; of a single piece, its tail.
+
+    Raises:
+        InputError: `share` is not between 0 and 1, or leaves one side without bytes.
+    """
+    pieces = [piece for piece in pieces if len(piece)]
+    total = sum(map(len, pieces))
+    wanted = round(share * total)
+    if not 0 < share < 1 or not 0 < wanted < total:
+        raise InputError(
+            f"holding out {share:g} of {total} bytes leaves {wanted} held out and {total - wanted} to train on: "
+            "choose a share between 0 and 1 that leaves some on both sides"
+        )
+    held: set[int] = set()
+    for place in permutation(len(pieces), seed, 0).tolist():
+        if len(pieces[place]) <= wanted:
+            held.add(place)
+            wanted -= len(pieces[place])
+    if held:
+        return [p for i, p in enumerate(pieces) if i not in held], [p for i, p in enumerate(pieces) if i in held]
+    # One piece, or all of them larger than what is wanted: cut the tail off the last.
+    *before, last = pieces
+    middle = last.stop - wanted
+    return (
+        [*before, Piece(last.name, last.start, middle, last.data)],
+        [Piece(last.name, middle, last.stop, last.data)],
+    )
+
+
+class BytesDataset(Dataset[dict[str, Any]]):
+    """Windows of `length` bytes; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
+
+    An item is `tokens` int64 (length,) in 0 .. 255, `mask` bool (length,), true where there is a byte, and `index`.
+    In training a window starts anywhere, drawn from (seed, epoch, index), and an epoch has as many as fit side by side.
+    Otherwise windows follow one another and cover every byte exactly once; the last is padded with 0.
+
+    Raises:
+        InputError: fewer bytes than one training window, or none.
+    """
+
+    classes: tuple[str, ...] = ()
+    channels = 0
+    vocabulary = VOCABULARY
+
+    def __init__(self, buffer: ByteBuffer, length: int, *, train: bool, seed: int = 0, title: str = "bytes"):
+        if length < 1:
+            raise InputError(f"length is {length}: a window has at least 1 byte")
+        if len(buffer) < (length if train else 1):
+            raise InputError(
+                f"{title} is too short: it has {len(buffer)} bytes and one window takes {length}; "
+                f"set data.length to at most {len(buffer)}, or give more text"
+            )
+        self.buffer, self.length, self.train, self.seed, self.title = buffer, length, train, seed, title
+
+    def describe(self) -> str:
+        """One line: what and how much."""
+        kind = "drawn at random" if self.train else "side by side"
+        return f"{self.title}: {len(self.buffer):,} bytes, {len(self):,} windows of {self.length:,} {kind}"
+
+    def contents(self) -> bytes:
+        """All of the bytes, for a baseline to compress."""
+        return self.buffer.window(0, len(self.buffer)).tobytes()
+
+    def __len__(self) -> int:
+        return len(self.buffer) // self.length if self.train else -(-len(self.buffer) // self.length)
+
+    def __getitem__(self, where: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = where if isinstance(where, tuple) else (0, where)
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index * self.length
+        if self.train:
+            random = example_generator(self.seed, epoch, index)
+            start = int(random.integers(len(self.buffer) - self.length + 1))
+        found = torch.from_numpy(self.buffer.window(start, start + self.length).astype(np.int64))
+        tokens = torch.zeros(self.length, dtype=torch.int64)
+        tokens[: len(found)] = found
+        return {"tokens": tokens, "mask": torch.arange(self.length) < len(found), "index": index}
+
+
+def compressed_bits_per_byte(data: bytes, method: str) -> float:
+    """What `gzip -9` or `xz -9` makes of the data, bits per byte: the mark for a byte model on the same data.
+
+    Raises:
+        InputError: an unknown method, or no data.
+    """
+    if not data:
+        raise InputError("there is nothing to compress: 0 bytes")
+    if method == "gzip":
+        size = len(gzip.compress(data, compresslevel=9))
+    elif method == "xz":
+        size = len(lzma.compress(data, preset=9))
+    else:
+        raise InputError(f"method is {method!r}: choose gzip or xz")
+    return 8 * size / len(data)

@@ -1,0 +1,192 @@
+"""Which groups of an image hold something: by a threshold against the background, or by a mask file."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from fitformer.data.background import Background, band_of
+from fitformer.data.dihedral import DIHEDRAL, IDENTITY, Symmetry
+from fitformer.data.readers.area_resize import Overlap, overlap
+from fitformer.data.readers.lazy import LazyImage, open_image
+from fitformer.data.readers.levels import Pixels, blocks
+from fitformer.errors import InputError
+from fitformer.patching.sizes import Size, to_sides
+
+# A coarse look sees at least so many pixels along the side of a group.
+_COARSE = 16
+
+
+def occupied(
+    image: LazyImage,
+    group_size: Size,
+    *,
+    background: Background | None = None,
+    tolerance: float = 0.1,
+    mask: str | os.PathLike[str] | None = None,
+    min_foreground: float = 0.0,
+    exact: bool = True,
+) -> np.ndarray:
+    """Which groups hold something, bool (group rows, group columns); groups at the edges may reach beyond it.
+
+    A pixel is something if one of its channels is further from `background` than `tolerance`, a share of the range
+    (255 or 65535; 1 for floats, of which NaN is background). The background `auto` is the image's own: the commonest
+    colour of pixels spread evenly over it, and what its noise makes of that, `tolerance` at the most. With a `mask`,
+    an image of the same size or an even reduction of it, what is not zero there is something. A group is occupied if
+    more than the share `least` of its pixels inside the image is something, by each of the two that is given; without
+    either, all are.
+
+    All pixels are looked at, block by block: with `least` 0 not even a single one is missed. With `exact` off, a
+    reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
+    faster, and blind to what is smaller than its pixels.
+
+    Raises:
+        InputError: a mask of another shape, a background of other channels, `least` or `tolerance` outside [0, 1).
+    """
+    found = foreground_groups_transformed(
+        image,
+        group_size,
+        (IDENTITY,),
+        background=background,
+        tolerance=tolerance,
+        mask=mask,
+        min_foreground=min_foreground,
+        exact=exact,
+    )
+    return found[IDENTITY]
+
+
+def foreground_groups_transformed(
+    image: LazyImage,
+    group_size: Size,
+    symmetries: Sequence[Symmetry] = DIHEDRAL,
+    *,
+    background: Background | None = None,
+    tolerance: float = 0.1,
+    mask: str | os.PathLike[str] | None = None,
+    min_foreground: float = 0.0,
+    exact: bool = True,
+) -> dict[Symmetry, np.ndarray]:
+    """What `occupied` would say of an image, and its mask, turned by each of some symmetries; read once for all.
+
+    The groups of a turned image are other ones, not the same ones elsewhere: they are counted from another edge, and
+    if their sides differ, a quarter turn lays them across.
+
+    Raises:
+        InputError: as `occupied`.
+    """
+    for name, share in (("min_foreground", min_foreground), ("tolerance", tolerance)):
+        if not 0 <= share < 1:
+            raise InputError(f"{name} is {share}: a share from 0 to below 1")
+    rows, columns = to_sides(group_size, "hw")
+    size = image.shape[:2]
+    edges = _edges(size, (rows, columns), symmetries)
+    looks = []
+    if background is not None:
+        lowest, highest = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
+
+        def differs(pixels: np.ndarray) -> np.ndarray:
+            outside = np.zeros(pixels.shape[:2], dtype=bool)
+            # Channel by channel: over the short last axis numpy takes three times as long.
+            for channel in range(pixels.shape[2]):
+                outside |= pixels[..., channel] < lowest[channel]
+                outside |= pixels[..., channel] > highest[channel]
+            return outside
+
+        narrowest = (min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries)))
+        looks.append(_look(image if exact else _reduced(image, *narrowest), differs, edges))
+    if mask is not None:
+        with open_image(mask) as drawn:
+            check_mask(drawn, image)
+            looks.append(_look(drawn, _drawn, edges))
+    return {each: _occupied(looks, each, size, (rows, columns), min_foreground) for each in symmetries}
+
+
+def _drawn(pixels: np.ndarray) -> np.ndarray:
+    """What is not zero in a mask; of four channels the last is alpha and says nothing."""
+    colours = pixels[..., :3] if pixels.shape[2] == 4 else pixels
+    return np.asarray((colours != 0).any(axis=2))
+
+
+def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:
+    """The smallest stored reduction that still shows a group of that size, or the image itself."""
+    wanted = (ceil(side * _COARSE / group) for side, group in zip(image.shape, (rows, columns)))
+    return next(iter(image.reductions(*wanted)), image)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How much of each cell between `edges` (of rows, of columns, in pixels) is something, and how much could be."""
+
+    edges: tuple[np.ndarray, np.ndarray]
+    found: np.ndarray
+    whole: np.ndarray
+
+    def shares(self, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
+        """The share of each group of the turned image that is something."""
+        return np.asarray(self._by_groups(self.found, symmetry, group) / self._by_groups(self.whole, symmetry, group))
+
+    def _by_groups(self, cells: np.ndarray, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
+        added = symmetry.turn(cells)
+        turned = self.edges[::-1] if symmetry.transposed else self.edges
+        for axis, (edges, side, backwards) in enumerate(zip(turned, group, symmetry.backwards)):
+            edges = edges[-1] - edges[::-1] if backwards else edges
+            added = np.add.reduceat(added, np.searchsorted(edges, np.arange(0, edges[-1], side)), axis)
+        return added
+
+
+def _edges(
+    size: tuple[int, int], group: tuple[int, int], symmetries: Sequence[Symmetry]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the groups of an image end, turned in any of these ways: in its own rows and columns, ends included."""
+    edges: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for symmetry in symmetries:
+        for axis, (length, side, backwards) in enumerate(zip(symmetry.sides(*size), group, symmetry.backwards)):
+            ends = np.minimum(np.arange(ceil(length / side) + 1, dtype=np.int64) * side, length)
+            edges[axis ^ symmetry.transposed].append(length - ends if backwards else ends)
+    return np.unique(np.concatenate(edges[0])), np.unique(np.concatenate(edges[1]))
+
+
+def _look(
+    source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], edges: tuple[np.ndarray, np.ndarray]
+) -> _Look:
+    """One look at all pixels of a source, which lie evenly over the image between these edges."""
+    down, across = (_over_cells(count, ends) for count, ends in zip(source.shape, edges))
+    whole = np.outer(*(np.bincount(each.bins, each.lengths) for each in (down, across)))
+    found = np.zeros(whole.shape)
+    for top, left, height, width in blocks(source):
+        part, row = down.sums(is_something(source.window(top, left, height, width)), top)
+        part, column = across.sums(part.T, left)
+        found[row : row + part.shape[1], column : column + part.shape[0]] += part.T
+    return _Look(edges, found, whole)
+
+
+def _over_cells(count: int, edges: np.ndarray) -> Overlap:
+    """How so many evenly spread pixels of a source lie over the cells between edges."""
+    return overlap(np.arange(count + 1, dtype=np.int64) * edges[-1], edges * count)
+
+
+def _occupied(
+    looks: Sequence[_Look], symmetry: Symmetry, size: tuple[int, int], group: tuple[int, int], min_foreground: float
+) -> np.ndarray:
+    """The groups of the turned image of which every look found more than the share `least`."""
+    rows, columns = (ceil(length / side) for length, side in zip(symmetry.sides(*size), group))
+    found = np.ones((rows, columns), dtype=bool)
+    for look in looks:
+        found &= look.shares(symmetry, group) > min_foreground
+    return found
+
+
+def check_mask(mask: LazyImage, image: LazyImage) -> None:
+    """Raise InputError if a mask does not have the size of its image, or that divided by one number."""
+    (rows, columns), (of_rows, of_columns) = image.shape[:2], mask.shape[:2]
+    # The factors that lead from one size to the other, rounded up or down.
+    min_foreground = max(rows / (of_rows + 1), columns / (of_columns + 1))
+    most = min(rows / max(of_rows - 1, 1e-9), columns / max(of_columns - 1, 1e-9))
+    if of_rows > rows or of_columns > columns or not min_foreground < most:
+        raise InputError(
+            f"the mask {mask.path} has {of_rows} x {of_columns} pixels and {image.path} {rows} x {columns}: a mask has "
+            f"the size of its image, or that divided by one number"
+        )

@@ -1,0 +1,37 @@
+"""One clear error for whatever a library raises at a broken file."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import UnidentifiedImageError
+
+from fitformer.errors import InputError, MissingDependencyError
+
+# The machine's trouble, not the file's: calling the file broken would hide it.
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES}
+_NOT_THE_FILES = (InputError, MissingDependencyError, MemoryError, Warning)
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Raise InputError that `what` cannot be read if what is done inside fails at the file.
+
+    Any exception counts: at files that are not what they seem, libraries raise all kinds of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _NOT_THE_FILES) or getattr(error, "errno", None) in _MACHINE:
+            raise
+        raise InputError(f"{what} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image in a format known here"
+    words = " ".join(str(error).split())
+    # What these say is about a line of code and not about the file.
+    if isinstance(error, (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)) or not words:
+        return f"it is damaged, or not what its name says ({type(error).__name__}: {words})"
+    return words

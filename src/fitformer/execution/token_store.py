@@ -1,0 +1,147 @@
+"""Where the data tokens between two blocks are kept while slices come and go: in memory, on the host, or on disk."""
+
+import errno
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fitformer._support.bytesize import format_bytes
+
+Keep = Literal["memory", "host", "disk"]
+Shape = tuple[int, int, int, int]
+
+
+class ScratchError(OSError):
+    """The folder for the scratch of data tokens is absent, too full or failing: no fault of the input."""
+
+
+class TokenStore(Protocol):
+    """Room for tokens `(b, t, n, c)`, written and read by slices of groups."""
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Keep `x (b, s, n, c)` as the tokens of a slice of groups."""
+
+    def get(self, groups: slice) -> Tensor:
+        """The tokens `(b, s, n, c)` of a slice of groups."""
+
+    def close(self) -> None:
+        """Give the room back."""
+
+
+class MemoryStore:
+    """Tokens in a tensor: on the device that computes, or on the host of an accelerator."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, host: bool) -> None:
+        self.device, self.computed = like.device, like.dtype
+        away = host and like.device.type != "cpu"
+        place = torch.device("cpu") if away else like.device
+        self.tokens: Tensor | None = torch.empty(shape, dtype=dtype, device=place, pin_memory=away)
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Copy in."""
+        assert self.tokens is not None
+        # Of the type kept before it travels: from or to pinned memory only a copy as it is needs no other one.
+        self.tokens[:, groups].copy_(x.detach().to(self.tokens.dtype), non_blocking=True)
+
+    def get(self, groups: slice) -> Tensor:
+        """Copy out, unless they are where and what they should be."""
+        assert self.tokens is not None
+        return self.tokens[:, groups].to(self.device, non_blocking=True).to(self.computed)
+
+    def close(self) -> None:
+        """Let go of the tensor."""
+        self.tokens = None
+
+
+class DiskStore:
+    """Tokens in a scratch file that has no name: whatever happens to the process, nothing of it is left behind.
+
+    Raises:
+        ScratchError: the folder's disk failed or is full; names the folder. So do `put` and `get`.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path) -> None:
+        batch, groups, *token = shape
+        self.shape, self.dtype, self.device, self.computed = (batch, *token), dtype, like.device, like.dtype
+        self.row, self.folder = batch * prod(token) * dtype.itemsize, folder
+        with self._named():
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            self.file = file.fileno()
+            self.close = weakref.finalize(self, file.close)
+            # Taken now, so that no disk is found full in the middle of a step.
+            os.posix_fallocate(self.file, 0, groups * self.row)
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Write."""
+        first, _, _ = groups.indices(2**62)
+        # By groups first: a slice of them is one piece of the file.
+        rows = x.detach().to("cpu", self.dtype).transpose(0, 1).contiguous()
+        left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
+        with self._named():
+            while left:
+                written = os.pwrite(self.file, left, place)
+                left, place = left[written:], place + written
+
+    def get(self, groups: slice) -> Tensor:
+        """Read."""
+        first, last, _ = groups.indices(2**62)
+        batch, *token = self.shape
+        rows = torch.empty(last - first, batch, *token, dtype=self.dtype, device="cpu")
+        left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
+        with self._named():
+            while left:
+                found = os.preadv(self.file, [left], place)
+                if not found:
+                    raise OSError(errno.EIO, "the file ends too early")
+                left, place = left[found:], place + found
+        return rows.transpose(0, 1).to(self.device, self.computed)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of a failing disk what was on it, and in which folder."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.strerror} (scratch for data tokens)"
+            raise ScratchError(error.errno, what, str(self.folder)) from error
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Refuse scratch that a disk has no room for.
+
+    Raises:
+        ScratchError: there is no such folder, or it has less than `size` bytes free.
+    """
+    if not folder.is_dir():
+        raise ScratchError(f"there is no folder {folder} for the scratch of data tokens")
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ScratchError(
+            f"the data tokens between blocks need {format_bytes(size)} of scratch, and {folder} has "
+            f"{format_bytes(free)} free; give another folder, keep them in bf16 (half of it), or in memory"
+        )
+
+
+def make_stores(
+    count: int, keep: Keep, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None
+) -> Sequence[TokenStore]:
+    """Rooms for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type.
+
+    Raises:
+        ScratchError: there is no such folder, its disk has no room for all of them (says how much is needed), or it
+            failed.
+    """
+    if keep == "disk":
+        folder = Path(tempfile.gettempdir()) if folder is None else folder
+        need_room(folder, count * prod(shape) * dtype.itemsize)
+        return [DiskStore(shape, dtype, like, folder) for _ in range(count)]
+    return [MemoryStore(shape, dtype, like, keep == "host") for _ in range(count)]

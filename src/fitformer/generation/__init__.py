@@ -1,0 +1,3 @@
+"""Sampling tokens from an autoregressive decoder."""
+
+from fitformer.generation.decode import *  # noqa: F403

@@ -1,0 +1,207 @@
+"""Where the latents looked and what moved the decision, a value a patch, in any way to run.
+
+Both are taken slice by slice as the slices come by, so that of what is looked at only the two values a patch stay:
+attention is made again by a hook on each read, and the gradient of the decision with respect to embedded tokens is
+met on its way back.
+
+The decision is the log-odds of the label: a function of the probabilities alone, which does not flatten where a
+classifier is sure. A patch is compared with the image's average one, so that what all patches share, say a constant
+offset of their tokens, speaks neither for the label nor against it. And the gradient is that of the image faded a
+little towards its average: inside the network a classifier that is sure does flatten, until the gradient of the image
+itself says next to nothing of what would happen without a patch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitformer.errors import InputError
+from fitformer.execution import Work, total
+from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.layers import CrossLayer
+from fitformer.patching.any_size import GroupedImage, PixelSource
+from fitformer.viz import read_weights
+
+# How much of its difference from the average patch each patch keeps where the gradient is taken (docs/log.md).
+CONTRAST = 0.85
+
+Tell = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What a classifier saw in an image.
+
+    Attributes:
+        logits: `(classes,)`.
+        looked: `(t, n)`: the read attention of a patch over that of an even look at its group, mean over latents,
+            heads and blocks; in each group these values average 1.
+        moved: `(t, n)`: what each patch, in place of the image's average patch, adds to the log-odds of the likeliest
+            class, to first order: gradient at the faded image times (embedded patch less the average one).
+        image: the groups.
+    """
+
+    logits: Tensor
+    attention: Tensor
+    relevance: Tensor
+    image: GroupedImage
+
+
+def attribute(
+    classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
+) -> Attribution:
+    """Classify an image and say which of its patches were looked at and which moved the decision.
+
+    Args:
+        classifier: in eval mode; `classifier.encoder.run` is the way to run it.
+        image: one image, float `(H, W, channels)` or read lazily.
+        tell: is given the share of the work that is done, from 0 to 1, now and then.
+
+    Raises:
+        InputError: an image that the classifier was not built for, or one without a head or a block that reads.
+    """
+    if classifier.head is None:
+        raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
+    grouped = classifier.grouped(image)
+    work = classifier.work([grouped])
+    relevance = torch.zeros(work.groups, classifier.tiling.tokens_per_group)
+    gate = torch.ones(1, device=work.latents.device, requires_grad=True)
+    average = _Average(grouped, classifier.encoder.trunk.position)
+    with _frozen(classifier), _looks(classifier, work.groups, tell) as attention:
+        with torch.no_grad():
+            logits = _logits(classifier, grouped, *total(classifier.encoder, _averaging(work, average)))
+        with torch.enable_grad():
+            faded = _logits(classifier, grouped, *total(classifier.encoder, _noting(work, average, gate, relevance)))
+            torch.autograd.grad(log_odds(faded, int(logits.argmax())), gate)
+    return Attribution(logits.detach().float().cpu(), attention, relevance, grouped)
+
+
+def _logits(classifier: FITImageEncoder, image: GroupedImage, added: Tensor | None, latents: Tensor) -> Tensor:
+    """Logits `(classes,)` of what a pass gave: the head's, of the mean over tokens or over latents."""
+    assert classifier.head is not None
+    return classifier.head(classifier.means([image], added, latents))[0]
+
+
+def log_odds(logits: Tensor, label: int) -> Tensor:
+    """Log of the probability of a label over that of all others together, of logits `(classes,)`.
+
+    What is added to all logits alike does not change it. Of a single class there are no odds: it is 0.
+    """
+    others = torch.cat([logits[:label], logits[label + 1 :]])
+    return logits[label] - (others.logsumexp(0) if len(others) else logits[label])
+
+
+class _Average:
+    """The average patch of an image, embedded, without its position; glimpses and padding are not counted."""
+
+    def __init__(self, image: GroupedImage, position: Callable[[], Tensor]) -> None:
+        self.image, self.position = image, position
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, groups: slice, x: Tensor) -> None:
+        """Count in the embedded patches `x (1, s, n, c)` of a slice."""
+        mask, glimpses = self.image.mask(groups), max(0, self.image.glimpses - groups.start)
+        held = torch.ones(x.shape[:3], dtype=torch.bool) if mask is None else mask.clone()
+        held[:, :glimpses] = False
+        patches = (x - self.position()) * held[..., None].to(x.device)
+        self.total = self.total + patches.sum(dim=(0, 1, 2)).cpu().double()
+        self.count += int(held.sum())
+
+    def less(self, x: Tensor) -> Tensor:
+        """How embedded patches `x (1, s, n, c)` differ from the average one in their places."""
+        return x - self.position() - torch.as_tensor(self.total / self.count).to(x)
+
+
+def _averaging(work: Work, average: _Average) -> Work:
+    """The same work; its patches are counted in the average as they come by."""
+    assert work.embed is not None
+    plainly = work.embed
+
+    def embed(groups: slice, tokens: Tensor) -> Tensor:
+        x = plainly(groups, tokens)
+        average.add(groups, x)
+        return x
+
+    return replace(work, embed=embed)
+
+
+def _noting(work: Work, average: _Average, gate: Tensor, relevance: Tensor) -> Work:
+    """Work on the faded image; on the way back what each patch moves is noted in `moved (t, n)`.
+
+    `gate`, a one that all tokens are multiplied with, makes every way to run ask for these gradients, and for no others
+    where the parameters are frozen.
+    """
+    assert work.embed is not None
+    plainly = work.embed
+
+    def embed(groups: slice, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = plainly(groups, tokens)
+            difference = average.less(x)
+        # Not a hook that holds the tensor it hangs on: that would keep it alive in a cycle.
+        faded = (x - (1 - CONTRAST) * difference) * gate
+        if faded.requires_grad:
+            faded.register_hook(lambda gradient: _note(relevance, groups, (gradient * difference).sum(-1)))
+        return faded
+
+    return replace(work, embed=embed, depends_on=(gate,))
+
+
+def _note(relevance: Tensor, groups: slice, values: Tensor) -> None:
+    relevance[groups] = values[0].float().cpu()
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient in here."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Iterator[Tensor]:
+    """Where the latents look in here, `(t, n)`, filled as the reads of the encoder's blocks run over one image.
+
+    Raises:
+        InputError: no block reads.
+    """
+    reads = [read for block in classifier.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
+    if not reads:
+        raise InputError("no block of this encoder has global layers, so its latents read nothing")
+    attention = torch.zeros(groups, classifier.tiling.tokens_per_group)
+    done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
+
+    def note(read: Any, inputs: tuple[Any, ...]) -> None:
+        # Groups pass each read in their order; what comes after the last is the faded image, forward and back.
+        first, count = done[read], len(inputs[0])
+        done[read] += count
+        if first < groups:
+            attention[first : first + count] += (_look(read, *inputs) / len(reads)).cpu()
+        if tell is not None:
+            tell(min(1.0, sum(done.values()) / (3 * groups * len(reads))))
+
+    hooks = [read.register_forward_pre_hook(note) for read in reads]
+    try:
+        yield attention
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _look(read: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention `(s, n)` of a read over that of an even look at the tokens that may be looked at."""
+    weights = read_weights(read, x, context, mask).float().mean(dim=(1, 2))
+    held = weights.shape[-1] if mask is None else mask.flatten(1).sum(dim=1, keepdim=True)
+    return weights * held

@@ -1,0 +1,346 @@
+"""A folder of images, each labelled and its heat maps written, going on where it was stopped.
+
+Below the output folder an image `a/b.svs` of the input folder has
+
+    a/b.svs.attention.png, a/b.svs.relevance.png    small pictures of the maps over the image
+    a/b.svs.attention.tif, a/b.svs.relevance.tif    the maps, a value a patch, placed at full scale
+    a/b.svs.geojson                          groups and patches with both values, in pixels of the image
+    a/b.svs.json                             label, probabilities and what they were made from; written last
+
+and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be labelled.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from glob import escape
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
+from fitformer.data.readers import LazyImage, open_image
+from fitformer.errors import EmptyImageError, InputError
+from fitformer.inference.explain.attribution import Attribution, Tell, attribute
+from fitformer.inference.explain.geojson import write_geojson
+from fitformer.inference.explain.geotiff import write_tiff
+from fitformer.inference.explain.heatmap import HeatMap
+from fitformer.inference.explain.overlay import thumbnail_size, write_overlay
+from fitformer.inference.predict import Group, Prediction, as_text, decided
+from fitformer.models.image_encoder import FITImageEncoder
+
+OUTPUTS = (".attention.png", ".relevance.png", ".attention.tif", ".relevance.tif", ".geojson")
+RECORD = ".json"
+# Rewriting the table of thousands after each of them would take longer than they do.
+TABLE_SECONDS = 10.0
+# What the outputs hold: those that an earlier version made of something else are made anew.
+MAPS = {"relevance": "log-odds, against the average patch, faded"}
+
+
+class NonFiniteError(InputError):
+    """An image that is answered with no numbers, for it holds pixels that are none."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an image could not be labelled: `what` is `unreadable`, `blank` or `not finite`, `reason` a sentence."""
+
+    what: str
+    reason: str
+
+    @classmethod
+    def by(cls, error: Exception) -> "Failure":
+        """Of what was raised when the image was looked at."""
+        what = (
+            "blank"
+            if isinstance(error, EmptyImageError)
+            else "not finite"
+            if isinstance(error, NonFiniteError)
+            else "unreadable"
+        )
+        return cls(what, str(error))
+
+
+@dataclass(frozen=True)
+class Slide:
+    """An image file and the name, a path below the output folder, that its outputs begin with."""
+
+    path: Path
+    name: str
+
+
+def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]:
+    """Images as they are given, and of folders all below them, sorted; what lies below `output` is left out.
+
+    Raises:
+        InputError: a folder without an image, or two images whose outputs would have the same name.
+    """
+    found: dict[str, Slide] = {}
+    for path in map(Path, paths):
+        slides = list(_below(path, output)) if path.is_dir() and not _is_image(path) else [Slide(path, path.name)]
+        if not slides:
+            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
+        for slide in slides:
+            other = found.setdefault(slide.name, slide)
+            if not _same(other.path, slide.path):
+                raise InputError(
+                    f"{other.path} and {slide.path} would both be written as {slide.name}; give the folder above "
+                    "both, or each an output folder of its own"
+                )
+    return list(found.values())
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths, absolute or not, lead to one file."""
+    if os.path.abspath(one) == os.path.abspath(other):
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _is_image(path: Path) -> bool:
+    return is_image_folder(path) if path.is_dir() else path.suffix.lower() in lazy_suffixes()
+
+
+def _below(folder: Path, output: Path | None, name: str = "") -> Iterator[Slide]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or (output is not None and path.resolve() == output.resolve()):
+            continue
+        if _is_image(path):
+            yield Slide(path, name + path.name)
+        elif path.is_dir():
+            yield from _below(path, output, f"{name}{path.name}/")
+
+
+def identity(folder: Path) -> str:
+    """A digest of a saved model, its numbers and its weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@dataclass
+class Slides:
+    """The work on a folder of images: `run` does what is not there yet.
+
+    Attributes:
+        classifier: of images of any size, in eval mode.
+        classes: names, as many as its classes.
+        output: the folder to write to.
+        made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
+        group: cuts an image into groups, without those to be skipped; by default none is.
+        beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
+        y: see `write_geojson`.
+        show: is told how many images are done, of how many, with the share of the one at work.
+        on_broken: is told of every image that could not be labelled, and why.
+
+    Raises:
+        InputError: another number of classes.
+    """
+
+    classifier: FITImageEncoder
+    classes: Sequence[str]
+    output: Path
+    made_with: Mapping[str, Any]
+    group: Group | None = None
+    beside: Callable[[Path], Mapping[str, Any]] | None = None
+    y: Literal["down", "up"] = "down"
+    show: Callable[[float, int], None] = lambda done, of: None
+    on_broken: Callable[[str, str], None] = lambda file, reason: None
+    predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
+    broken: dict[str, Failure] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.classifier.num_classes != len(self.classes):
+            known = self.classifier.num_classes
+            raise InputError(f"{len(self.classes)} class names given to a classifier of {known} classes")
+
+    def run(self, slides: Sequence[Slide]) -> int:
+        """Label the images and write their heat maps; those whose outputs are complete are left as they are.
+
+        The tables hold all images of the output folder that were made with the same model and settings. Returns how
+        many images were made now.
+
+        Raises:
+            InputError: none of the images can be labelled (names them), or outputs are those of other images.
+            OSError: an output cannot be written, or the scratch of data tokens failed.
+        """
+        for slide in slides:
+            self._need_own_name(slide)
+        self.predictions = dict(self._recorded())
+        made, told = 0, time.monotonic()
+        try:
+            for k, slide in enumerate(slides):
+                self.show(k, len(slides))
+                made += self._one(slide, lambda share, k=k: self.show(k + share, len(slides)))  # type: ignore[misc]
+                if time.monotonic() - told > TABLE_SECONDS:
+                    self._write_tables()
+                    told = time.monotonic()
+            self.show(len(slides), len(slides))
+        finally:
+            self._write_tables()
+        if len(self.broken) == len(slides):
+            few = "; ".join(each.reason for each in list(self.broken.values())[:5])
+            more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
+            raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
+        return made
+
+    def _one(self, slide: Slide, tell: Tell) -> bool:
+        """Whether the image was made now."""
+        of = {**_state_of(slide.path), **(self.beside(slide.path) if self.beside else {})}
+        if self._is_complete(slide, of):
+            self._rename(slide)
+            return False
+        try:
+            with open_image(slide.path) as image:
+                seen = self._see(image, tell)
+                thumbnail = image.thumbnail(*thumbnail_size(*image.shape[:2]))
+        except (InputError, PermissionError) as error:
+            self._note_broken(slide, Failure.by(error))
+            return False
+        self._write(slide, seen, thumbnail, of)
+        return True
+
+    def _see(self, image: LazyImage, tell: Tell) -> Attribution:
+        seen = attribute(self.classifier, image if self.group is None else self.group(image), tell)
+        if not bool(seen.logits.isfinite().all()):
+            raise NonFiniteError(
+                f"{image.path} is answered with {seen.logits.tolist()}: it has pixels that are no numbers"
+            )
+        return seen
+
+    def _need_own_name(self, slide: Slide) -> None:
+        """Refuse to write over the outputs of another image; one that was moved, and not changed, is the same.
+
+        Raises:
+            InputError: they are another image's; names both.
+        """
+        record = _read(self.output / (slide.name + RECORD))
+        if not isinstance(record, dict) or "path" not in record:
+            return
+        earlier = Path(record["path"])
+        was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
+        if not (_same(earlier, slide.path) or was_moved):
+            raise InputError(
+                f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
+                "another output folder, label both by one command on the folder above them, or delete what is there"
+            )
+
+    def _rename(self, slide: Slide) -> None:
+        """Have the outputs that are there name their image as it is called now, if it was moved since."""
+        path = self.output / (slide.name + RECORD)
+        record = _read(path)
+        if not _same(Path(record["path"]), slide.path):
+            _write_text(path, _as_json({**record, **_names(slide)}))
+            self.predictions[slide.name] = replace(self.predictions[slide.name], file=str(slide.path))
+
+    def _note_broken(self, slide: Slide, broken: Failure) -> None:
+        file = str(slide.path)
+        self.broken[file] = broken
+        self.predictions.pop(slide.name, None)
+        (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
+        self.on_broken(file, broken.reason)
+
+    def _write(self, slide: Slide, seen: Attribution, thumbnail: np.ndarray, of: dict[str, Any]) -> None:
+        prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
+        attention, relevance = (HeatMap.of(values, seen.image) for values in (seen.attention, seen.relevance))
+        write_overlay(self._fresh(slide, ".attention.png"), thumbnail, attention, "heat")
+        write_overlay(self._fresh(slide, ".relevance.png"), thumbnail, relevance, "signed")
+        write_tiff(self._fresh(slide, ".attention.tif"), attention, "attention", slide.path)
+        write_tiff(self._fresh(slide, ".relevance.tif"), relevance, "relevance", slide.path)
+        shapes = self._fresh(slide, ".geojson")
+        write_geojson(shapes, attention, relevance, prediction.label, prediction.probabilities, self.y)
+        record = {
+            **asdict(prediction),
+            **_names(slide),
+            "rows": attention.image_size[0],
+            "columns": attention.image_size[1],
+            "groups": seen.image.num_groups - seen.image.glimpses,
+            "groups_in_all": prod(seen.image.grid),
+            "of": of,
+            "made_with": self._key,
+        }
+        _write_text(self._fresh(slide, RECORD), _as_json(record))
+        self.predictions[slide.name] = prediction
+
+    def _fresh(self, slide: Slide, ending: str) -> Path:
+        """The path of an output, cleared of what a killed process left beside it."""
+        path = self.output / (slide.name + ending)
+        for scratch in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            scratch.unlink(missing_ok=True)
+        return path
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        return {**self.made_with, **MAPS, "y": self.y}
+
+    def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
+        record = _read(self.output / (slide.name + RECORD))
+        return (
+            self._is_ours(record)
+            and record["of"] == of
+            and all((self.output / (slide.name + ending)).is_file() for ending in OUTPUTS)
+        )
+
+    def _is_ours(self, record: Any) -> bool:
+        return isinstance(record, dict) and record.get("made_with") == self._key
+
+    def _recorded(self) -> Iterator[tuple[str, Prediction]]:
+        """Names and predictions of all images in the output folder that were made as these are."""
+        for path in sorted(self.output.rglob("*" + RECORD)):
+            record = _read(path)
+            if self._is_ours(record):
+                name = path.relative_to(self.output).as_posix().removesuffix(RECORD)
+                keys = ("file", "label", "probability", "probabilities")
+                yield name, Prediction(*(record[key] for key in keys))
+
+    def _write_tables(self) -> None:
+        if self.predictions:
+            ordered = sorted(self.predictions.values(), key=lambda prediction: prediction.file)
+            _write_text(self.output / "results.csv", as_text(ordered))
+        if self.broken:
+            text = io.StringIO()
+            rows = [(file, each.what, each.reason) for file, each in self.broken.items()]
+            csv.writer(text, lineterminator="\n").writerows([("file", "what", "reason"), *rows])
+            _write_text(self.output / "broken.csv", text.getvalue())
+        else:
+            (self.output / "broken.csv").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or one that is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _names(slide: Slide) -> dict[str, str]:
+    """Of an image, for its record: as it was given, and wherever the command is run."""
+    return {"file": str(slide.path), "path": os.path.abspath(slide.path)}
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with write_atomically(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _state_of(path: Path) -> dict[str, int]:
+    """Size and time of the last change, which tell one state of a file from another; nothing of an absent one."""
+    if not path.exists():
+        return {}
+    about = path.stat()
+    return {"bytes": about.st_size, "modified_ns": about.st_mtime_ns}

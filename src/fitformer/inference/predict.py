@@ -1,0 +1,163 @@
+"""Labels of image files, by a trained classifier."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitformer.data.pixels import UnreadableImageError, decode, fit, suffixes
+from fitformer.data.readers import LazyImage, open_image
+from fitformer.errors import InputError
+from fitformer.evaluation.sample_accuracy import classify
+from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.patching import ImageGroups
+from fitformer.patching.any_size import GroupedImage
+
+Resize = Literal["crop", "stretch", "pad"]
+FORMATS = ("csv", "json")
+
+Group = Callable[[LazyImage], GroupedImage]
+"""Cuts an image into groups, without those that are skipped."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a file was taken for: the likeliest class, its probability, and those of all classes by name."""
+
+    file: str
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+def expand(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as they are, and of folders all image files below them, sorted.
+
+    Raises:
+        InputError: a folder without an image file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        below = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes() and file.is_file())
+        if not below:
+            raise InputError(f"the folder {path} holds no image files ({', '.join(sorted(suffixes())[:6])}, ...)")
+        found += below
+    return found
+
+
+def predict(
+    classifier: FITImageEncoder,
+    files: Sequence[Path],
+    classes: Sequence[str],
+    *,
+    resize: Resize = "crop",
+    batch_size: int = 64,
+    group: Group | None = None,
+    on_unreadable: Callable[[UnreadableImageError], None] = lambda fault: None,
+) -> Iterator[Prediction]:
+    """Label image files, brought to the classifier's size as `resize` says (`data.settings.ImageData`).
+
+    A classifier of any size takes each as it is, one at a time, reading it as `classifier.encoder.run` does; `group`
+    cuts it into groups, if some are to be skipped.
+    Files that cannot be read are left out; `on_unreadable` is told of each.
+
+    Raises:
+        InputError: none of the files can be read (names them), or `classes` are not as many as the classifier's.
+    """
+    known = classifier.num_classes
+    if known != len(classes):
+        raise InputError(f"{len(classes)} class names given to a classifier of {known} classes")
+    faults: list[UnreadableImageError] = []
+
+    def note(fault: UnreadableImageError) -> None:
+        faults.append(fault)
+        on_unreadable(fault)
+
+    shares = (
+        _of_any_size(classifier, files, group or classifier.grouped, note)
+        if classifier.groups is None
+        else _of_one_size(classifier, _readable(classifier.groups, files, resize, note), batch_size)
+    )
+    for file, row in shares:
+        yield decided(file, row, classes)
+    if len(faults) == len(files):
+        few = "; ".join(map(str, faults[:5])) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise InputError(f"none of the {len(files)} files can be read: {few}" if files else "no files to label")
+
+
+def decided(file: str | Path, probabilities: Tensor, classes: Sequence[str]) -> Prediction:
+    """The prediction that probabilities `(classes,)` make."""
+    best, shares = int(probabilities.argmax()), probabilities.tolist()
+    return Prediction(str(file), classes[best], shares[best], dict(zip(classes, shares, strict=True)))
+
+
+def _of_one_size(
+    classifier: FITImageEncoder, read: Iterator[tuple[Path, np.ndarray]], batch_size: int
+) -> Iterator[tuple[Path, Tensor]]:
+    while part := list(islice(read, batch_size)):
+        images = torch.from_numpy(np.stack([pixels for _, pixels in part]))
+        yield from zip((file for file, _ in part), classify(classifier, images), strict=True)
+
+
+@torch.inference_mode()
+def _of_any_size(
+    classifier: FITImageEncoder,
+    files: Iterable[Path],
+    group: Group,
+    on_unreadable: Callable[[UnreadableImageError], None],
+) -> Iterator[tuple[Path, Tensor]]:
+    """Probabilities of images that are read as the classifier's way to run asks for their pixels."""
+    for file in files:
+        try:
+            with open_image(file) as image:
+                probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise InputError("its logits are not finite numbers: does it hold pixels that are none?")
+        except (InputError, PermissionError) as error:
+            on_unreadable(UnreadableImageError(str(file), str(error)))
+            continue
+        yield file, probabilities
+
+
+def _readable(
+    groups: ImageGroups, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[UnreadableImageError], None]
+) -> Iterator[tuple[Path, np.ndarray]]:
+    rows, columns = groups.image_size  # type: ignore[misc]
+    for file in files:
+        try:
+            pixels = decode(file, str(file), groups.channels)
+        except UnreadableImageError as fault:
+            on_unreadable(fault)
+            continue
+        yield file, fit(pixels, (rows, columns), resize)
+
+
+def as_text(predictions: Sequence[Prediction], kind: str = "csv") -> str:
+    """Predictions as CSV (file, label, probability, then a column a class) or as a JSON list.
+
+    Raises:
+        InputError: another format.
+    """
+    if kind == "json":
+        return json.dumps([asdict(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + "\n"
+    if kind != "csv":
+        raise InputError(f"there is no format {kind!r}; write one of {', '.join(FORMATS)}")
+    text = io.StringIO()
+    classes = list(predictions[0].probabilities) if predictions else []
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", "label", "probability", *classes])
+    for each in predictions:
+        shares = [f"{share:.6f}" for share in (each.probability, *each.probabilities.values())]
+        table.writerow([each.file, each.label, *shares])
+    return text.getvalue()

@@ -1,0 +1,70 @@
+"""Drawn images on disk: a grid, single files, and what they are."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer.errors import InputError
+from fitformer.tasks.preview import grid, write_picture
+
+
+def class_numbers(asked: str | None, classes: Sequence[str]) -> list[int]:
+    """Numbers of classes asked for by number or by name, with commas; of all if nothing is asked for.
+
+    A name goes before a number: of classes named "1" and "0", `1` is the first.
+
+    Raises:
+        InputError: a class that is not there.
+    """
+    if asked is None:
+        return list(range(len(classes)))
+    words = [word.strip() for word in asked.split(",") if word.strip()]
+    if not words:
+        raise InputError(f"{asked!r} names no class; write numbers or names with commas, such as 0,1,2")
+    return [_class_number(word, classes) for word in words]
+
+
+def _class_number(word: str, classes: Sequence[str]) -> int:
+    if word in classes:
+        return list(classes).index(word)
+    if re.fullmatch(r"-?\d+", word):
+        if 0 <= int(word) < len(classes):
+            return int(word)
+        raise InputError(f"class {word} is out of range: there are {len(classes)} classes, 0 to {len(classes) - 1}")
+    near = get_close_matches(word, classes, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(classes[:20])}"
+    raise InputError(f"there is no class {word!r}; {hint}")
+
+
+def write_samples(
+    folder: str | Path, images: Tensor, classes: Sequence[str] | None, settings: Mapping[str, Any], columns: int = 0
+) -> Path:
+    """Write images uint8 `(k, H, W, ch)` into a folder: grid.png, one PNG each, and samples.json; returns the grid.
+
+    Args:
+        folder: made if it is not there. images: the samples, numbered from 0.
+        classes: name of each one's class, which its file name carries, or None.
+        settings: how they were drawn, for samples.json. columns: of the grid, 0 for some ten.
+    """
+    folder = Path(folder)
+    entries = []
+    for k, image in enumerate(images):
+        name = None if classes is None else classes[k]
+        path = folder / (f"{k:05d}.png" if name is None else f"{k:05d}-{file_safe(name)}.png")
+        write_picture(path, image)
+        entries.append({"file": path.name, "index": k, **({} if name is None else {"class": name})})
+    with write_atomically(folder / "samples.json") as scratch:
+        scratch.write_text(json.dumps({**settings, "samples": entries}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_picture(folder / "grid.png", grid(images, columns))
+    return folder / "grid.png"
+
+
+def file_safe(name: str) -> str:
+    """A name without what file systems mind."""
+    return re.sub(r"[^\w.-]+", "_", name).strip(".")[:60] or "_"

@@ -1,0 +1,1 @@
+"""What is computed: the layers, the trunk of two phases, and its roles."""

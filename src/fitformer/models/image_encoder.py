@@ -1,0 +1,241 @@
+"""FIT as an encoder of images: the cut into groups, feature maps, a classification head; of one size or of any."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fitformer.errors import InputError
+from fitformer.execution import Work, total
+from fitformer.models.encoder import FITEncoder
+from fitformer.models.layers import check_sizes, linear
+from fitformer.models.positions import PositionTable
+from fitformer.models.pretrained import Pretrained
+from fitformer.patching import ImageGroups
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, stacked, to_signal
+from fitformer.patching.sizes import format_size
+
+Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
+
+
+class FITImageEncoder(Pretrained, nn.Module):
+    """FIT encoder of images: the cut into groups of patches, a `FITEncoder`, and an optional classification head.
+
+    Args:
+        layers: layer string.
+        image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
+            `image_size=None` takes images of any size, with `latent_position="row_column"`.
+        latents_per_group, dim, latent_dim, heads, latent_heads: as in `FITEncoder`.
+        channels: of the images.
+        num_classes: classes of the head; 0 for none. The head is one linear map of the mean over latents if the
+            layer string ends in global layers, over data tokens if not.
+        glimpses: copies of the whole image, averaged down to one group, that stand before its groups; only for images
+            of any size.
+        position: `"sin_cos2d"` follows rows and columns of a square group of patches.
+        mask, latent_position, mlp_ratio, drop_path, drop_units, drop_att: as in `FITEncoder`.
+
+    Raises:
+        InputError: sizes that do not divide (names the nearest that do), or what `FITEncoder` refuses.
+    """
+
+    ends_local = False
+
+    def __init__(
+        self,
+        layers: str,
+        image_size: int | Sequence[int] | None,
+        group_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        latents_per_group: int,
+        dim: int,
+        latent_dim: int,
+        heads: int,
+        latent_heads: int,
+        *,
+        channels: int = 3,
+        num_classes: int = 0,
+        glimpses: int = 0,
+        mask: str | None = None,
+        position: str = "learned",
+        latent_position: str = "learned",
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        drop_units: float = 0.0,
+        drop_att: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.groups = None if image_size is None else ImageGroups(image_size, group_size, patch_size, channels)
+        self.tiling = Tiling(group_size, patch_size, channels)
+        if glimpses < 0 or (glimpses and self.groups is not None):
+            raise InputError(f"glimpses is {glimpses}; it is 0 or more, and only with image_size=None above 0")
+        self.glimpses = glimpses
+        self.encoder = FITEncoder(
+            layers,
+            None if self.groups is None else self.groups.num_groups,
+            self.tiling.tokens_per_group,
+            latents_per_group,
+            self.tiling.token_dim,
+            dim,
+            latent_dim,
+            heads,
+            latent_heads,
+            mask=mask,
+            position=position,
+            latent_position=latent_position,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            drop_units=drop_units,
+            drop_att=drop_att,
+        )
+        self.ends_in_latents = self.encoder.trunk.plan[-1][1] > 0
+        check_sizes(num_classes=num_classes or 1)  # 0 is no head
+        self.num_classes = num_classes
+        self.head = linear(latent_dim if self.ends_in_latents else dim, num_classes) if num_classes else None
+
+    def forward(self, images: Images) -> Tensor:
+        """Logits `(b, num_classes)` of images, or without a head the pooled features.
+
+        Args:
+            images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor
+                `(H, W, channels)`, a `PixelSource` (read slice by slice where the encoder runs `Streamed`) or a
+                `GroupedImage`. Images with the same number of groups run as a batch.
+
+        Raises:
+            InputError: no images, or images of another size or number of channels.
+        """
+        if isinstance(images, Tensor) and self.groups is not None:
+            x, latents = self.encoder(self.groups.group(images))
+            pooled = (latents if self.ends_in_latents else x).mean(dim=(1, 2))
+        else:
+            if not len(images):
+                raise InputError("no images are given, a sequence of none")
+            pooled = self._pooled([self.grouped(image) for image in images])
+        return pooled if self.head is None else self.head(pooled)
+
+    def forward_features(self, images: Images) -> Tensor | list[Tensor]:
+        """Normalised data tokens of images `(b, H, W, channels)` as a map `(b, c, H/p, W/p)`.
+
+        Of images given as a sequence, a list of maps `(c, rows, columns)`, 0 where groups were skipped.
+
+        In an encoder that ends in global layers, the tokens are those read last: what the latents learned after
+        is in the latents alone. Give such a trunk a closing local block, `"(2)4(2)4(2)"`, for dense features.
+        """
+        if isinstance(images, Tensor) and self.groups is not None:
+            return self.groups.map(self.encoder(self.groups.group(images))[0])
+        maps = []
+        for image in map(self.grouped, images):
+            tokens, mask = self._placed(*image.read(slice(None)))
+            latents = self.latents([image])
+            x, _ = self.encoder.run(self.encoder.trunk, self._embed(tokens), latents, None, mask)
+            maps.append(image.map(self.encoder.finish(x)[0]))
+        return maps
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Data tokens after the local layers of each block (or of blocks `indices`) as maps `(b, c, H/p, W/p)`.
+
+        All pass the final norm, so the last one is `forward_features`.
+
+        Raises:
+            InputError: a block that is not there, or an encoder of images of any size.
+        """
+        trunk, maps = self.encoder.trunk, []
+        if self.groups is None:
+            raise InputError("intermediate maps are of images of one size; build the encoder with an image_size")
+        count = len(trunk.plan)
+        wanted = range(count) if indices is None else indices
+        if absent := [i for i in wanted if not -count <= i < count]:
+            raise InputError(f"no block {absent[0]}: the layer string has {count}, counted from 0")
+        x = self.encoder.embed(self.groups.group(images))
+        latents = trunk.initial_latents(*x.shape[:2])
+        for i in range(count):
+            x, latents = trunk.group_phase(i, x, latents, trunk.write_source(latents))
+            latents = trunk.global_phase(i, latents)
+            maps.append(self.groups.map(self.encoder.norm(x)))
+        return [maps[i] for i in wanted]
+
+    def grouped(self, image: Tensor | PixelSource | GroupedImage) -> GroupedImage:
+        """An image as groups of this encoder.
+
+        Raises:
+            InputError: no such image, another number of channels, other groups than the encoder's, or another size
+                where the encoder has a table of positions.
+        """
+        if not isinstance(image, GroupedImage):
+            source = PixelArray(image) if isinstance(image, Tensor) else image
+            if not isinstance(source, PixelSource):
+                raise InputError(
+                    f"an image is given as {type(source).__name__}: wrap an array as "
+                    "fitformer.patching.any_size.PixelArray(...), open a file by fitformer.data.readers.open_image(...)"
+                )
+            image = GroupedImage(source, self.tiling, glimpses=self.glimpses)
+        if image.tiling != self.tiling or image.glimpses != self.glimpses:
+            raise InputError(
+                f"an image cut as {image.tiling} with {image.glimpses} glimpses, given to an encoder of {self.tiling} "
+                f"with {self.glimpses}"
+            )
+        if self.groups is not None and image.source.shape[:2] != self.groups.image_size:
+            raise InputError(
+                f"an image of {format_size(image.source.shape[:2])} given to an encoder of "
+                f"{format_size(self.groups.image_size)} pixels; "  # type: ignore[arg-type]
+                "build it with image_size=None and latent_position='row_column' for any size"
+            )
+        return image
+
+    def latents(self, images: Sequence[GroupedImage]) -> Tensor:
+        """The initial latents `(b, t, m, d)` of images with the same number of groups."""
+        trunk, groups = self.encoder.trunk, images[0].num_groups
+        if isinstance(trunk.latent_position, PositionTable):
+            if any(image.num_groups != self.groups.num_groups for image in images):  # type: ignore[union-attr]
+                raise InputError("groups cannot be skipped with a table of latents; take latent_position='row_column'")
+            return trunk.initial_latents(len(images), groups)
+        coords = torch.stack([image.coords for image in images]).to(trunk.latent_position.slots.device)
+        return trunk.initial_latents(len(images), groups, coords)
+
+    def work(self, images: Sequence[GroupedImage]) -> Work:
+        """What is to be computed for images with the same number of groups: see `fitformer.execution.Work`.
+
+        Its score is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
+        """
+
+        def read(groups: slice) -> tuple[Tensor, Tensor | None]:
+            return self._placed(*stacked(images, groups))
+
+        def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
+            return (x if mask is None else x * mask[..., None]).sum(dim=(1, 2))
+
+        return Work(
+            groups=images[0].num_groups,
+            latents=self.latents(images),
+            read=read,
+            embed=lambda groups, tokens: self._embed(tokens),
+            score=None if self.ends_in_latents else added,
+        )
+
+    def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
+        """Means `(b, width)` over latents, or over the tokens that hold pixels."""
+        alike: dict[int, list[int]] = {}
+        for k, image in enumerate(images):
+            alike.setdefault(image.num_groups, []).append(k)
+        pooled: dict[int, Tensor] = {}
+        for where in alike.values():
+            together = [images[k] for k in where]
+            means = self.means(together, *total(self.encoder, self.work(together)))
+            pooled.update(zip(where, means, strict=True))
+        return torch.stack([pooled[k] for k in range(len(images))])
+
+    def means(self, images: Sequence[GroupedImage], added: Tensor | None, latents: Tensor) -> Tensor:
+        """Means `(b, width)` that the head takes, of what `total` made of the `work` of these images."""
+        if added is None:
+            return self.encoder.latent_norm(latents).mean(dim=(1, 2))
+        return added / torch.tensor([[image.count()] for image in images], device=added.device)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""
+        return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
+
+    def _placed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask on the encoder's device."""
+        device = self.encoder.norm.weight.device
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(device, non_blocking=True), None if mask is None else mask.to(device)

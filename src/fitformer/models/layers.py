@@ -1,0 +1,259 @@
+"""The standard transformer parts that FIT is made of (spec section 3).
+
+Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `e` width of a head.
+Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
+"""
+
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fitformer.errors import InputError
+from fitformer.models.dropout import GroupRandom
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm over the last axis with the reference's epsilon, scale and shift."""
+    return nn.LayerNorm(width, eps=NORM_EPS)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Linear projection with bias; Glorot-uniform weights and zero bias, the defaults of the reference."""
+    projection = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    return projection
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not positive whole numbers.
+
+    Raises:
+        InputError: such a size, by its name.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise InputError(f"{name} is {size!r}; it must be a whole number of at least 1")
+
+
+def check_heads(heads: int, width: int, what: str = "attention") -> None:
+    """Refuse a number of heads that cannot share a width evenly.
+
+    Raises:
+        InputError: names the nearest numbers that can.
+    """
+    if heads < 1 or width % heads:
+        near = [h for h in range(1, width + 1) if width % h == 0]
+        below = max((h for h in near if h < heads), default=near[0])
+        above = min((h for h in near if h > heads), default=near[-1])
+        ways_out = f"{below} or {above} heads do" if below != above else f"{above} does"
+        raise InputError(f"{heads} heads do not divide the width {width} of {what}; the nearest, {ways_out}")
+
+
+def check_rate(rate: float, what: str) -> None:
+    """Refuse a dropout rate outside 0 <= rate < 1.
+
+    Raises:
+        InputError: such a rate.
+    """
+    if not 0 <= rate < 1:
+        raise InputError(f"{what} is {rate}; a rate is at least 0 and below 1")
+
+
+def dropout(x: Tensor, rate: float, random: GroupRandom | None, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Zero elements of `x (r, ...)` with probability `rate` and scale up the others.
+
+    `random` gives the numbers, torch's generator where it is None; `shape`, broadcast to that of `x`, is what is drawn.
+    """
+    shape = tuple(x.shape) if shape is None else shape
+    kept = torch.rand(shape, device=x.device) >= rate if random is None else random.kept(shape, rate)
+    return x * kept / (1 - rate)
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch, per row of the batch, with probability `rate`; the kept rows are scaled up.
+
+    Raises:
+        InputError: a rate outside 0 <= rate < 1.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        check_rate(rate, "drop_path")
+        self.rate = rate
+
+    def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
+        """Return the branch `x (r, ...)` with whole rows zeroed in training, `x` itself otherwise."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        return dropout(x, self.rate, random, (x.shape[0],) + (1,) * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """Show the rate in `print(model)`."""
+        return f"rate={self.rate}"
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `width // heads` channels a head, from queries of width `dim` to a context.
+
+    Args:
+        dim: width of the queries, and of the output.
+        heads: number of heads.
+        context_dim: width of the context tokens; `dim` by default (self-attention).
+        width: width of the attention itself, all heads together; `dim` by default.
+        dropout: dropout of the attention weights in training.
+
+    Raises:
+        InputError: `heads` does not divide `width`, or a rate outside 0 <= dropout < 1.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, width: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        context_dim, width = context_dim or dim, width or dim
+        check_heads(heads, width)
+        check_rate(dropout, "drop_att")
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
+        self.output = linear(width, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        random: GroupRandom | None = None,
+    ) -> Tensor:
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
+
+        `mask`, boolean and broadcastable to `(r, h, q, k)`, is true where a query may look; `causal` is the
+        usual triangle over tokens; `random` gives the rows' own dropout. Returns `(r, q, dim)`.
+        """
+        query, key, value = (
+            rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
+            for tokens in (self.query(x), self.key(context), self.value(context))
+        )
+        rate = self.dropout if self.training else 0.0
+        if rate and random is not None:
+            if causal:
+                mask = triangle(x.shape[1], x.device)
+            weights = attention_weights(query, key, mask)
+            out = dropout(weights, rate, random) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, is_causal=causal)
+        return self.output(rearrange(out, "r h s e -> r s (h e)"))
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Weights `(r, h, q, k)` of queries `(r, h, q, e)` over keys `(r, h, k, e)`, 0 where `mask` is false."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+
+
+def triangle(tokens: int, device: torch.device) -> Tensor:
+    """Causal mask `(tokens, tokens)`, true where a query may look."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+class FeedForward(nn.Module):
+    """Pre-norm branch of two linear maps with GELU between them, `dim -> ratio * dim -> dim`.
+
+    Raises:
+        InputError: a ratio that leaves no units, or a rate outside 0 <= dropout < 1.
+    """
+
+    def __init__(self, dim: int, ratio: float = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_rate(dropout, "drop_units")
+        if int(ratio * dim) < 1:
+            raise InputError(f"mlp_ratio is {ratio}, which leaves {dim} channels no units; 4 is usual")
+        self.norm = layer_norm(dim)
+        self.inner, self.outer = linear(dim, int(ratio * dim)), linear(int(ratio * dim), dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
+        """Return the branch of `x (..., dim)`, without the residual; `random` gives the rows' own dropout."""
+        units = F.gelu(self.inner(self.norm(x)))
+        if self.dropout and self.training:
+            # torch's own where it serves: it is faster.
+            units = F.dropout(units, self.dropout) if random is None else dropout(units, self.dropout, random)
+        return self.outer(units)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward, each a residual branch (spec section 3: local and global layers).
+
+    `self_attention=False` keeps only the feed-forward half. The other arguments are those of the parts.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4,
+        self_attention: bool = True,
+        drop_path: float = 0.0,
+        drop_units: float = 0.0,
+        drop_att: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = layer_norm(dim) if self_attention else None
+        self.attention = Attention(dim, heads, dropout=drop_att) if self_attention else None
+        self.ffn = FeedForward(dim, mlp_ratio, drop_units)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, random: GroupRandom | None = None
+    ) -> Tensor:
+        """Transform tokens `x (r, s, dim)`; `mask`, `causal` and `random` as in `Attention`."""
+        if self.norm is not None and self.attention is not None:
+            normed = self.norm(x)
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random), random)
+        return x + self.drop_path(self.ffn(x, random), random)
+
+
+class CrossLayer(nn.Module):
+    """Residual pre-norm cross-attention: read, write, and the look at the condition (spec section 3).
+
+    Args:
+        dim: width of the tokens that look.
+        context_dim: width of the tokens looked at.
+        width: width of the attention; `heads` must divide it.
+        heads: number of heads.
+        context_norm: normalise the context first (`xattn_enc_ln`).
+        mlp_ratio: width of a feed-forward branch after the attention (`xattn_with_mlp`), none by default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        width: int,
+        heads: int,
+        *,
+        context_norm: bool = True,
+        mlp_ratio: float | None = None,
+        drop_units: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.context_norm = layer_norm(context_dim) if context_norm else None
+        self.attention = Attention(dim, heads, context_dim, width)
+        self.ffn = FeedForward(dim, mlp_ratio, drop_units) if mlp_ratio else None
+
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, random: GroupRandom | None = None
+    ) -> Tensor:
+        """Return tokens `x (r, q, dim)` having looked at `context (r, k, context_dim)`; the rest as in `Attention`."""
+        if self.context_norm is not None:
+            context = self.context_norm(context)
+        x = x + self.attention(self.norm(x), context, mask)
+        return x if self.ffn is None else x + self.ffn(x, random)

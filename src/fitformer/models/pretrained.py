@@ -1,0 +1,226 @@
+"""Models as folders: config.json, model.safetensors and a model card; loaded strictly, from disk or from the Hub."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer.errors import InputError
+from fitformer.models.config import preset
+
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ model_name | default("A FIT model", true) }}
+
+A Far-reaching Interleaved Transformer (Chen and Li, [arXiv 2305.12689](https://arxiv.org/abs/2305.12689)), saved by
+`fitformer`.
+
+```python
+import fitformer
+
+model = fitformer.{{ role }}.from_pretrained("{{ repo_id | default("this folder", true) }}")
+```
+
+`config.json` holds the arguments of `fitformer.{{ role }}`, `model.safetensors` its {{ parameters }} parameters.
+"""
+
+
+class Pretrained(
+    PyTorchModelHubMixin,
+    library_name="fitformer",
+    license="apache-2.0",
+    tags=["fit", "far-reaching-interleaved-transformer", "arxiv:2305.12689"],
+    model_card_template=MODEL_CARD,
+):
+    """Saving and loading for the roles: their constructor's plain arguments are the configuration.
+
+    Built on the Hub's own mixin; loading is strict here, and files are written beside and renamed.
+    """
+
+    ends_local = True
+
+    @classmethod
+    def from_preset(cls, name: str, **arguments: Any) -> Self:
+        """Build the role in a named size (`presets.SIZES`); `arguments` give the geometry and override the size.
+
+        Raises:
+            InputError: no such preset, or whatever the constructor refuses.
+        """
+        return cls(**{**preset(name, end_local=cls.ends_local), **arguments})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as they are saved in config.json.
+
+        Raises:
+            InputError: an argument was given that is no plain number, text or list, and cannot be written down.
+        """
+        config = dict(self._hub_mixin_config)  # type: ignore[arg-type]
+        # The mixin drops what JSON cannot hold (a numpy integer, say) without a word.
+        if dropped := sorted(set(self._hub_mixin_init_parameters) - {"self"} - set(config)):
+            raise InputError(
+                f"arguments that JSON cannot hold: {', '.join(dropped)}; give plain numbers, text or lists"
+            )
+        return config
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write model.safetensors, config.json and, unless there is one, README.md into a folder.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            push_to_hub: push it as well, as `repo_id` (by default the folder's name) and with the mixin's `options`.
+            model_card_kwargs: more fields for the template of the model card.
+
+        Returns:
+            the address of the commit if it was pushed.
+
+        Raises:
+            InputError: an argument of the constructor was no plain number, text or list, and cannot be written down.
+        """
+        folder = Path(save_directory)
+        config = json.dumps({"role": type(self).__name__, **self.config}, indent=2)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
+        with write_atomically(folder / constants.SAFETENSORS_SINGLE_FILE) as path:
+            save_file(state, path, metadata={"format": "pt"})
+        with write_atomically(folder / constants.CONFIG_NAME) as path:
+            path.write_text(config + "\n")
+        if not (folder / "README.md").exists():
+            with write_atomically(folder / "README.md") as path:
+                self.generate_model_card(**model_card_kwargs or {}).save(path)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model and its card to the Hub as `repo_id`; `options` are those of the Hub's mixin."""
+        options["model_card_kwargs"] = {"repo_id": repo_id, **(options.get("model_card_kwargs") or {})}
+        return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(self, *args: Any, **fields: Any) -> Any:
+        """Fill the card's template with what this model is."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())  # type: ignore[attr-defined]
+        return super().generate_model_card(*args, role=type(self).__name__, parameters=f"{parameters:,}", **fields)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, map_location: str = "cpu", **options: Any) -> Self:  # type: ignore[override]
+        """Load a saved model, in eval mode; offline if it is a folder.
+
+        Args:
+            source: a folder, or the model's name on the Hub.
+            map_location: the device it is put on.
+            options: how it is fetched from the Hub (`revision`, `cache_dir`, `force_download`, `token`,
+                `local_files_only`); anything else overrides an argument of the constructor.
+
+        Raises:
+            InputError: a config or weights of another role or architecture, or files that are not whole.
+            FileNotFoundError: a folder or a repository without these files.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        config = _read_config(_file(str(source), constants.CONFIG_NAME, hub))
+        role = config.pop("role", cls.__name__)
+        if role != cls.__name__:
+            raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
+        arguments = {**config, **options}
+        _check_arguments(cls, arguments, str(source))
+        path = _file(str(source), constants.SAFETENSORS_SINGLE_FILE, hub)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
+        model = cls(**arguments)
+        load_strictly(model, state, str(path))  # type: ignore[arg-type]
+        return model.eval().to(map_location)  # type: ignore[attr-defined]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json, if it is one."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not a whole JSON file ({error}); save or fetch it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a model: it holds a {type(config).__name__}")
+    return config
+
+
+def _check_arguments(role: type[Pretrained], arguments: dict[str, Any], source: str) -> None:
+    """Refuse arguments that are not those of a role's constructor."""
+    known = {name: value for name, value in role._hub_mixin_init_parameters.items() if name != "self"}
+    if unknown := sorted(set(arguments) - set(known)):
+        raise InputError(
+            f"the configuration of {source} has arguments that {role.__name__} lacks: {', '.join(unknown)}"
+        )
+    required = {name for name, parameter in known.items() if parameter.default is parameter.empty}
+    if missing := sorted(required - set(arguments)):
+        raise InputError(f"the configuration of {source} lacks what {role.__name__} needs: {', '.join(missing)}")
+
+
+def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state into a model, in place, if every name and shape agrees.
+
+    Raises:
+        InputError: names what is missing, unknown or misshapen in `source`; the model is left as it was.
+    """
+    own = model.state_dict()
+    faults = difference(
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+    )
+    if faults:
+        raise InputError(f"{source} does not fit this {type(model).__name__}: {faults}")
+    model.load_state_dict(state)
+
+
+def difference(given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], most: int = 8) -> str:
+    """Say how named shapes differ from those wanted, `most` names of a kind; an empty string where they agree."""
+
+    def few(names: list[str]) -> str:
+        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+    kinds = {
+        "missing": sorted(set(wanted) - set(given)),
+        "unknown": sorted(set(given) - set(wanted)),
+        "misshapen": [
+            f"{name} {given[name]} instead of {wanted[name]}"
+            for name in sorted(set(given) & set(wanted))
+            if given[name] != wanted[name]
+        ],
+    }
+    return "; ".join(f"{len(names)} {kind}: {few(names)}" for kind, names in kinds.items() if names)
+
+
+def _file(model_id: str, name: str, hub: dict[str, Any]) -> Path:
+    """Find a file of a saved model, in a folder or on the Hub."""
+    if Path(model_id).is_dir():
+        path = Path(model_id) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{model_id} is not a saved model: it has no {name}")
+        return path
+    try:
+        return Path(hf_hub_download(repo_id=model_id, filename=name, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no folder {model_id}, and it cannot be a name on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {model_id}, and no copy of that name from the Hub, which cannot be reached now"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{model_id} on the Hub is not a saved model: it has no {name}") from error

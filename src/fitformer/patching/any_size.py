@@ -1,0 +1,278 @@
+"""Images of any size as groups, read when they are needed: padded edges, skipped groups, glimpses of the whole.
+
+A `PixelSource` is anything that hands out windows of pixels: a file that is opened lazily, or an array in memory.
+`Tiling` says how images are cut, `GroupedImage` is one image cut so: which groups it has, and any slice of them as raw
+tokens with a mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fitformer.errors import EmptyImageError, InputError
+from fitformer.patching import image_to_groups
+from fitformer.patching.sizes import Size, axis_lengths, format_size, to_sides
+
+
+@runtime_checkable
+class PixelSource(Protocol):
+    """An image that gives windows: `shape` is (rows, columns, channels), `dtype` numpy's uint8, uint16 or a float."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns, channels."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the pixels."""
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Pixels `(height, width, channels)` of a window inside the image."""
+
+    def thumbnail(self, rows: int, columns: int) -> np.ndarray:
+        """The whole image, averaged down to `(rows, columns, channels)`."""
+
+
+class PixelArray:
+    """An image in memory, `(H, W, channels)`, as a source of windows.
+
+    Raises:
+        InputError: not three axes.
+    """
+
+    def __init__(self, pixels: np.ndarray | Tensor) -> None:
+        if isinstance(pixels, Tensor):
+            # numpy knows no bfloat16.
+            pixels = (pixels.detach().float() if pixels.dtype == torch.bfloat16 else pixels.detach()).cpu().numpy()
+        array = pixels
+        if array.ndim != 3:
+            raise InputError(f"an image has three axes (rows, columns, channels), not shape {tuple(array.shape)}")
+        self.pixels = array
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns, channels."""
+        rows, columns, channels = self.pixels.shape
+        return rows, columns, channels
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.pixels.dtype
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that are as easily read as less of them: all."""
+        return self.shape[:2]
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A view of the window."""
+        return self.pixels[top : top + height, left : left + width]
+
+    def thumbnail(self, rows: int, columns: int) -> np.ndarray:
+        """The whole image, averaged down to `(rows, columns, channels)`."""
+        pixels = rearrange(torch.from_numpy(np.ascontiguousarray(self.pixels)).float(), "h w ch -> 1 ch h w")
+        small = rearrange(F.interpolate(pixels, (rows, columns), mode="area"), "1 ch h w -> h w ch").numpy()
+        return small.astype(self.dtype) if self.dtype.kind == "f" else small.round().astype(self.dtype)
+
+
+def to_signal(tokens: Tensor) -> Tensor:
+    """Raw tokens as the network takes them: whole-number pixels over their range as [-1, 1], floats as they are.
+
+    Raises:
+        InputError: whole numbers other than uint8 and uint16.
+    """
+    if tokens.is_floating_point():
+        return tokens
+    if tokens.dtype not in (torch.uint8, torch.uint16):
+        raise InputError(f"pixels are {tokens.dtype}; images hold uint8, uint16 or floats")
+    half = torch.iinfo(tokens.dtype).max / 2
+    return tokens.float().div_(half).sub_(1)
+
+
+def scaled_alike(one: np.dtype, other: np.dtype) -> bool:
+    """Whether `to_signal` makes the same of images stored in either type: whole numbers of any depth, or floats."""
+    return (one.kind == "f") == (other.kind == "f")
+
+
+def check_pixels(name: str, found: np.dtype, trained: np.dtype) -> None:
+    """Check that an image holds such numbers as a model was trained on.
+
+    Raises:
+        InputError: one holds floats and the other whole numbers.
+    """
+    if scaled_alike(found, trained):
+        return
+    if found.kind == "f":
+        way = f"store it as uint8 or uint16, or train on {found}"
+    else:
+        way = f"store it as {trained}, as the images of the training are, or train on {found}"
+    raise InputError(
+        f"{name} has {found} pixels and the model was trained on {trained}; floats are read as they are, whole numbers "
+        f"scaled to -1 .. 1: {way}"
+    )
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images of any size are cut: groups of `group_size` pixels, in patches of `patch_size`.
+
+    Raises:
+        InputError: patches that do not divide a group, or sizes that are not positive whole numbers.
+    """
+
+    group_size: Size
+    patch_size: Size
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        axis_lengths(self.group_size, self.group_size, self.patch_size, "hw")
+        if self.channels < 1:
+            raise InputError(f"images need at least one channel, not {self.channels}")
+        for name in ("group_size", "patch_size"):
+            object.__setattr__(self, name, to_sides(getattr(self, name), "hw"))
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of the patches of a group."""
+        (gh, gw), (ph, pw) = self.group_size, self.patch_size  # type: ignore[misc]
+        return gh // ph, gw // pw
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Patches in a group, n."""
+        return prod(self.patches)
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in a patch: rows * columns * channels."""
+        return prod(self.patch_size) * self.channels  # type: ignore[arg-type]
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of the groups that cover an image; those at its edges may reach beyond."""
+        gh, gw = self.group_size  # type: ignore[misc]
+        return -(-rows // gh), -(-columns // gw)
+
+
+class GroupedImage:
+    """An image cut into groups, of which any slice can be read.
+
+    Args:
+        source: the image.
+        tiling: how it is cut.
+        occupied: booleans (rows, columns) of the grid of groups; the others are skipped. All by default.
+        glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
+
+    Attributes:
+        places: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
+
+    Raises:
+        InputError: another number of channels, a grid of another size, nothing occupied.
+    """
+
+    def __init__(
+        self, source: PixelSource, tiling: Tiling, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
+    ) -> None:
+        if source.shape[2] != tiling.channels:
+            raise InputError(
+                f"{_name(source)} has {source.shape[2]} channels, the model was built for {tiling.channels}"
+            )
+        self.source, self.tiling, self.glimpses = source, tiling, glimpses
+        self.grid = tiling.grid(*source.shape[:2])
+        kept = np.ones(self.grid, dtype=bool) if occupied is None else np.asarray(occupied, dtype=bool)
+        if kept.shape != self.grid:
+            raise InputError(
+                f"{_name(source)} has {format_size(self.grid)} groups, and {format_size(kept.shape)} are said to be "
+                "occupied"
+            )
+        if not kept.any():
+            raise EmptyImageError(
+                f"{_name(source)} has no occupied group among {kept.size}: nothing is left to look at"
+            )
+        coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
+        self.coords = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
+        self._glimpse: np.ndarray | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that are read, glimpses counted, t."""
+        return len(self.coords)
+
+    def read(self, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Raw tokens `(1, s, n, token_dim)` of a slice of groups, of the image's dtype, and their mask `(1, s, n)`.
+
+        A patch that lies outside the image is false in the mask, and the mask None where there is none. What a patch
+        at the edge lacks is filled with the image's last row and column.
+        """
+        coords = self.coords[groups].tolist()
+        pixels = np.stack([self._group(row, column) for row, column in coords])
+        tokens = image_to_groups(torch.from_numpy(pixels), self.tiling.group_size, self.tiling.patch_size)
+        return tokens.transpose(0, 1), self.mask(groups)
+
+    def mask(self, groups: slice) -> Tensor | None:
+        """Which tokens of a slice of groups hold pixels, booleans `(1, s, n)`; None if all do."""
+        (rows, columns, _), (gh, gw), (ph, pw) = self.source.shape, self.tiling.group_size, self.tiling.patch_size  # type: ignore[misc]
+        coords = self.coords[groups]
+        high, wide = self.tiling.patches
+        inside = [
+            (place[:, None] * side + torch.arange(count) * patch < size) | glimpse
+            for place, side, count, patch, size, glimpse in (
+                (coords[:, 0], gh, high, ph, rows, coords[:, :1] < 0),
+                (coords[:, 1], gw, wide, pw, columns, coords[:, :1] < 0),
+            )
+        ]
+        mask = (inside[0][:, :, None] & inside[1][:, None]).flatten(1)[None]
+        return None if bool(mask.all()) else mask
+
+    def count(self) -> int:
+        """Tokens that hold pixels."""
+        mask = self.mask(slice(None))
+        return self.num_groups * self.tiling.tokens_per_group if mask is None else int(mask.sum())
+
+    def map(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """Lay tokens `(t, n, c)` out as a map `(c, rows, columns)` of patches; `fill` where groups were skipped.
+
+        Glimpses are left out, and so are patches beyond the image.
+        """
+        (high, wide), (rows, columns) = self.tiling.patches, self.grid
+        cells = x.new_full((rows, columns, high, wide, x.shape[-1]), fill)
+        own = self.coords[self.glimpses :].to(x.device)
+        cells[own[:, 0], own[:, 1]] = x[self.glimpses :].unflatten(1, (high, wide))
+        ph, pw = self.tiling.patch_size  # type: ignore[misc]
+        whole = rearrange(cells, "gh gw h w c -> c (gh h) (gw w)")
+        return whole[:, : -(-self.source.shape[0] // ph), : -(-self.source.shape[1] // pw)]
+
+    def _group(self, row: int, column: int) -> np.ndarray:
+        """Pixels of one group, filled up at the edges."""
+        gh, gw = self.tiling.group_size  # type: ignore[misc]
+        if row < 0:
+            if self._glimpse is None:
+                self._glimpse = self.source.thumbnail(gh, gw)
+            return self._glimpse
+        top, left = row * gh, column * gw
+        height, width = min(gh, self.source.shape[0] - top), min(gw, self.source.shape[1] - left)
+        pixels = self.source.window(top, left, height, width)
+        if (height, width) != (gh, gw):
+            pixels = np.pad(pixels, ((0, gh - height), (0, gw - width), (0, 0)), mode="edge")
+        return pixels
+
+
+def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
+    """`GroupedImage.read` of images with the same number of groups: tokens and mask with a batch of them."""
+    tokens, masks = zip(*(image.read(groups) for image in images), strict=True)
+    shape = tokens[0].shape[1:3]
+    mask = None
+    if any(each is not None for each in masks):
+        mask = torch.cat([torch.ones(1, *shape, dtype=torch.bool) if each is None else each for each in masks])
+    return torch.cat(tokens), mask
+
+
+def _name(source: Any) -> str:
+    return f"the image {source.path}" if hasattr(source, "path") else "an image"

@@ -1,0 +1,44 @@
+"""What a configuration costs, before running it: parameters, floating-point operations, and memory at its peak."""
+
+from fitformer.profiling.flops import (
+    ROLES,
+    Flops,
+    GroupPlan,
+    Model,
+    Part,
+    count_parameters,
+    flops,
+    group_plan,
+    on_meta,
+    parts,
+    total,
+    trunk_of,
+)
+from fitformer.profiling.geometry import Geometry
+from fitformer.profiling.memory import Memory, StepConfig, memory
+from fitformer.profiling.planner import Plan, PlanRequest, choose, need_room, slice_for, streaming_for
+
+__all__ = [
+    "ROLES",
+    "Flops",
+    "Geometry",
+    "GroupPlan",
+    "Memory",
+    "Model",
+    "Part",
+    "Plan",
+    "PlanRequest",
+    "StepConfig",
+    "choose",
+    "count_parameters",
+    "flops",
+    "group_plan",
+    "memory",
+    "need_room",
+    "on_meta",
+    "parts",
+    "slice_for",
+    "streaming_for",
+    "total",
+    "trunk_of",
+]

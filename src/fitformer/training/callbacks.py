@@ -1,0 +1,256 @@
+"""Watching a run: measurements to JSON lines, CSV and TensorBoard, previews, and what the terminal shows."""
+
+import json
+import sys
+import time
+import warnings
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from fitformer.config.schema import ClassifyRecipe, Recipe
+from fitformer.data.settings import Background, ImageData
+from fitformer.tasks import Preview, task_of
+from fitformer.tasks.classify import grouped
+from fitformer.tasks.preview import grid, save
+from fitformer.training.run_dir import Run
+
+
+class JsonLines(Logger):
+    """Appends one JSON object a measurement to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """Lightning wants one."""
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        """Lightning wants one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run directory holds the recipe."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append `{"step": ..., "time": ..., <name>: <value>, ...}`."""
+        line = {"step": step, "time": round(time.time(), 3), **{name: float(value) for name, value in metrics.items()}}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def loggers(run: Run, step: int) -> list[Logger]:
+    """Where the measurements of a run that stands at `step` go."""
+    board = TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=step + 1 if step else None)
+    return [JsonLines(run.metrics_file), CSVLogger(run.path, name="csv", flush_logs_every_n_steps=1), board]
+
+
+def memory_mb(device: torch.device) -> float:
+    """Memory in MB: allocated on a GPU at most so far, or on the CPU this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import psutil
+
+        return psutil.Process().memory_info().rss / 1e6
+    except ImportError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+class MetricsLogger(Callback):
+    """Takes the measurements: training means every `log_every` steps, held-out means and previews at validation.
+
+    `latest` is what the terminal shows. Must stand before `Average`, which takes its weights away again when the
+    validation ends: previews are drawn by the averaged weights.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.latest: dict[str, float] = {}
+        self._since, self._away, self._step, self._logged = 0.0, 0.0, 0, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._restart(trainer)
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._since, self._away, self._step = time.perf_counter(), 0.0, trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
+        """Log the means since the last time, every `log_every` optimizer steps."""
+        training, step = self.run.recipe.trainer, trainer.global_step
+        if step == self._logged or step == self._step or (step % training.log_every and step != training.steps):
+            return
+        self._logged = step
+        examples = (step - self._step) * training.accumulate * training.batch_size * trainer.world_size
+        self.latest = {
+            **pl_module.take_recent(),
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/examples_per_second": examples / max(time.perf_counter() - self._since - self._away, 1e-9),
+            "train/memory_mb": memory_mb(pl_module.device),
+        }
+        self._log(trainer, self.latest)
+        self._restart(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock: examples per second are those of training."""
+        self._away -= time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw previews, while the averaged weights are in place."""
+        recipe = self.run.recipe
+        if trainer.is_global_zero and recipe.trainer.previews:
+            preview = task_of(recipe).preview(pl_module.network, recipe, recipe.trainer.previews)
+            if preview is not None:
+                self._show(trainer, preview)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the held-out means."""
+        held_out = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._log(trainer, held_out)
+        self.latest = {**self.latest, **held_out}
+        self._away += time.perf_counter()
+
+    def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _show(self, trainer: pl.Trainer, preview: Preview) -> None:
+        step = trainer.global_step
+        save(preview, self.run.samples / f"step-{step:07d}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and preview.images is not None:
+                logger.experiment.add_image("samples", grid(preview.images).numpy(), step, dataformats="HWC")
+            elif isinstance(logger, TensorBoardLogger):
+                text = "\n\n---\n\n".join("    " + sample.replace("\n", "\n    ") for sample in preview.text)
+                logger.experiment.add_text("samples", text, step)
+
+
+class ForegroundReport(Callback):
+    """Says once, in one line, how many groups of the first images hold something; warns if all do.
+
+    It asks after a step, when what lies in files has been looked at already.
+    """
+
+    IMAGES = 8
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        self.images, self.kept, self.groups = 0, 0, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
+        """Count the groups of a batch, and tell once there are enough images."""
+        if self.images < self.IMAGES and trainer.is_global_zero:
+            for image in batch["image"]:
+                found = grouped(pl_module.network, image, self.data)
+                self.images += 1
+                self.kept += found.num_groups - found.glimpses
+                self.groups += prod(found.grid)
+            if self.images >= self.IMAGES:
+                self._tell()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell it of fewer images, if there were no more."""
+        if 0 < self.images < self.IMAGES:
+            self._tell()
+
+    def _tell(self) -> None:
+        given = [] if self.data.background == "none" else [f"background {in_short(self.data.background)}"]
+        given += [f"masks {self.data.masks}"] if self.data.masks else []
+        words = f"{', '.join(given)}: {self.kept / self.groups:.0%} of the groups of the first {self.images} images"
+        if self.kept < self.groups or self.data.background == "none":
+            print(f"{words} hold something", flush=True)
+        else:
+            warnings.warn(
+                f"{words} hold something, and none is skipped: data.background may be auto, or a level or colour as "
+                "the files have it; data.tolerance and data.min_foreground say what may differ from it",
+                stacklevel=2,
+            )
+
+
+def skipping(recipe: Recipe) -> list[Callback]:
+    """What tells of skipped groups, of a recipe that skips some."""
+    if not isinstance(recipe, ClassifyRecipe):
+        return []
+    data = recipe.data
+    return [ForegroundReport(data)] if data.background != "none" or data.masks is not None else []
+
+
+def in_short(background: Background) -> str:
+    """A background in a few characters."""
+    levels = background if isinstance(background, tuple) else (background,)
+    return ", ".join(level if isinstance(level, str) else f"{level:g}" for level in levels)
+
+
+def brief(metrics: dict[str, float]) -> dict[str, str]:
+    """Measurements in a terminal's words: short names, three digits, speed and memory with their units."""
+    words = {}
+    for name, value in metrics.items():
+        if name == "train/examples_per_second":
+            words["examples/s"] = f"{value:,.0f}"
+        elif name == "train/memory_mb":
+            words["memory"] = f"{value:,.0f} MB"
+        elif name != "train/lr":
+            words[name.removeprefix("train/")] = f"{value:.3f}"
+    return words
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar of one long epoch, with the observer's measurements."""
+
+    def __init__(self, observer: MetricsLogger) -> None:
+        super().__init__(refresh_rate=10)
+        self.observer = observer
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # There is one epoch only; its number would say nothing.
+        return "training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what stands at the right of the bar."""
+        return dict(brief(self.observer.latest))
+
+
+class ConsoleLogger(Callback):
+    """For a terminal that is none (a log file, a pipe): a line every 10 seconds, at validations and at the end."""
+
+    def __init__(self, observer: MetricsLogger, seconds: float = 10.0) -> None:
+        self.observer, self.seconds = observer, seconds
+        self._printed = -float("inf")
+        self._shown = observer.latest
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        """Print what was measured last, if it is time."""
+        if time.monotonic() - self._printed > self.seconds:
+            self._print(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the last measurement, if no validation has."""
+        self._print(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the held-out means."""
+        self._print(trainer)
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        if self.observer.latest is self._shown:
+            return
+        self._shown, self._printed = self.observer.latest, time.monotonic()
+        if trainer.is_global_zero:
+            words = "  ".join(f"{name} {value}" for name, value in brief(self._shown).items())
+            print(f"step {trainer.global_step}/{trainer.max_steps}  {words}", flush=True)

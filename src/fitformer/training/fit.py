@@ -1,0 +1,206 @@
+"""Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fitformer import data
+from fitformer.config.schema import Recipe
+from fitformer.data.datasets.lazy_source import sizes_of
+from fitformer.data.masks import Masks, masks_of
+from fitformer.data.workers import dead_worker
+from fitformer.errors import InputError, MissingDependencyError
+from fitformer.tasks import build_model, task_of
+from fitformer.training import checkpoint
+from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
+from fitformer.training.memory_check import fit_to_memory
+from fitformer.training.module import Data, FITModule
+from fitformer.training.run_dir import Run, is_first_process, start_run, truncate_metrics, write_data_card
+
+__all__ = ["train"]
+
+
+def train(recipe: Recipe, run_dir: str | Path) -> bool:
+    """Train a recipe in a run directory, from its last checkpoint if it has one.
+
+    Stopped anywhere and given again, the same recipe ends with the same weights as if it had not been stopped
+    (bit for bit on a CPU): the order of the data, augmentation, dropout and noise are functions of (seed, step).
+    After an error, too, the last whole step is saved, and the message says from where the same recipe goes on.
+
+    Args:
+        recipe: what to train, see `fitformer.config.load`.
+        run_dir: made if it is not there, see `fitformer.training.run_dir`.
+
+    Returns:
+        whether the run is complete; false if a signal stopped it, with everything saved.
+
+    Raises:
+        InputError: the directory belongs to another recipe, a checkpoint does not fit, the data or sizes are wrong.
+        OSError: a checkpoint could not be written, or a process that reads data died.
+    """
+    examples = data.build_dataset(recipe.data, "train", seed=recipe.trainer.seed)
+    masks = masks_of(recipe.data)
+    held_out = _held_out(recipe, masks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.trainer.seed)
+        network = build_model(recipe, examples)
+    training = fit_to_memory(recipe, network, examples, masks)
+    run = start_run(run_dir, recipe)
+    step = _resumed_step(run, network)
+    if step:
+        run.check_pixels(examples)
+    write_data_card(run, examples, held_out)
+    if step >= recipe.trainer.steps:
+        _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
+        return True
+    if step:
+        _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
+    return _fit(run, FITModule(network, replace(recipe, trainer=training)), Data(recipe, examples, held_out), step)
+
+
+def _say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def _held_out(recipe: Recipe, masks: Masks | None) -> Any:
+    if recipe.trainer.validate_batches == 0:
+        return None
+    held_out: Any = data.build_dataset(recipe.data, "val", seed=recipe.trainer.seed)
+    if getattr(held_out, "image_size", 0) is None:
+        # Files that do not go with the others are found now, not at the first validation.
+        sizes_of(held_out.source, masks.check if masks else None)
+    return held_out
+
+
+def _resumed_step(run: Run, network: torch.nn.Module) -> int:
+    if not run.last_checkpoint.is_file():
+        return 0
+    saved = checkpoint.load(run.last_checkpoint, lazily=True)
+    checkpoint.check_fits(saved, network, run.last_checkpoint)
+    return int(saved["global_step"])
+
+
+def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
+    truncate_metrics(run, step)
+    average = checkpoint.EMACallback(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
+    keeper = checkpoint.CheckpointCallback(run, average, step)
+    with _quiet(), checkpoint.stopping_cleanly(keeper):
+        try:
+            trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"these devices cannot be used: {error}") from error
+        try:
+            resumed = str(run.last_checkpoint) if step else None
+            trainer.fit(learner, datamodule=examples, ckpt_path=resumed, weights_only=True)
+        except checkpoint.TrainingInterruptedError:
+            _say(f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command goes on from there")
+            return False
+        except SystemExit as error:
+            # Told to stop at once, Lightning ends the process without a word.
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            resume_hint = keeper.resume_hint()
+            if mendable := _mendable(error, resume_hint):
+                raise mendable from error
+            if resume_hint:
+                error.add_note(resume_hint.removeprefix("; "))
+            raise
+    _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
+    return True
+
+
+def _mendable(error: Exception, resume_hint: str) -> Exception | None:
+    """The error with the way on, if it is one that the user can mend; None if it is any other."""
+    if isinstance(error, InputError):
+        return InputError(f"{error}{resume_hint}")
+    if isinstance(error, MissingDependencyError):
+        return MissingDependencyError(f"{error}{resume_hint}")
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return OSError(f"{error}{resume_hint}")
+    if isinstance(error, RuntimeError) and (said := dead_worker(error)):
+        return ChildProcessError(f"{said}; --data.num_workers=0 takes least memory{resume_hint}")
+    return None
+
+
+def _trainer(
+    run: Run, keeper: checkpoint.CheckpointCallback, average: checkpoint.EMACallback | None, step: int, validate: bool
+) -> pl.Trainer:
+    training = run.recipe.trainer
+    observer = MetricsLogger(run)
+    bar = ProgressBar(observer) if sys.stdout.isatty() else ConsoleLogger(observer)
+    # The order matters: previews before the average is put back, checkpoints after it was updated.
+    callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate), *skipping(run.recipe)]
+    return pl.Trainer(
+        max_steps=training.steps,
+        max_epochs=1,
+        accelerator=training.accelerator,
+        devices=training.devices,
+        strategy=_strategy(run.recipe),
+        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=run.recipe.optimizer.clip or None,
+        check_val_every_n_epoch=None,
+        val_check_interval=training.validate_every * training.accumulate,
+        limit_val_batches=(training.validate_batches or 1.0) if validate else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=training.log_every,
+        logger=loggers(run, step),
+        callbacks=callbacks,
+        plugins=[checkpoint.AtomicCheckpointIO()],
+        enable_checkpointing=training.keep_best and validate,
+        enable_progress_bar=isinstance(bar, ProgressBar),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+
+
+def _best(run: Run, validate: bool) -> list[Callback]:
+    if not (run.recipe.trainer.keep_best and validate):
+        return []
+    metric, mode = task_of(run.recipe).monitor(run.recipe)
+    folder = run.last_checkpoint.parent
+    return [ModelCheckpoint(folder, "best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)]
+
+
+def _strategy(recipe: Recipe) -> str:
+    devices, accelerator = recipe.trainer.devices, recipe.trainer.accelerator
+    count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
+    if count < 2 if devices in ("auto", "-1", -1) else str(devices) in ("1", "[0]"):
+        return "auto"
+    # An encoder leaves one of its two last norms unread, and so do other roles that end in global layers.
+    layers = recipe.model.layers
+    ends_local = layers is None or layers.endswith(")")
+    return "ddp" if ends_local and recipe.task != "classify" else "ddp_find_unused_parameters_true"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advertisements and hints that do not apply here off the terminal; real warnings pass."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for hint in (
+            r".*does not have many workers.*",
+            r".*is smaller than the logging interval.*",
+            r".*Checkpoint directory .* exists and is not empty.*",
+            r".*GPU available but not used.*",
+            r".*isinstance\(treespec, LeafSpec\).*",
+        ):
+            warnings.filterwarnings("ignore", hint)
+        try:
+            yield
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,132 @@
+"""Whether a training step will fit the memory, asked before the first one; and how its streaming fills it best."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from shutil import disk_usage
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitformer._support.bytesize import format_bytes, parse_bytes
+from fitformer._support.system_memory import available_memory, total_memory
+from fitformer.config.schema import Recipe, Training
+from fitformer.data.datasets.lazy_source import sizes_of
+from fitformer.data.masks import Masks
+from fitformer.data.readers import LazyImage
+from fitformer.data.readers.levels import RETILE
+from fitformer.data.settings import ImageData
+from fitformer.errors import InputError
+from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.profiling import StepConfig, memory, need_room, streaming_for
+
+
+@dataclass
+class _Headers:
+    """Looks at the headers of images: whether each one's mask goes with it, how much there is to decode, and at once.
+
+    At once is the largest tile of a file, or the whole of a PNG or JPEG.
+    """
+
+    masks: Masks | None
+    largest: str = ""
+    decode_bytes: int = 0
+    data_bytes: int = 0
+
+    def look(self, image: LazyImage) -> None:
+        self.data_bytes += prod(image.shape) * image.dtype.itemsize
+        for path, size in [(image.path, image.decode_bytes), *([self.masks.check(image)] if self.masks else [])]:
+            if size > self.decode_bytes:
+                self.largest, self.decode_bytes = path, size
+
+
+def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
+    """The recipe's training, with the size of slices and what is computed again chosen where they are left open.
+
+    The headers of all images of any size are read on the way, and those of their `masks`.
+
+    Raises:
+        InputError: images or masks do not go together; or a step needs more memory than `trainer.memory`, or than
+            there is, or more scratch than its disk has free; says what to change.
+    """
+    training = recipe.trainer
+    device = _device(training)
+    headers = _Headers(masks)
+    setup = StepConfig(
+        groups=_most_groups(network, examples, headers.look),
+        decode_bytes=headers.decode_bytes,
+        data_bytes=headers.data_bytes,
+        execution=training.execution,
+        keep=training.keep,
+        kept_precision=training.keep_precision,
+        batch=training.batch_size,
+        accumulate=training.accumulate > 1,
+        precision=training.precision,
+        trainer=True,
+        device=device,
+    )
+    # Each process has a GPU of its own, and all share the memory of a machine.
+    sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
+    budget = total_memory(device) // max(1, sharing) if training.memory is None else parse_bytes(training.memory)
+    model: Any = network
+    if training.execution == "streamed":
+        # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
+        room = budget if training.memory is not None else available_memory(device) // max(1, sharing)
+        recompute = "full" if training.compile else training.recompute
+        setup = streaming_for(model, setup, room, recompute, training.slice_groups)
+    _need_decoded(model, setup, budget, headers.largest)
+    if training.memory is not None or memory(model, setup).total > budget:
+        need_room(model, setup, budget)
+    _need_scratch(recipe, memory(model, setup).scratch)
+    return replace(training, slice_groups=setup.slice_groups, recompute=setup.recompute)
+
+
+def _need_decoded(model: Any, setup: StepConfig, budget: int, largest: str) -> None:
+    """Raise InputError if a step fits, but not beside the largest piece that a file decodes at once."""
+    needed, without = (memory(model, each).total for each in (setup, replace(setup, decode_bytes=0)))
+    if without <= budget < needed:
+        kind = Path(largest).suffix.lstrip(".").upper() or "file"
+        raise InputError(
+            f"a training step needs {format_bytes(needed)} of memory and the budget is {format_bytes(budget)}; "
+            f"{format_bytes(needed - without)} of it is to decode {largest}, a {kind} that is decoded in pieces of "
+            f"{format_bytes(setup.decode_bytes)}; {RETILE}"
+        )
+
+
+def _need_scratch(recipe: Recipe, needed: int) -> None:
+    training, data = recipe.trainer, recipe.data
+    if not needed:
+        return
+    folder = Path(training.scratch or gettempdir())
+    if not folder.is_dir():
+        raise InputError(f"trainer.scratch: there is no folder {folder}")
+    # How much of an image is empty shows only when it is read; then a step asks for its own room.
+    skips = isinstance(data, ImageData) and (data.background != "none" or data.masks is not None)
+    if (free := disk_usage(folder).free) < needed and not skips:
+        raise InputError(
+            f"the largest image needs {format_bytes(needed)} of scratch between blocks, and {folder} has "
+            f"{format_bytes(free)} free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 "
+            "(half of it), or trainer.keep to memory"
+        )
+
+
+def _device(training: Training) -> Any:
+    on_cpu = training.accelerator == "cpu" or not torch.cuda.is_available()
+    return "cpu" if on_cpu else "cuda"
+
+
+def _most_groups(network: nn.Module, examples: Any, look: Callable[[LazyImage], None]) -> int | None:
+    """Groups of the largest image, none of them skipped; None where the model knows them."""
+    if not isinstance(network, FITImageEncoder) or network.groups is not None:
+        return None
+    if examples.image_size is not None:
+        sizes = [examples.image_size]
+    else:
+        sizes = sizes_of(examples.source, look) or [(1, 1)]
+        # Groups that are not square may be more, laid across by a quarter turn.
+        sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
+    counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
+    return network.glimpses + max(counts)

@@ -1,0 +1,128 @@
+"""The objective in Lightning's terms: one module for all tasks, and the data in the order of `data.order`."""
+
+import hashlib
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fitformer.config.schema import Recipe
+from fitformer.data.order import EvaluationBatches, StepBatches
+from fitformer.tasks import Batch, optimizers, set_execution, task_of, trunk_of
+
+
+def step_seed(seed: int, micro_step: int, rank: int) -> int:
+    """The seed of all randomness of one training step (dropout, noise): a hash, so that no two steps are near."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{micro_step}/{rank}".encode(), digest_size=8).digest())
+
+
+class FITModule(pl.LightningModule):
+    """A network and a recipe; what to compute is asked of the task's plain functions.
+
+    `recent` holds the training metrics summed since they were last taken: logging them is the observers' business.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.network, self.recipe = network, recipe
+        self.recent: dict[str, Tensor] = {}
+        self.recent_count = 0
+
+    def on_fit_start(self) -> None:
+        """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
+        trunk = trunk_of(self.network)
+        set_execution(self.network, self.recipe.trainer)
+        if self.recipe.trainer.compile:
+            # Layers of a class share their compiled variants (widths, training or not), and torch gives up after 8.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            for layer in trunk.layers():
+                layer.compile()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout and noise a function of the step alone, so that a resumed run repeats none of them."""
+        torch.manual_seed(step_seed(self.recipe.trainer.seed, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The task's loss on one micro-batch."""
+        loss, metrics = task_of(self.recipe).loss(self.network, batch, self.recipe)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            self.recent[name] = self.recent[name] + value if name in self.recent else value
+        self.recent_count += 1
+        return loss
+
+    def take_recent(self) -> dict[str, float]:
+        """Means of the training metrics since the last call."""
+        means = {f"train/{name}": float(value) / self.recent_count for name, value in self.recent.items()}
+        self.recent, self.recent_count = {}, 0
+        return means
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The task's held-out metrics, weighted over batches and ranks by what they are means over."""
+        metrics, weight = task_of(self.recipe).measure(self.network, batch, self.recipe)
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the global norm. Lightning refuses to with a fused optimizer under bf16, where nothing is scaled."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped with the optimizer."""
+        adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class StepLoader(DataLoader):
+    """A loader whose batches are a function of the step; the two methods tell Lightning that it can be resumed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step is all there is to know."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: `Data.train_dataloader` starts the order at the resumed step."""
+
+
+class Data(pl.LightningDataModule):
+    """Training data as one endless epoch from the resumed step on; held-out data in order, split over ranks."""
+
+    def __init__(self, recipe: Recipe, train: Any, held_out: Any) -> None:
+        super().__init__()
+        self.recipe, self.train, self.held_out = recipe, train, held_out
+
+    def train_dataloader(self) -> StepLoader:
+        """Batches from the trainer's present step to the last."""
+        training, trainer = self.recipe.trainer, self.trainer
+        assert trainer is not None
+        batches = StepBatches(
+            len(self.train),
+            training.batch_size,
+            training.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.global_step * training.accumulate,
+            total_steps=training.steps * training.accumulate,
+        )
+        return StepLoader(self.train, batch_sampler=batches, **self._reading(self.train))
+
+    def val_dataloader(self) -> DataLoader:
+        """Every held-out example once."""
+        trainer = self.trainer
+        assert trainer is not None
+        size = self.recipe.trainer.batch_size
+        batches = EvaluationBatches(len(self.held_out), size, trainer.global_rank, trainer.world_size)
+        return DataLoader(self.held_out, batch_sampler=batches, **self._reading(self.held_out))
+
+    def _reading(self, dataset: Any) -> dict[str, Any]:
+        workers = self.recipe.data.num_workers
+        return {
+            "collate_fn": getattr(dataset, "collate", None),
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }

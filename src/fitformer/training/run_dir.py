@@ -1,0 +1,267 @@
+"""Run directories: a folder that says what was run, on what, how it went, and from which the same command goes on.
+
+recipe.yaml         the resolved recipe            environment.json    every start: command, versions, machine
+data.json           what the data were             metrics.jsonl       a line a measurement
+checkpoints/        last.ckpt (and best.ckpt)      model/              the exported weights, `from_pretrained`
+samples/            previews by step               tensorboard/, csv/  the same measurements
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer.config import load as config
+from fitformer.config.schema import Recipe
+from fitformer.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fitformer.models.decoder import FITDecoder
+    from fitformer.models.denoiser import FITDenoiser
+    from fitformer.models.image_encoder import FITImageEncoder
+
+_PACKAGES = ("fitformer", "torch", "lightning", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the recipe in it. `Run.open` reads one, `start_run` begins or resumes one."""
+
+    path: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open an existing run directory.
+
+        Raises:
+            InputError: there is none at `path`, or its recipe does not parse.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"there is no run directory {path}; `fitformer train RECIPE --run-dir {path}` makes one")
+        recipe = path / "recipe.yaml"
+        if not recipe.is_file():
+            raise InputError(f"{path} is not a run directory: it has no recipe.yaml")
+        return cls(path, config.parse(recipe.read_text(encoding="utf-8"), where=str(recipe)))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where training goes on from; absent before the first checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def model_folder(self) -> Path:
+        """The exported model, written with every checkpoint: averaged weights if the recipe averages."""
+        return self.path / "model"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line, each with `step`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of previews, by step."""
+        return self.path / "samples"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All measurements so far, in order; a line that a crash cut off is left out."""
+        return read_metrics(self.metrics_file)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What was learned from: `classes`, `channels`, the type of `pixels`, one line on each part."""
+        path = self.path / "data.json"
+        if not path.is_file():
+            raise InputError(f"{self.path} has no data.json: its training never started; train it first")
+        return _read_json(path)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by number; empty without classes."""
+        return tuple(self.describe_data()["classes"])
+
+    @property
+    def pixels(self) -> "np.dtype | None":
+        """The type of the pixels that were trained on; None of bytes, or where it was not written down."""
+        import numpy as np
+
+        written = (self.path / "data.json").is_file()
+        name = self.describe_data().get("pixels") if written else None
+        return None if name is None else np.dtype(name)
+
+    def check_pixels(self, dataset: Any) -> None:
+        """Check that images of any size hold such numbers as those that were trained on.
+
+        Raises:
+            InputError: one are floats and the other whole numbers.
+        """
+        from fitformer.patching.any_size import check_pixels
+
+        image, trained = getattr(dataset, "reference_image", None), self.pixels
+        if image is not None and trained is not None:
+            check_pixels(image.path, image.dtype, trained)
+
+    def model(self) -> "FITImageEncoder | FITDenoiser | FITDecoder":
+        """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
+
+        Raises:
+            InputError: nothing was exported yet; the folder holds another role or weights that do not fit.
+        """
+        import fitformer
+        from fitformer.models.image_encoder import FITImageEncoder
+        from fitformer.tasks import set_execution
+
+        if not (self.model_folder / "model.safetensors").is_file():
+            raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
+        roles: dict[str, Any] = {
+            "classify": FITImageEncoder,
+            "diffuse": fitformer.FITDenoiser,
+            "autoregress": fitformer.FITDecoder,
+        }
+        network = roles[self.recipe.task].from_pretrained(self.model_folder)
+        set_execution(network, self.recipe.trainer)
+        return network
+
+    def dataset(self, split: Literal["train", "val", "test"] = "test") -> Any:
+        """The run's data, `split` being `train`, `val` or `test`, in the order and split that training had."""
+        from fitformer import data
+
+        return data.build_dataset(self.recipe.data, split, seed=self.recipe.trainer.seed)
+
+
+def start_run(path: str | Path, recipe: Recipe) -> Run:
+    """Make a run directory for a recipe, or take up the one that is there.
+
+    Raises:
+        InputError: the directory holds the run of another recipe (names the keys and both values), or something else.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        differing = config.differences(Run.open(path).recipe, recipe)
+        if differing:
+            pairs = ((key, _brief(old), _brief(new)) for key, (old, new) in differing.items())
+            listed = "; ".join(f"{key} is {old} there, {new} here" for key, old, new in pairs)
+            raise InputError(
+                f"{path} holds the run of another recipe: {listed}; give another --run-dir, or remove that one"
+            )
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; a run needs a directory")
+    if is_first_process():
+        _write(path / "recipe.yaml", config.dump(recipe))
+        _note_start(path / "environment.json")
+    return Run(path, recipe)
+
+
+def write_data_card(run: Run, train: Any, test: Any) -> None:
+    """Write data.json: what the training and the held-out part are."""
+    if is_first_process():
+        about = {
+            "classes": list(getattr(train, "classes", ())),
+            "channels": getattr(train, "channels", None),
+            "pixels": getattr(train, "pixels", None),
+            "train": train.describe(),
+            "train_examples": len(train),
+            "held_out": None if test is None else test.describe(),
+            "held_out_examples": None if test is None else len(test),
+        }
+        _write(run.path / "data.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; those that do not parse (cut off by a crash) are left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return parsed
+
+
+def truncate_metrics(run: Run, step: int) -> None:
+    """Drop measurements made after `step`: a run that goes on from there makes them again."""
+    if is_first_process() and run.metrics_file.is_file():
+        kept = [line for line in run.metrics() if line["step"] <= step]
+        _write(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that train together: it alone writes and prints."""
+    # Lightning starts the other processes of a machine with the same command and this variable set.
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def _note_start(path: Path) -> None:
+    starts = _read_json(path)["starts"] if path.is_file() else []
+    _write(path, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not whole ({error}); remove it, and the same training writes it anew") from error
+
+
+def environment() -> dict[str, Any]:
+    """When, how and on what this process runs."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "accelerators": _accelerators(),
+        "git": _commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _commit() -> str | None:
+    """The commit of the library's own checkout, where it runs from one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    with write_atomically(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _brief(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
