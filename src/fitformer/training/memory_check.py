@@ -108,8 +108,8 @@ def _need_scratch(recipe: Recipe, needed: int) -> None:
     if (free := disk_usage(folder).free) < needed and not skips:
         raise InputError(
             f"the largest image needs {format_bytes(needed)} of scratch between blocks, and {folder} has "
-            f"{format_bytes(free)} free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to bf16 "
-            "(half of it), or trainer.keep to memory"
+            f"{format_bytes(free)} free; set trainer.scratch to a folder on a larger disk, trainer.keep_precision to "
+            "bf16 (half of it), or trainer.keep to memory"
         )
 
 
