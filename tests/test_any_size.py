@@ -318,7 +318,7 @@ def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
     assert main(["train", recipe, *words, "--run-dir", str(run)]) == 0
     loaded = Run.open(run)
     assert isinstance(loaded.recipe, ClassifyRecipe)
-    assert loaded.model().encoder.run.groups == 2
+    assert loaded.model().execution.groups == 2
     assert main(["evaluate", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
 
