@@ -34,14 +34,14 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     Raises:
         InputError: images of another size than the encoder's; an encoder for any size, or without global layers.
     """
-    calls: list[tuple[Any, ...]] = []
+    seen: list[tuple[Any, ...]] = []
 
     def record(read: nn.Module, inputs: tuple[Any, ...]) -> None:
-        calls.append((read, *inputs))
+        seen.append((read, *inputs))
 
     groups = encoder.groups
     if groups is None:
-        raise InputError("this encoder takes images of any size; `fitformer predict` writes its attention maps")
+        raise InputError("this encoder takes images of any size: `fitformer predict` draws where it looked")
     reads = [read for block in encoder.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
@@ -51,7 +51,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [read_weights(*inputs).mean(dim=(1, 2)) for inputs in calls]
+    weights = [read_weights(*inputs).mean(dim=(1, 2)) for inputs in seen]
     maps = [groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
     size = images.shape[1:3]
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
@@ -60,13 +60,13 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
 def read_weights(layer: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention weights `(r, h, q, k)` of a cross-attention layer, from tokens `x (r, q, dim)` to their context.
 
-    The fused attention does not return its weights, so they are recomputed from the layer's queries and keys.
+    The attention itself never has them at hand; they are made again from the layer's own queries and keys.
     """
     attention = layer.attention
-    normed = context if layer.context_norm is None else layer.context_norm(context)
+    known = context if layer.context_norm is None else layer.context_norm(context)
     query, key = (
         rearrange(tokens, "r s (h e) -> r h s e", h=attention.heads)
-        for tokens in (attention.query(layer.norm(x)), attention.key(normed))
+        for tokens in (attention.query(layer.norm(x)), attention.key(known))
     )
     return attention_weights(query, key, mask)
 
