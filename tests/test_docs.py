@@ -142,6 +142,18 @@ def taken(node):
     return {arg.arg for arg in named}
 
 
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_import_names_that_exist(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fitformer":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
 def test_every_test_named_in_the_architecture_exists():
     for name in re.findall(r"`(test_\w+\.py)`", (DOCS / "architecture.md").read_text()):
         assert (ROOT / "tests" / name).is_file(), name
