@@ -207,7 +207,7 @@ class FITDenoiser(Pretrained, nn.Module):
             time: noise level gamma in [0, 1], `(b,)`, or `(b, 1 + extra_time)`.
             cond: `(b, e)` or `(b, s, e)`; zeros mean no condition (guidance).
             latents_prev: latents of an earlier pass, `(b, t, m, d)`.
-            mask, coords: of tokens and of groups, as in `FITEncoder.forward`.
+            mask, places: of tokens and of groups, as in `FITEncoder.forward`.
 
         Returns:
             the prediction `(b, t, n, out_dim)` and the latents `(b, t, m, d)`, not normalised.

@@ -151,7 +151,7 @@ class FITEncoder(Pretrained, nn.Module):
         Args:
             x, y: tokens.
             mask: booleans `(b, t, n)`, false for tokens of x that nobody may look at; at least one of a group is true.
-            coords: rows and columns of the groups, see `Trunk.initial_latents`.
+            places: rows and columns of the groups, see `Trunk.initial_latents`.
 
         Returns:
             normalised data tokens `(b, t, k+n, c)` and latents `(b, t, m, d)`; use the latents downstream where the
