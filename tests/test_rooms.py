@@ -36,12 +36,6 @@ FORBIDDEN = ("lightning", "torch.distributed", "tifffile", "zarr", "openslide")
 
 # (importing module, imported module): why it is still there. An entry whose import is gone fails the test: remove it.
 ALLOWED = {
-    ("fitformer.execution._streamed_pass", "fitformer.models.trunk"): "annotates with Trunk",
-    ("fitformer.execution.base", "fitformer.models.trunk"): "annotates with Trunk",
-    ("fitformer.execution.checkpointed", "fitformer.models.trunk"): "annotates with Trunk",
-    ("fitformer.execution.plain", "fitformer.models.trunk"): "annotates with Trunk",
-    ("fitformer.execution.streamed", "fitformer.models.trunk"): "annotates with Trunk",
-    ("fitformer.execution._streamed_pass", "fitformer.execution.streamed"): "annotates with Streamed",
     ("fitformer.inference.predict", "fitformer.evaluation.sample_accuracy"): "fits images to the classifier's size",
 }
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fitformer import diffusion
 from fitformer.config.schema import DiffuseRecipe
 from fitformer.errors import InputError
-from fitformer.execution import Work, total
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.patching import ImageGroups
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
@@ -86,7 +85,7 @@ def _error(
         cond = one_hot(batch["label"], network.cond_dim)
         cond = diffusion.drop_condition(cond, objective.condition_dropout) if training else cond
     earlier = _earlier_latents(network, recipe, seen, gamma, cond, training)
-    batch_size, groups_in_all = x0.shape[:2]
+    groups_in_all = x0.shape[1]
 
     def share(groups: slice, output: Tensor, _: Tensor | None) -> Tensor:
         # A slice's part of the mean over all groups; its prediction is gone before the next one's is there.
@@ -95,16 +94,7 @@ def _error(
         mean = diffusion.loss(objective.prediction, output.float(), noisy, clean, drawn, gamma, **options)
         return mean * (output.shape[1] / groups_in_all)
 
-    work = Work(
-        groups=groups_in_all,
-        latents=network.initial_latents(batch_size, groups_in_all, earlier),
-        read=lambda groups: (seen[:, groups], None),
-        score=share,
-        condition=network.condition(batch_size, gamma, cond),
-    )
-    added, _ = total(network, work)
-    assert added is not None
-    return added
+    return network(seen, gamma, cond, earlier, score=share)[0]
 
 
 def _earlier_latents(
