@@ -18,12 +18,12 @@ def encoder(layers="(1)1(1)1"):
 
 
 @pytest.mark.parametrize("context_norm", [True, False])
-def test_read_weights_reproduce_the_output_of_the_layer(context_norm):
+def test_weights_reproduce_the_output_of_the_layer(context_norm):
     torch.manual_seed(0)
     layer = CrossLayer(6, 10, 4, 2, context_norm=context_norm)
     x, context = torch.randn(2, 3, 6), torch.randn(2, 5, 10)
-    known = layer.context_norm(context) if context_norm else context
-    value = layer.attention.value(known).unflatten(-1, (2, 2)).transpose(1, 2)
+    normed = layer.context_norm(context) if context_norm else context
+    value = layer.attention.value(normed).unflatten(-1, (2, 2)).transpose(1, 2)
     attention = (layer.weights(x, context) @ value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(x + layer.attention.output(attention), layer(x, context))
 
@@ -43,7 +43,7 @@ def test_map_is_highest_at_the_odd_patch():
     images[0, 2:4, 5] = 5.0
     with torch.no_grad():
         model.trunk.position.weight.zero_()
-        # Keys alone decide: every query is the same, along which the odd patch's key is longest.
+        # All queries are the same vector, along the odd patch's key: only keys decide.
         read.attention.query.weight.zero_()
         x = model.encoder.embed(model.groups.group(images)).flatten(0, 1)
         kinds, counts = torch.unique(x.flatten(0, 1), dim=0, return_counts=True)

@@ -34,14 +34,14 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     Raises:
         InputError: images of another size than the encoder's; an encoder for any size, or without global layers.
     """
-    seen: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def record(read: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append((read, *inputs))
+        calls.append((read, *inputs))
 
     groups = encoder.groups
     if groups is None:
-        raise InputError("this encoder takes images of any size: `fitformer predict` draws where it looked")
+        raise InputError("this encoder takes images of any size; `fitformer predict` writes its attention maps")
     reads = [read for block in encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
@@ -51,7 +51,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [read.weights(*inputs).mean(dim=(1, 2)) for read, *inputs in seen]
+    weights = [read.weights(*inputs).mean(dim=(1, 2)) for read, *inputs in calls]
     maps = [groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
     size = images.shape[1:3]
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
