@@ -291,7 +291,7 @@ def test_an_error_while_saving_after_an_error_keeps_the_checkpoint_before(tmp_pa
     assert main(words("digits-classify", None, run_dir, *more)) == 2
     line = last_line(capsys)
     assert line.startswith("fitformer: error: 0.tif is broken; step 3 was not saved: could not write ")
-    assert "no room on the disk; about " in line
+    assert "no space on the disk; about " in line
     assert line.endswith("what was saved before is unharmed; the same command goes on from step 2")
     assert [(run_dir / "checkpoints/last.ckpt").read_bytes()] == kept
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"last.ckpt"}
@@ -469,7 +469,7 @@ def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
     from fitformer.training import checkpoint
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
-    with pytest.raises(OSError, match=r"no room on the disk; about 4\.0 MB are needed, 0\.0 MB are free"):
+    with pytest.raises(OSError, match=r"no space on the disk; about 4\.0 MB are needed, 0\.0 MB are free"):
         checkpoint.AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10**6)}, tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Keeping what was learned: whole checkpoints or none, averaged weights, a clean stop on a signal or an error."""
+"""Checkpoints: written whole or not at all, at a clean stop on a signal and after an error too."""
 
 import shutil
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fitformer._support.atomic_files import write_atomically
 from fitformer.errors import InputError
 from fitformer.models.pretrained import Pretrained, difference
+from fitformer.training.ema import EMACallback
 from fitformer.training.run_dir import Run
 
 
@@ -30,13 +31,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints written beside their place and renamed into it, and read back as tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; the one that stood at `path` stays if there is no room.
+        """Write a checkpoint; the one before stays at `path` if there is no space.
 
         Raises:
             OSError: it could not be written; the message says how much was needed and how much is free.
         """
         with (
-            check_disk_space(path, size_of(checkpoint)),
+            check_disk_space(path, tensor_bytes(checkpoint)),
             write_atomically(path) as scratch,
             open(scratch, "wb") as file,
         ):
@@ -48,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load(path: str | Path, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint's tensors and plain values; `lazily`, each tensor only when it is looked at.
+    """Read a checkpoint's tensors and plain values; `lazily`, each tensor on its first use.
 
     Raises:
         InputError: the file is not a whole checkpoint.
@@ -63,35 +64,35 @@ def load(path: str | Path, lazily: bool = False) -> dict[str, Any]:
         ) from error
 
 
-def size_of(checkpoint: Any) -> int:
-    """Bytes of all tensors in nested containers: nearly what a checkpoint takes on disk."""
+def tensor_bytes(checkpoint: Any) -> int:
+    """Bytes of all tensors in nested containers: nearly the size of a checkpoint on disk."""
     leaves = tree_leaves(checkpoint)
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 @contextmanager
 def check_disk_space(path: str | Path, needed: int) -> Iterator[None]:
-    """Run a write of about `needed` bytes to `path`; if it fails, say so with both numbers.
+    """Run a write of about `needed` bytes to `path`; if it fails, the error has both numbers.
 
     Raises:
-        OSError: there is no room, or writing failed on the way.
+        OSError: there is too little space, or writing failed.
     """
     folder = Path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(_no_room(path, needed, free, "no room on the disk"))
+        raise OSError(_disk_error(path, needed, free, "no space on the disk"))
     try:
         yield
     # torch and safetensors turn a failed write into errors of their own kinds.
     except Exception as error:
         free = shutil.disk_usage(folder).free
-        raise OSError(_no_room(path, needed, free, _first_line(error))) from error
+        raise OSError(_disk_error(path, needed, free, _first_line(error))) from error
 
 
-def _no_room(path: str | Path, needed: int, free: int, why: str) -> str:
+def _disk_error(path: str | Path, needed: int, free: int, why: str) -> str:
     return (
         f"could not write {path}: {why}; about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; "
-        "make room: what was saved before is unharmed"
+        "free some space; earlier checkpoints are unharmed"
     )
 
 
@@ -100,60 +101,18 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class EMACallback(WeightAveraging):
-    """Exponential moving average of the weights, whose decay warms up as `(1 + k) / (10 + k)` to `decay`.
-
-    Without the warm-up the random first weights would stay in the average of a short run.
-    """
-
-    def __init__(self, decay: float) -> None:
-        super().__init__(multi_avg_fn=self._blend)
-        self.decay, self.updates = decay, 0
-        self._in_place = False
-
-    def _blend(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Count optimizer steps on the host, so that a GPU need not be asked for its counter."""
-        self.updates = trainer.global_step
-        super().on_train_batch_end(trainer, pl_module, *rest)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in the place of the weights."""
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._in_place = True
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the weights back."""
-        super().on_validation_epoch_end(trainer, pl_module)
-        self._in_place = False
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the weights back if a validation ended in an error, before a checkpoint is saved on the way out."""
-        if self._in_place:
-            self.on_validation_epoch_end(trainer, pl_module)
-
-    def network(self) -> nn.Module:
-        """The averaged network."""
-        assert self._average_model is not None
-        return self._average_model.module.network  # type: ignore[return-value]
-
-
 class CheckpointCallback(Callback):
-    """Writes `last.ckpt` and the exported model every so many steps, at the end, when asked to stop, after an error.
+    """Writes `last.ckpt` and the exported model every so many steps, at the end, on a signal, and after an error.
 
-    Weights, optimizer and average change only from `on_before_optimizer_step` to the end of that batch. Anywhere else
-    they are those of the last whole step, and only Lightning's counters run ahead of them, over the micro-batches of a
-    step that is not whole yet; a checkpoint saved there takes the counters of the last whole step, so that the step is
-    done again from its first micro-batch.
+    Weights, optimizer and average change only between `on_before_optimizer_step` and the end of that batch. Elsewhere
+    they belong to the last complete step, and only Lightning's counters run ahead, over the micro-batches of the step
+    in progress. A checkpoint saved there takes the counters of the last complete step, so that the step in progress is
+    repeated from its first micro-batch.
 
     Args:
         run: where to write.
         average: exported in place of the weights, if given.
-        step: the step that stands in `last.ckpt`, 0 if there is none.
+        step: the step of the present `last.ckpt`, 0 if there is none.
     """
 
     def __init__(self, run: Run, average: EMACallback | None, step: int = 0) -> None:
@@ -161,24 +120,24 @@ class CheckpointCallback(Callback):
         self.saved_at = self._tried_at = step
         self.stop_asked = False
         self._failure: Exception | None = None
-        # Lightning's counters at the last whole step; None while a step is being taken.
+        # Lightning's counters at the last complete step; None during an optimizer step.
         self._counters: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to signals again: Lightning's own handler would end the run in the middle of a step."""
+        """Install the signal handlers again: Lightning's own would end the run in the middle of a step."""
         self.install_signal_handlers()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """From here on the weights are those of no whole step."""
+        """Mark the weights as those of no complete step."""
         self._counters = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Save at the end of an optimizer step, if it is time.
+        """Save at the end of an optimizer step, if a checkpoint is due.
 
         Raises:
-            Interrupted: a signal asked to stop; everything is saved.
-            OSError: no room on the disk.
-            InputError: the weights are no numbers any more, and would take the place of a checkpoint.
+            TrainingInterruptedError: a signal asked to stop; everything is saved.
+            OSError: no space on the disk.
+            InputError: weights are NaN or infinite, and would replace a good checkpoint.
         """
         training, step = self.run.recipe.trainer, trainer.global_step
         if trainer.fit_loop._should_accumulate():
@@ -192,17 +151,17 @@ class CheckpointCallback(Callback):
             raise TrainingInterruptedError
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save the last whole step after an error, unless that was tried; `resume_hint` says what came of it.
+        """Save the last complete step after an error, unless that was tried; `resume_hint` has the result.
 
-        The other processes may be gone, so that nothing here waits for them.
+        Nothing here waits for the other processes: they may be gone.
         """
         told_to_stop_at_once = not isinstance(exception, Exception)
         if told_to_stop_at_once or not trainer.is_global_zero or trainer.global_step == self._tried_at:
             return
-        # Whatever goes wrong now must not take the place of the error.
+        # A failure here must not replace the original error.
         try:
             if self._counters is None and _stepped(trainer):
-                # Only who watches failed: the step itself is whole but for its average.
+                # A later callback failed: the step itself is complete but for its average.
                 if self.average:
                     self.average.on_train_batch_end(trainer, pl_module, None, None, 0)
                 self._counters = trainer.fit_loop.state_dict()
@@ -212,14 +171,14 @@ class CheckpointCallback(Callback):
             self._failure = error
 
     def resume_hint(self) -> str:
-        """What to say after an error: what could not be saved, and where the same command goes on."""
+        """Text for the end of an error message: what could not be saved, and where the same command resumes."""
         failed = f"; step {self._tried_at} was not saved: {_first_line(self._failure)}" if self._failure else ""
         if self.saved_at == self.run.recipe.trainer.steps:
             return f"{failed}; all {self.saved_at} steps are done and saved"
         return failed + (f"; the same command goes on from step {self.saved_at}" if self.saved_at else "")
 
     def _all_agree_to_stop(self, trainer: pl.Trainer) -> bool:
-        # Ranks see a signal at different steps; stopping at different steps would leave the others waiting.
+        # Ranks receive a signal at different steps; stopping at different steps would leave some waiting.
         if trainer.world_size == 1:
             return self.stop_asked
         return trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
@@ -228,10 +187,10 @@ class CheckpointCallback(Callback):
         self._tried_at = trainer.global_step
         if not all(bool(weight.isfinite().all()) for weight in pl_module.network.parameters()):
             raise InputError(
-                f"training diverged: at step {trainer.global_step} some weights are no numbers; the checkpoint before "
-                "is kept; lower optimizer.lr, or look for pixels that are no numbers"
+                f"training diverged: at step {trainer.global_step} some weights are NaN or infinite; the checkpoint "
+                "before is kept; lower optimizer.lr, or look for NaN or infinite pixels"
             )
-        # The model first: where the last checkpoint stands, nothing is left to be done.
+        # The model first: once the last checkpoint is written, the run is complete.
         if trainer.is_global_zero:
             export(self.average.network() if self.average else pl_module.network, self.run.model_folder)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -240,16 +199,16 @@ class CheckpointCallback(Callback):
         self.saved_at = trainer.global_step
 
     def install_signal_handlers(self) -> dict[signal.Signals, Any]:
-        """Handle both signals; gives the handlers before. They belong to the main thread: elsewhere, none."""
+        """Handle SIGINT and SIGTERM; returns the previous handlers. Only the main thread can: elsewhere, none."""
         if threading.current_thread() is not threading.main_thread():
             return {}
         return {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: stop after the present step; a second signal stops at once.
+        """Signal handler: stop after the current step; a second signal stops at once.
 
         Raises:
-            KeyboardInterrupt: this is the second one.
+            KeyboardInterrupt: this is the second signal.
         """
         if self.stop_asked:
             raise KeyboardInterrupt
@@ -257,14 +216,14 @@ class CheckpointCallback(Callback):
 
 
 def _stepped(trainer: pl.Trainer) -> bool:
-    """Whether the optimizer has stepped, and the hooks at the end of that batch have not all run."""
+    """Whether the optimizer has stepped, while hooks at the end of that batch are still to run."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return batches.processed > batches.completed and not trainer.fit_loop._should_accumulate()
 
 
 @contextmanager
 def stopping_cleanly(keeper: CheckpointCallback) -> Iterator[None]:
-    """While inside, Ctrl-C and a request to terminate end training after a step, with a checkpoint."""
+    """Within this context, SIGINT and SIGTERM end training after a step, with a checkpoint."""
     before = keeper.install_signal_handlers()
     try:
         yield
@@ -274,13 +233,13 @@ def stopping_cleanly(keeper: CheckpointCallback) -> Iterator[None]:
 
 
 def export(network: Any, folder: Path) -> None:
-    """Write a network so that `from_pretrained` reads it; the weights change from whole to whole.
+    """Write a network for `from_pretrained`; each file is replaced as a whole.
 
     Raises:
-        OSError: no room on the disk.
+        OSError: no space on the disk.
     """
     assert isinstance(network, Pretrained)
-    with check_disk_space(folder / "model.safetensors", size_of(network.state_dict())):  # type: ignore[attr-defined]
+    with check_disk_space(folder / "model.safetensors", tensor_bytes(network.state_dict())):  # type: ignore[attr-defined]
         network.save_pretrained(folder)
 
 

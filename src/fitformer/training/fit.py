@@ -23,6 +23,7 @@ from fitformer.errors import InputError, MissingDependencyError
 from fitformer.tasks import build_model, task_of
 from fitformer.training import checkpoint
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
+from fitformer.training.ema import EMACallback
 from fitformer.training.memory_check import fit_to_memory
 from fitformer.training.module import Data, FITModule
 from fitformer.training.run_dir import Run, is_first_process, start_run, truncate_metrics, write_data_card
@@ -93,7 +94,7 @@ def _resumed_step(run: Run, network: torch.nn.Module) -> int:
 
 def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
     truncate_metrics(run, step)
-    average = checkpoint.EMACallback(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
+    average = EMACallback(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
     keeper = checkpoint.CheckpointCallback(run, average, step)
     with _quiet(), checkpoint.stopping_cleanly(keeper):
         try:
@@ -134,7 +135,7 @@ def _mendable(error: Exception, resume_hint: str) -> Exception | None:
 
 
 def _trainer(
-    run: Run, keeper: checkpoint.CheckpointCallback, average: checkpoint.EMACallback | None, step: int, validate: bool
+    run: Run, keeper: checkpoint.CheckpointCallback, average: EMACallback | None, step: int, validate: bool
 ) -> pl.Trainer:
     training = run.recipe.trainer
     observer = MetricsLogger(run)

@@ -1,4 +1,4 @@
-"""Whether a training step will fit the memory, asked before the first one; and how its streaming fills it best."""
+"""The memory check before the first step: whether a step fits, and how streaming uses the memory best."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,9 +26,9 @@ from fitformer.profiling import StepConfig, memory, need_room, streaming_for
 
 @dataclass
 class _Headers:
-    """Looks at the headers of images: whether each one's mask goes with it, how much there is to decode, and at once.
+    """What the headers of images say: whether masks fit, all bytes to decode, and the most that decode at once.
 
-    At once is the largest tile of a file, or the whole of a PNG or JPEG.
+    What decodes at once is the largest tile of a file, or a whole PNG or JPEG.
     """
 
     masks: Masks | None
@@ -36,7 +36,7 @@ class _Headers:
     decode_bytes: int = 0
     data_bytes: int = 0
 
-    def look(self, image: LazyImage) -> None:
+    def add(self, image: LazyImage) -> None:
         self.data_bytes += prod(image.shape) * image.dtype.itemsize
         for path, size in [(image.path, image.decode_bytes), *([self.masks.check(image)] if self.masks else [])]:
             if size > self.decode_bytes:
@@ -44,19 +44,19 @@ class _Headers:
 
 
 def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
-    """The recipe's training, with the size of slices and what is computed again chosen where they are left open.
+    """The recipe's training section, with slice size and recomputation chosen where they are left open.
 
-    The headers of all images of any size are read on the way, and those of their `masks`.
+    The headers of all images of any size are read, and those of their `masks`.
 
     Raises:
         InputError: images or masks do not go together; or a step needs more memory than `trainer.memory`, or than
-            there is, or more scratch than its disk has free; says what to change.
+            there is, or more scratch than its disk has free.
     """
     training = recipe.trainer
     device = _device(training)
     headers = _Headers(masks)
     setup = StepConfig(
-        groups=_most_groups(network, examples, headers.look),
+        groups=_most_groups(network, examples, headers.add),
         decode_bytes=headers.decode_bytes,
         data_bytes=headers.data_bytes,
         execution=training.execution,
@@ -68,23 +68,23 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
         trainer=True,
         device=device,
     )
-    # Each process has a GPU of its own, and all share the memory of a machine.
+    # Each process has its own GPU; all processes share the memory of a machine.
     sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
     budget = total_memory(device) // max(1, sharing) if training.memory is None else parse_bytes(training.memory)
     model: Any = network
     if training.execution == "streamed":
-        # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
+        # Without a stated budget, only free memory is used. A compiled layer decides itself what it recomputes.
         room = budget if training.memory is not None else available_memory(device) // max(1, sharing)
         recompute = "full" if training.compile else training.recompute
         setup = streaming_for(model, setup, room, recompute, training.slice_groups)
-    _need_decoded(model, setup, budget, headers.largest)
+    _check_decoding(model, setup, budget, headers.largest)
     if training.memory is not None or memory(model, setup).total > budget:
         need_room(model, setup, budget)
-    _need_scratch(recipe, memory(model, setup).scratch)
+    _check_scratch(recipe, memory(model, setup).scratch)
     return replace(training, slice_groups=setup.slice_groups, recompute=setup.recompute)
 
 
-def _need_decoded(model: Any, setup: StepConfig, budget: int, largest: str) -> None:
+def _check_decoding(model: Any, setup: StepConfig, budget: int, largest: str) -> None:
     """Raise InputError if a step fits, but not beside the largest piece that a file decodes at once."""
     needed, without = (memory(model, each).total for each in (setup, replace(setup, decode_bytes=0)))
     if without <= budget < needed:
@@ -96,14 +96,14 @@ def _need_decoded(model: Any, setup: StepConfig, budget: int, largest: str) -> N
         )
 
 
-def _need_scratch(recipe: Recipe, needed: int) -> None:
+def _check_scratch(recipe: Recipe, needed: int) -> None:
     training, data = recipe.trainer, recipe.data
     if not needed:
         return
     folder = Path(training.scratch or gettempdir())
     if not folder.is_dir():
         raise InputError(f"trainer.scratch: there is no folder {folder}")
-    # How much of an image is empty shows only when it is read; then a step asks for its own room.
+    # How much of an image is empty is known only once it is read; each step then checks its own space.
     skips = isinstance(data, ImageData) and (data.background != "none" or data.masks is not None)
     if (free := disk_usage(folder).free) < needed and not skips:
         raise InputError(
@@ -118,14 +118,14 @@ def _device(training: Training) -> Any:
     return "cpu" if on_cpu else "cuda"
 
 
-def _most_groups(network: nn.Module, examples: Any, look: Callable[[LazyImage], None]) -> int | None:
+def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyImage], None]) -> int | None:
     """Groups of the largest image, none of them skipped; None where the model knows them."""
     if not isinstance(network, FITImageEncoder) or network.groups is not None:
         return None
     if examples.image_size is not None:
         sizes = [examples.image_size]
     else:
-        sizes = sizes_of(examples.source, look) or [(1, 1)]
+        sizes = sizes_of(examples.source, on_header) or [(1, 1)]
         # Groups that are not square may be more, laid across by a quarter turn.
         sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
     counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
