@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fitformer._support.rng import random_state, set_random_state
 from fitformer._support.system_memory import trim_heap
 from fitformer.errors import InputError
+from fitformer.execution._gradients import gradients_of, plus, put_slice
 from fitformer.execution.base import Inputs, Trunk, run_blocks
 from fitformer.execution.prefetch import prefetch
 from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Recompute, checkpointing, contexts
@@ -229,7 +230,7 @@ class StreamedPass:
         inputs = [leaf, *([] if condition is None else [condition]), *parameters]
         g_leaf, *others = torch.autograd.grad(out, inputs, g_latents, allow_unused=True)
         if condition is not None:
-            self.g_condition = _plus(self.g_condition, others.pop(0))
+            self.g_condition = plus(self.g_condition, others.pop(0))
         self._add(parameters, others, own=True)
         return g_leaf
 
@@ -246,7 +247,7 @@ class StreamedPass:
                 g_part = None if g_parts is None else g_parts[:, groups]
                 entering = tokens, latents[:, groups], write_latents[:, groups]
                 g_slice, g_of = self._slice_backward(i, groups, entering, mask, g_part, g_left)
-                g_own, g_write = _put(g_own, groups, g_slice, latents), _put(g_write, groups, g_of, latents)
+                g_own, g_write = put_slice(g_own, groups, g_slice, latents), put_slice(g_write, groups, g_of, latents)
         if i < self.last:
             self._store_of(i).close()
         if g_write is not None and write_latents is not leaf:
@@ -277,7 +278,7 @@ class StreamedPass:
                 left, part = self._group_phase(i, groups, x, own, write, mask)
             outputs = [(part, g_part), *self._left(i, groups, left, mask, g_left)]
         parameters = self._group_parameters(i)
-        g_own, g_write, *others = _gradients(outputs, [*inputs, *parameters])
+        g_own, g_write, *others = gradients_of(outputs, [*inputs, *parameters])
         if len(inputs) == 3:
             self._pass_down(i, groups, tokens, others.pop(0))
         self._add(parameters, others)
@@ -292,7 +293,7 @@ class StreamedPass:
         else:
             outputs = []
         g_wanted = self.g_wanted.get(i)
-        return [*outputs, (x, _plus(g_left, None if g_wanted is None else g_wanted[:, groups]))]
+        return [*outputs, (x, plus(g_left, None if g_wanted is None else g_wanted[:, groups]))]
 
     def _pass_down(self, i: int, groups: slice, tokens: Tensor, g_tokens: Tensor | None) -> None:
         """Hand the gradient of a slice's tokens to the block before or to the caller."""
@@ -325,29 +326,6 @@ class StreamedPass:
             else:
                 # A gradient may be broadcast, or the very tensor that somebody else holds.
                 self.sums[id(parameter)] = gradient if own else gradient.clone()
-
-
-def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, either of which may be absent."""
-    return other if one is None else one if other is None else one + other
-
-
-def _put(whole: Tensor | None, groups: slice, part: Tensor | None, like: Tensor) -> Tensor | None:
-    """Put the part of a slice of groups in its place; what no slice has a part of stays None."""
-    if part is None:
-        return whole
-    whole = torch.zeros_like(like) if whole is None else whole
-    whole[:, groups] = part
-    return whole
-
-
-def _gradients(outputs: Sequence[tuple[Tensor, Tensor | None]], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of the inputs from those of the outputs; None where nothing leads from one to the other."""
-    reached = [(out, g.to(out.dtype)) for out, g in outputs if g is not None and out.requires_grad]
-    if not reached:
-        return [None] * len(inputs)
-    ends, gradients = zip(*reached, strict=True)
-    return list(torch.autograd.grad(ends, inputs, gradients, allow_unused=True))
 
 
 def _forget(_: Any) -> Any:
