@@ -71,7 +71,7 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
     # Each process has a GPU of its own, and all share the memory of a machine.
     sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
     budget = total_memory(device) // max(1, sharing) if training.memory is None else parse_bytes(training.memory)
-    model: Any = network
+    model: Any = getattr(network, "denoiser", network)
     if training.execution == "streamed":
         # Not to the brim of what nobody promised; and a compiled layer decides for itself what it computes again.
         room = budget if training.memory is not None else available_memory(device) // max(1, sharing)
