@@ -30,13 +30,13 @@ def roles() -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
     x, time_, cond = torch.randn(*TOKENS, 48), torch.rand(BATCH), torch.randn(BATCH, 10)
     tokens = torch.randint(256, TOKENS)
     return {
-        "encoder": (FITEncoder(in_channels=48, **SHAPE, **SIZE), lambda model: model(x)[1].square().mean()),
+        "encoder": (FITEncoder.from_config(in_channels=48, **SHAPE, **SIZE), lambda model: model(x)[1].square().mean()),
         "denoiser": (
-            FITDenoiser(out_dim=48, cond_dim=10, **SHAPE, **SIZE),
+            FITDenoiser.from_config(out_dim=48, cond_dim=10, **SHAPE, **SIZE),
             lambda model: model(x, time_, cond)[0].square().mean(),
         ),
         "decoder": (
-            FITDecoder(vocab_size=256, **SHAPE, **SIZE),
+            FITDecoder.from_config(vocab_size=256, **SHAPE, **SIZE),
             lambda model: nn.functional.cross_entropy(model(tokens).flatten(0, 2), tokens.flatten()),
         ),
     }

@@ -81,8 +81,8 @@ def compare(tokens: int, preset: str, few: int | None, repeats: int) -> Row:
     # The best of those that need no filling up at the edges.
     geometry = next(each for each in planned if each.groups * each.tokens_per_group == tokens)
     size, n, groups = geometry.sizes, geometry.tokens_per_group, geometry.groups
-    fit = FITEncoder(num_groups=groups, tokens_per_group=n, in_channels=TOKEN, **size)
-    count = sum(local + glob for local, glob in fit.trunk.plan)
+    fit = FITEncoder.from_config(num_groups=groups, tokens_per_group=n, in_channels=TOKEN, **size)
+    count = sum(local + glob for local, glob in fit.trunk.block_depths)
     vit = ViT(tokens, few or count, size["dim"], size["heads"])
     x = torch.randn(1, tokens, TOKEN)
     one = step(fit, lambda: fit(x.view(1, groups, n, TOKEN))[1])

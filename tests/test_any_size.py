@@ -431,7 +431,19 @@ def test_images_in_memory_skip_their_empty_groups_too():
             "--model.patch_size=4",
         ],
     )
-    network = FITImageEncoder("(1)1", None, 8, 4, 2, 8, 8, 2, 2, channels=1, latent_position="row_column")
+    network = FITImageEncoder.from_config(
+        layers="(1)1",
+        image_size=None,
+        group_size=8,
+        patch_size=4,
+        latents_per_group=2,
+        dim=8,
+        latent_dim=8,
+        heads=2,
+        latent_heads=2,
+        channels=1,
+        latent_position="row_column",
+    )
     pixels = torch.zeros(32, 32, 1, dtype=torch.uint8)
     pixels[9, 20] = 255
     assert grouped(network, pixels, loaded.data).coords.tolist() == [[1, 2]]

@@ -44,7 +44,7 @@ def test_a_denoiser_knows_its_classes_and_a_decoder_its_length(capsys):
 
 
 def test_a_saved_model_and_a_run_are_what_they_are(capsys, tmp_path):
-    model = FITImageEncoder("(1)1", 8, 4, 2, num_classes=3, **SIZE)
+    model = FITImageEncoder.from_config(layers="(1)1", image_size=8, group_size=4, patch_size=2, num_classes=3, **SIZE)
     model.save_pretrained(tmp_path / "run" / "model")
     found = info(capsys, str(tmp_path / "run"))
     assert found == info(capsys, str(tmp_path / "run" / "model"))

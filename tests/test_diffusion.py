@@ -458,7 +458,19 @@ def test_sampling_drives_the_real_denoiser():
     from fitformer import FITDenoiser
 
     torch.manual_seed(0)
-    network = FITDenoiser("(1)1(1)", 2, 4, 2, 3, 8, 16, 2, 2, cond_dim=5, self_cond="latent").eval()
+    network = FITDenoiser.from_config(
+        layers="(1)1(1)",
+        num_groups=2,
+        tokens_per_group=4,
+        latents_per_group=2,
+        out_dim=3,
+        dim=8,
+        latent_dim=16,
+        heads=2,
+        latent_heads=2,
+        cond_dim=5,
+        self_cond="latent",
+    ).eval()
     given = diffusion.sample(
         network, torch.randn(2, 2, 4, 3), 3, cond=torch.eye(5)[:2], guidance=1.0, self_cond=True, sampler="ddpm"
     )

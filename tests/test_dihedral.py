@@ -179,6 +179,18 @@ def test_the_largest_image_is_counted_in_the_turns_it_may_take(tmp_path, augment
     from fitformer.training.memory_check import _Headers, _most_groups
 
     np.save(tmp_path / "image.npy", np.zeros((40, 70, 3), np.uint8))
-    network = FITImageEncoder("(1)1", None, (20, 16), 4, 2, 8, 8, 2, 2, glimpses=1, latent_position="row_column")
+    network = FITImageEncoder.from_config(
+        layers="(1)1",
+        image_size=None,
+        group_size=(20, 16),
+        patch_size=4,
+        latents_per_group=2,
+        dim=8,
+        latent_dim=8,
+        heads=2,
+        latent_heads=2,
+        glimpses=1,
+        latent_position="row_column",
+    )
     dataset = lazy(open_image(tmp_path / "image.npy"), augmentation)
     assert _most_groups(network, dataset, _Headers(None).look) == 1 + most

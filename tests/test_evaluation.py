@@ -100,7 +100,7 @@ def test_bits_are_a_mean_over_the_tokens_that_count_whatever_the_batches():
     recipe = type(recipe)(model=type(recipe.model)(tokens_per_group=4))
     torch.manual_seed(0)
     size = {"dim": 8, "latent_dim": 8, "heads": 1, "latent_heads": 1, "latents_per_group": 2}
-    network = FITDecoder("(1)1(1)", 2, 4, vocab_size=256, **size).eval()
+    network = FITDecoder.from_config(layers="(1)1(1)", num_groups=2, tokens_per_group=4, vocab_size=256, **size).eval()
     found = [dict(measured(network, batches(_Bytes(), size), recipe, count="tokens")) for size in (1, 2, 3, 5)]
     assert all(each["tokens"] == 4 * 8 + 3 for each in found)
     bits, parts = 0.0, [_Bytes()[0, k] for k in range(5)]
@@ -117,7 +117,9 @@ def test_bits_are_a_mean_over_the_tokens_that_count_whatever_the_batches():
 def classifier():
     torch.manual_seed(0)
     size = {"dim": 8, "latent_dim": 8, "heads": 1, "latent_heads": 1, "latents_per_group": 2}
-    return FITImageEncoder("(1)1", 8, 4, 2, channels=1, num_classes=3, **size).eval()
+    return FITImageEncoder.from_config(
+        layers="(1)1", image_size=8, group_size=4, patch_size=2, channels=1, num_classes=3, **size
+    ).eval()
 
 
 def test_samples_of_another_size_and_channel_count_are_shown_as_the_classifier_sees_them(classifier):

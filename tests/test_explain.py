@@ -33,7 +33,9 @@ WAYS = [plain, checkpointed, Streamed(groups=1), Streamed(groups=3), Streamed(gr
 def classifier(layers="(1)1(1)1", seed=0, **more):
     torch.manual_seed(seed)
     any_size = {"channels": 1, "num_classes": 3, "latent_position": "row_column"}
-    model = FITImageEncoder(layers, None, (8, 4), (2, 1), **SIZE, **any_size | more).eval()
+    model = FITImageEncoder.from_config(
+        layers=layers, image_size=None, group_size=(8, 4), patch_size=(2, 1), **SIZE, **any_size | more
+    ).eval()
     torch.nn.init.normal_(model.head.weight)
     return model
 
@@ -55,7 +57,7 @@ def test_what_was_seen_is_the_same_in_every_way_to_run(layers):
     image = image_of(19, 14)
     wanted = attribute(model, image)
     for way in WAYS:
-        model.encoder.run = way
+        model.set_execution(way)
         found = attribute(model, image)
         for part in ("logits", "attention", "relevance"):
             torch.testing.assert_close(getattr(found, part), getattr(wanted, part), rtol=1e-4, atol=1e-6)
@@ -81,13 +83,13 @@ def odds_of(model, image, label):
 @pytest.mark.parametrize("way", [plain, Streamed(groups=2)])
 def test_what_moved_is_the_change_of_the_faded_image_s_log_odds_as_a_patch_fades_to_the_average(way):
     model = classifier(glimpses=1).double()
-    model.encoder.run = way
+    model.set_execution(way)
     image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(15, 7, 1))), model.tiling, glimpses=1)
     seen, embed, step = attribute(model, image), model.encoder.embed, 1e-5
     label = int(seen.logits.argmax())
     with torch.no_grad():
         tokens, mask = image.read(slice(None))
-        patches, held = embed(tokens) - model.encoder.trunk.position(), mask.clone()
+        patches, held = embed(tokens) - model.trunk.position(), mask.clone()
         held[:, 0] = False  # a glimpse shows all of the image again
         differ = patches - patches[held].mean(0)
     for group, patch in ((0, 3), (1, 0), (2, 7), (4, 10)):
@@ -165,11 +167,11 @@ def test_a_padded_patch_moves_nothing():
 
 def test_the_patch_that_stands_out_is_where_the_map_has_it():
     model = classifier("(0)1")
-    read = model.encoder.trunk.blocks[0].read
+    read = model.trunk.blocks[0].read
     pixels = np.zeros((24, 12, 1), dtype=np.uint8)
     pixels[10:12, 5] = 255
     with torch.no_grad():
-        model.encoder.trunk.position.weight.zero_()
+        model.trunk.position.weight.zero_()
         # Keys alone decide: every query is the same, along which the odd patch's key is longest.
         read.attention.query.weight.zero_()
         odd = model.encoder.embed(torch.ones(1, 1, 16, 2))[0, 0, :1]
@@ -558,7 +560,7 @@ def test_an_image_that_is_damaged_in_the_middle_is_broken(folder, tmp_path, way)
     whole[start : start + count] = bytes(count)
     (folder / "b.tif").write_bytes(whole)
     model = classifier()
-    model.encoder.run = way
+    model.set_execution(way)
     made = work(tmp_path / "out", model)
     assert made.run(find([folder])) == 2
     assert made.broken[str(folder / "b.tif")].what == "unreadable"
@@ -639,7 +641,7 @@ def test_a_scratch_disk_that_fails_is_no_broken_image(folder, tmp_path, monkeypa
     if fault == "not ours":
         monkeypatch.setattr(token_store.tempfile, "TemporaryFile", fails(errno.EACCES))
     model = classifier()
-    model.encoder.run = Streamed(keep="disk", folder=tmp_path / ("absent" if fault == "absent" else ""))
+    model.set_execution(Streamed(keep="disk", folder=tmp_path / ("absent" if fault == "absent" else "")))
     made = work(tmp_path / "out", model)
     with pytest.raises(token_store.ScratchError, match=SCRATCH[fault]):
         made.run(find([folder]))

@@ -45,7 +45,17 @@ def counted(prompt, length):
 @pytest.fixture(scope="module")
 def real():
     torch.manual_seed(0)
-    decoder = FITDecoder("(1)1(1)1(1)", 3, 4, 2, 13, 16, 16, 2, 2).eval()
+    decoder = FITDecoder.from_config(
+        layers="(1)1(1)1(1)",
+        num_groups=3,
+        tokens_per_group=4,
+        latents_per_group=2,
+        vocab_size=13,
+        dim=16,
+        latent_dim=16,
+        heads=2,
+        latent_heads=2,
+    ).eval()
     with torch.no_grad():
         for weight in decoder.parameters():
             weight.add_(0.3 * torch.randn_like(weight))

@@ -136,3 +136,21 @@ def test_learned_positions_are_a_cut_normal_and_fixed_ones_no_state():
 def test_positions_that_cannot_be(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+def test_projecting_once_and_attending_is_the_layer():
+    torch.manual_seed(0)
+    layer = CrossLayer(8, 6, 6, 2, context_norm=True)
+    x, context = torch.randn(3, 5, 8), torch.randn(3, 4, 6)
+    key, value = layer.project(context)
+    assert key.shape == value.shape == (3, 2, 4, 3)
+    torch.testing.assert_close(x + layer.attention.attend(layer.norm(x), key, value), layer(x, context))
+
+
+def test_qk_norm_bounds_what_a_query_and_a_key_can_agree():
+    torch.manual_seed(0)
+    attention = Attention(8, 2, qk_norm=True)
+    x = 1e3 * torch.randn(3, 5, 8)
+    scores = attention.queries(x) @ attention.project(x)[0].mT
+    assert scores.abs().max() <= 4 * (1 + 1e-5)  # two vectors of 4 numbers with deviation 1
+    assert Attention(8, 2).project(x)[0].abs().max() > 100

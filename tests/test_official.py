@@ -13,7 +13,18 @@ KWARGS = {**SIZES, "x_size": 8, "num_groups": 2, "latents_per_group": 2}
 
 
 def make_variables(**options):
-    model = FITEncoder("(1)1(1)", 2, 4, 2, in_channels=3, dim=8, latent_dim=12, heads=2, latent_heads=4, **options)
+    model = FITEncoder.from_config(
+        layers="(1)1(1)",
+        num_groups=2,
+        tokens_per_group=4,
+        latents_per_group=2,
+        in_channels=3,
+        dim=8,
+        latent_dim=12,
+        heads=2,
+        latent_heads=4,
+        **options,
+    )
     return official.variables(model)
 
 
@@ -117,7 +128,17 @@ def test_names_are_one_for_each_parameter():
 
 
 def test_gradients_need_a_backward_pass_and_are_zero_where_nothing_flows():
-    decoder = FITDecoder("(1)1(1)1", 2, 4, 2, vocab_size=5, dim=8, latent_dim=12, heads=2, latent_heads=4)
+    decoder = FITDecoder.from_config(
+        layers="(1)1(1)1",
+        num_groups=2,
+        tokens_per_group=4,
+        latents_per_group=2,
+        vocab_size=5,
+        dim=8,
+        latent_dim=12,
+        heads=2,
+        latent_heads=4,
+    )
     with pytest.raises(InputError, match="holds no gradients"):
         official.gradients(decoder)
     decoder(torch.zeros(1, 2, 4, dtype=torch.long)).sin().sum().backward()

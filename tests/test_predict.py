@@ -19,7 +19,9 @@ CLASSES = ("a,b", "bee", "cat")
 def classifier():
     torch.manual_seed(0)
     size = {"dim": 8, "latent_dim": 8, "heads": 1, "latent_heads": 1, "latents_per_group": 2}
-    return FITImageEncoder("(1)1", (8, 12), 4, 2, channels=1, num_classes=3, **size).eval()
+    return FITImageEncoder.from_config(
+        layers="(1)1", image_size=(8, 12), group_size=4, patch_size=2, channels=1, num_classes=3, **size
+    ).eval()
 
 
 @pytest.fixture

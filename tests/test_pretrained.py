@@ -117,12 +117,12 @@ def test_another_role(folder):
 
 def test_a_config_with_an_unknown_key(folder):
     edit_config(folder, lambda config: config.update(rotary=True))
-    refuses(folder, "has arguments that FITDecoder lacks: rotary")
+    refuses(folder, "FITDecoder has no arguments rotary", str(folder))
 
 
 def test_a_config_that_lacks_a_key(folder):
     edit_config(folder, lambda config: config.pop("vocab_size"))
-    refuses(folder, "lacks what FITDecoder needs: vocab_size")
+    refuses(folder, "FITDecoder needs vocab_size", str(folder))
 
 
 @pytest.mark.parametrize("text", ['{"role": "FITDec', "", "[1, 2]", "\x00"])
@@ -132,8 +132,8 @@ def test_a_config_that_is_none(folder, text):
 
 
 def test_a_misspelt_option(folder):
-    refuses(folder, "has arguments that FITDecoder lacks: map_locaton", map_locaton="cpu")
-    refuses(folder, "has arguments that FITDecoder lacks: strict", strict=False)
+    refuses(folder, "FITDecoder has no arguments map_locaton", map_locaton="cpu")
+    refuses(folder, "FITDecoder has no arguments strict", strict=False)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, -1])

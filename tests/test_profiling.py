@@ -37,37 +37,43 @@ GROUPS = {"num_groups": 4, "tokens_per_group": 6}
 # Each: the model, how to call it on one example, and what `parts` must be told.
 CASES = {
     "encoder": lambda: (
-        FITEncoder("(2)1(1)2", **GROUPS, in_channels=5, **SIZE),
+        FITEncoder.from_config(layers="(2)1(1)2", **GROUPS, in_channels=5, **SIZE),
         (torch.rand(1, 4, 6, 5),),
         {},
     ),
     "encoder with y": lambda: (
-        FITEncoder("(1)2", **GROUPS, in_channels=5, y_channels=7, mask="causal", **SIZE),
+        FITEncoder.from_config(layers="(1)2", **GROUPS, in_channels=5, y_channels=7, mask="causal", **SIZE),
         (torch.rand(1, 4, 6, 5), torch.rand(1, 4, 2, 7)),
         {"extra_tokens": 2},
     ),
     "image encoder": lambda: (
-        FITImageEncoder("(1)1(1)", 8, 4, 2, channels=1, num_classes=10, **SIZE),
+        FITImageEncoder.from_config(
+            layers="(1)1(1)", image_size=8, group_size=4, patch_size=2, channels=1, num_classes=10, **SIZE
+        ),
         (torch.rand(1, 8, 8, 1),),
         {},
     ),
     "denoiser": lambda: (
-        FITDenoiser("(1)2(1)", **GROUPS, out_dim=5, self_cond="latent", xattn_with_mlp=True, **SIZE),
+        FITDenoiser.from_config(layers="(1)2(1)", **GROUPS, out_dim=5, self_cond="latent", xattn_with_mlp=True, **SIZE),
         (torch.rand(1, 4, 6, 5), torch.rand(1)),
         {},
     ),
     "conditional denoiser": lambda: (
-        FITDenoiser("(0)2(1)", **GROUPS, out_dim=5, cond_dim=10, extra_time=1, x_self_attention=False, **SIZE),
+        FITDenoiser.from_config(
+            layers="(0)2(1)", **GROUPS, out_dim=5, cond_dim=10, extra_time=1, x_self_attention=False, **SIZE
+        ),
         (torch.rand(1, 4, 6, 5), torch.rand(1, 2), torch.rand(1, 3, 10)),
         {"condition_tokens": 3},
     ),
     "decoder": lambda: (
-        FITDecoder("(1)2(1)", **GROUPS, vocab_size=17, **SIZE),
+        FITDecoder.from_config(layers="(1)2(1)", **GROUPS, vocab_size=17, **SIZE),
         (torch.zeros(1, 4, 6, dtype=torch.long),),
         {},
     ),
     "untied decoder": lambda: (
-        FITDecoder("(1)2(1)", **GROUPS, vocab_size=17, shared_embedding=False, output_bias=False, **SIZE),
+        FITDecoder.from_config(
+            layers="(1)2(1)", **GROUPS, vocab_size=17, shared_embedding=False, output_bias=False, **SIZE
+        ),
         (torch.zeros(1, 4, 6, dtype=torch.long),),
         {},
     ),

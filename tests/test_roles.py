@@ -9,7 +9,7 @@ import torch
 from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.execution import checkpointed
-from fitformer.models.config import SIZES, preset
+from fitformer.models.config import PRESETS, preset
 
 T, N, M, V = 4, 6, 2, 11
 SIZE = {"layers": "(1)1(1)1(1)", "dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 4, "latents_per_group": M}
@@ -29,13 +29,15 @@ def randomize(model):
 def build(role, **options):
     torch.manual_seed(0)
     if role == "encoder":
-        return randomize(FITEncoder(**{**GROUPED, "in_channels": 5, "y_channels": 3, **options}))
+        return randomize(FITEncoder.from_config(**{**GROUPED, "in_channels": 5, "y_channels": 3, **options}))
     if role == "denoiser":
-        return randomize(FITDenoiser(**{**GROUPED, "out_dim": 5, "cond_dim": 3, "self_cond": "latent", **options}))
+        return randomize(
+            FITDenoiser.from_config(**{**GROUPED, "out_dim": 5, "cond_dim": 3, "self_cond": "latent", **options})
+        )
     if role == "decoder":
-        return randomize(FITDecoder(**{**GROUPED, "vocab_size": V, **options}))
+        return randomize(FITDecoder.from_config(**{**GROUPED, "vocab_size": V, **options}))
     sizes = {**SIZE, "image_size": (16, 24), "group_size": 8, "patch_size": 4}
-    return randomize(FITImageEncoder(**{**sizes, "num_classes": 7, **options}))
+    return randomize(FITImageEncoder.from_config(**{**sizes, "num_classes": 7, **options}))
 
 
 def make_inputs(role, batch=3):
@@ -98,7 +100,7 @@ def test_eval_is_deterministic_and_training_is_not(role):
 def test_checkpointed_is_plain(role):
     model = build(role, drop_path=0.3, drop_units=0.2, drop_att=0.1).train()
     other = copy.deepcopy(model)
-    (other.encoder if role == "images" else other).run = checkpointed
+    other.set_execution(checkpointed)
     for one in (model, other):
         torch.manual_seed(3)
         sum(part.sin().sum() for part in parts(one(*make_inputs(role)))).backward()
@@ -220,7 +222,7 @@ def test_decoder_takes_any_whole_numbers():
 
 def test_self_conditioning_is_nothing_at_first_and_absent_means_zeros():
     x, time, cond, latents = make_inputs("denoiser")
-    fresh = FITDenoiser(**GROUPED, out_dim=5, cond_dim=3, self_cond="latent").eval()
+    fresh = FITDenoiser.from_config(**GROUPED, out_dim=5, cond_dim=3, self_cond="latent").eval()
     assert torch.equal(fresh(x, time, cond, latents)[0], fresh(x, time, cond)[0])
     model = build("denoiser")
     assert torch.equal(model(x, time, cond)[0], model(x, time, cond, torch.zeros_like(latents))[0])
@@ -246,7 +248,7 @@ def test_low_precision_time_keeps_its_sharpness():
 def test_the_map_has_each_patch_at_its_place():
     """Without layers between patches a changed patch changes one cell of the map, the one under it."""
     model = build("images", layers="(1)", heads=2)
-    for layer in model.encoder.trunk.blocks[0].local_layers:
+    for layer in model.trunk.blocks[0].local_layers:
         torch.nn.init.zeros_(layer.attention.output.weight)
     image = torch.rand(1, 16, 24, 3)
     before = model.forward_features(image)
@@ -304,22 +306,22 @@ def count(name):
 
 
 def test_presets_have_the_sizes_they_say():
-    sizes = {name: count(name) for name in SIZES}
+    sizes = {name: count(name) for name in PRESETS}
     assert list(sizes) == ["tiny", "small", "base", "large"]
     assert sizes["tiny"] < 1
     assert 20 <= sizes["small"] < 90 <= sizes["base"] <= 130 < sizes["large"]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_roles_that_answer_in_tokens_end_in_local_layers(name):
     grouped = {"num_groups": 4, "tokens_per_group": 16}
     with torch.device("meta"):
         denoiser = FITDenoiser.from_preset(name, **grouped, out_dim=3)
         decoder = FITDecoder.from_preset(name, **grouped, vocab_size=256)
         images = FITImageEncoder.from_preset(name, image_size=64, group_size=32, patch_size=8, num_classes=10)
-    assert denoiser.trunk.plan[-1][1] == decoder.trunk.plan[-1][1] == 0
-    assert images.encoder.trunk.plan[-1][1] > 0
-    assert denoiser.trunk.plan[:-1] == images.encoder.trunk.plan
+    assert denoiser.trunk.block_depths[-1][1] == decoder.trunk.block_depths[-1][1] == 0
+    assert images.trunk.block_depths[-1][1] > 0
+    assert denoiser.trunk.block_depths[:-1] == images.trunk.block_depths
 
 
 def test_a_preset_can_be_overridden():

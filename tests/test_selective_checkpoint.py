@@ -24,11 +24,13 @@ WIDE = {"latents_per_group": 4, "dim": 32, "latent_dim": 48, "heads": 4, "latent
 
 def wide(**options):
     torch.manual_seed(0)
-    return fitformer.FITEncoder("(1)2(2)1", 6, 24, in_channels=20, **WIDE, **options)
+    return fitformer.FITEncoder.from_config(
+        layers="(1)2(2)1", num_groups=6, tokens_per_group=24, in_channels=20, **WIDE, **options
+    )
 
 
 def step(model, way):
-    model.run = way
+    model.set_execution(way)
     model.zero_grad()
     torch.manual_seed(1)
     x, latents = model(torch.randn(2, 6, 24, 20))
@@ -64,7 +66,7 @@ def test_a_step_remembers_as_much_as_the_plan_says(choice, monkeypatch):
     for options in ({}, {"drop_att": 0.2, "drop_units": 0.1}):
         made.clear()
         model = wide(**options)
-        model.run = Streamed(2, recompute=choice)
+        model.set_execution(Streamed(2, recompute=choice))
         out = model(torch.randn(2, 6, 24, 20))[1]
         found = sum(bytes_in(remembering.results) for remembering, _ in made)
         at = _Step(model, StepConfig(execution="streamed", slice_groups=2, recompute=choice, batch=2))
@@ -137,7 +139,7 @@ def test_frozen_layers_remember(build):
 
 def test_what_is_remembered_of_a_pass_that_is_thrown_away_goes_with_it():
     model = wide()
-    model.run = Streamed(2, recompute="light")
+    model.set_execution(Streamed(2, recompute="light"))
     gc.collect()
     before = count()
     model(torch.randn(2, 6, 24, 20))
@@ -167,7 +169,7 @@ def test_results_come_back_once_and_in_their_order():
 
 def test_other_kernels_in_the_backward_pass_are_refused():
     model = wide()
-    model.run = Streamed(2, recompute="selective")
+    model.set_execution(Streamed(2, recompute="selective"))
     with sdpa_kernel(SDPBackend.MATH):
         loss = model(torch.randn(2, 6, 24, 20))[1].sum()
     with pytest.raises(RuntimeError, match="same kernels of attention in both, or recompute='full'"):

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import fitformer
 from fitformer.errors import InputError
-from fitformer.execution import Streamed, Work, _streamed_pass, checkpointed, plain, token_store, total
+from fitformer.execution import Inputs, Streamed, _streamed_pass, checkpointed, plain, token_store
 from fitformer.patching.any_size import GroupedImage, PixelArray
 
 T, N = 7, 6
@@ -36,19 +37,31 @@ WAYS = [
 
 def encoder(**options):
     torch.manual_seed(0)
-    return fitformer.FITEncoder("(1)2(2)1", T, N, in_channels=5, **SIZES, **options)
+    return fitformer.FITEncoder.from_config(
+        layers="(1)2(2)1", num_groups=T, tokens_per_group=N, in_channels=5, **SIZES, **options
+    )
 
 
 def denoiser(**options):
     torch.manual_seed(0)
-    return fitformer.FITDenoiser(
-        "(1)1(1)2(1)", T, N, out_dim=5, cond_dim=3, self_cond="latent", xattn_with_mlp=True, **SIZES, **options
+    return fitformer.FITDenoiser.from_config(
+        layers="(1)1(1)2(1)",
+        num_groups=T,
+        tokens_per_group=N,
+        out_dim=5,
+        cond_dim=3,
+        self_cond="latent",
+        xattn_with_mlp=True,
+        **SIZES,
+        **options,
     )
 
 
 def decoder(**options):
     torch.manual_seed(0)
-    return fitformer.FITDecoder("(1)2(1)1(1)", T, N, vocab_size=11, **SIZES, **options)
+    return fitformer.FITDecoder.from_config(
+        layers="(1)2(1)1(1)", num_groups=T, tokens_per_group=N, vocab_size=11, **SIZES, **options
+    )
 
 
 def encode(model, x):
@@ -75,7 +88,7 @@ ROLES = {"encoder": (encoder, encode), "denoiser": (denoiser, denoise), "decoder
 
 def outcome(model, run, call, way, seed=3):
     """Outputs and gradients of inputs and parameters, under one random state, and what comes next of it."""
-    model.run = way
+    model.set_execution(way)
     model.zero_grad()
     torch.manual_seed(1)
     x = torch.randn(2, T, N, 5).to(next(model.parameters()).dtype).requires_grad_()
@@ -129,11 +142,19 @@ def test_dropout_does_drop_and_slices_do_not_change_it():
     assert not torch.allclose(first, other)
 
 
-def work_of(model, x, score=None, **more):
+def inputs_of(model, x, score=None, depends_on=(), **more):
     def read(groups):
         return x[:, groups], mask_of(x)[:, groups]
 
-    return Work(T, model.trunk.initial_latents(2, T), read, score=score, **more)
+    scored = None if score is None else (lambda groups, x, mask: score(groups, model.head(x), mask))
+    more = {"embed": lambda groups, raw: model.embed(raw), **more}
+    latents = model.trunk.initial_latents(2, T)
+    return Inputs(read, latents, score=scored, parameters=model.all_parameters(*depends_on), **more)
+
+
+def total(model, inputs):
+    outputs = model.execute(inputs)
+    return outputs.score, outputs.latents
 
 
 def noisy_score(groups, out, mask):
@@ -151,9 +172,9 @@ def test_scores_add_up_whatever_the_slice(size, keep):
 
     results = []
     for way in (plain, Streamed(size, keep)):
-        model.run = way
+        model.set_execution(way)
         model.zero_grad()
-        added, latents = total(model, work_of(model, x, score))
+        added, latents = total(model, inputs_of(model, x, score))
         (added.sum().sqrt() + latents.square().sum()).backward()
         results.append(([added.detach(), latents.detach()], {name: p.grad for name, p in model.named_parameters()}))
     check_equal(results[1], results[0])
@@ -164,14 +185,14 @@ def test_the_random_state_of_scores_is_restored_in_the_backward_pass():
     model = encoder().double()
     x = torch.randn(2, T, N, 5, dtype=torch.float64)
     gate = torch.ones(2, T, 1, 1, dtype=torch.float64, requires_grad=True)
-    model.run = Streamed(2)
+    model.set_execution(Streamed(2))
 
     def value():
         torch.manual_seed(7)
-        work = work_of(
+        inputs = inputs_of(
             model, x, noisy_score, embed=lambda groups, raw: model.embed(raw) * gate[:, groups], depends_on=[gate]
         )
-        return total(model, work)[0].sum()
+        return total(model, inputs)[0].sum()
 
     value().backward()
     slope = gate.grad[1, 4].item()
@@ -186,7 +207,7 @@ def test_the_random_state_of_scores_is_restored_in_the_backward_pass():
 def test_accumulated_gradients_are_those_of_plain():
     model, results = encoder(**DROPS), []
     for way in (plain, Streamed(3)):
-        model.run = way
+        model.set_execution(way)
         model.zero_grad()
         torch.manual_seed(0)
         for _ in range(3):
@@ -214,7 +235,7 @@ def test_what_was_freed_is_given_back_where_there_are_many_slices(monkeypatch):
     given = []
     monkeypatch.setattr(_streamed_pass, "trim_heap", lambda: given.append(1))
     model = encoder()
-    model.run = Streamed(1)
+    model.set_execution(Streamed(1))
     # Of each of two blocks: after every second of seven slices and the whole block, and backward after each phase.
     for many, times in ((2, 2 * (3 + 1) + 2 * 2), (8, 0)):
         monkeypatch.setattr(_streamed_pass, "MANY_SLICES", many)
@@ -233,7 +254,7 @@ def test_without_gradients_one_room_serves_all_blocks(monkeypatch):
     x = torch.randn(2, T, N, 5)
     with torch.no_grad():
         expected = denoise(model, x)[0]
-        model.run = Streamed(2)
+        model.set_execution(Streamed(2))
         torch.testing.assert_close(denoise(model, x)[0], expected)
     assert len(make_stores) == 1
 
@@ -257,7 +278,7 @@ def test_mixed_precision_is_entered_again():
 
 def test_a_second_backward_pass_is_refused():
     model = encoder()
-    model.run = Streamed(2)
+    model.set_execution(Streamed(2))
     loss = model(torch.randn(1, T, N, 5))[1].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
@@ -271,7 +292,7 @@ def open_scratch():
 
 def test_scratch_has_no_name_and_goes_with_the_pass(tmp_path):
     model = encoder()
-    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    model.set_execution(Streamed(2, keep="disk", folder=tmp_path))
     before = len(open_scratch())
     loss = model(torch.randn(1, T, N, 5))[1].sum()
     assert not list(tmp_path.iterdir())
@@ -286,10 +307,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(token_store.shutil, "disk_usage", lambda folder: usage)
     model = encoder()
-    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    model.set_execution(Streamed(2, keep="disk", folder=tmp_path))
     with pytest.raises(token_store.ScratchError, match=r"need .* of scratch, and .* has 1 KB free"):
         model(torch.randn(1, T, N, 5))
-    model.run = Streamed(2, keep="disk", folder=tmp_path / "absent")
+    model.set_execution(Streamed(2, keep="disk", folder=tmp_path / "absent"))
     with pytest.raises(token_store.ScratchError, match="there is no folder"):
         model(torch.randn(1, T, N, 5))
 
@@ -305,7 +326,7 @@ def test_a_disk_that_fails_in_mid_step_leaves_nothing_behind(tmp_path, monkeypat
 
     monkeypatch.setattr(token_store.os, "pwrite", failing)
     model = encoder()
-    model.run = Streamed(1, keep="disk", folder=tmp_path)
+    model.set_execution(Streamed(1, keep="disk", folder=tmp_path))
     before = len(open_scratch())
     with pytest.raises(OSError, match=r"scratch for data tokens") as caught:
         model(torch.randn(1, T, N, 5))[1].sum().backward()
@@ -320,7 +341,7 @@ def test_a_disk_that_fails_in_mid_step_leaves_nothing_behind(tmp_path, monkeypat
 def test_layers_that_the_loss_does_not_use_get_no_gradient(layers, used):
     """Not even zeros, with which an optimizer would decay their weights."""
     torch.manual_seed(0)
-    model = fitformer.FITEncoder(layers, T, N, in_channels=5, **SIZES)
+    model = fitformer.FITEncoder.from_config(layers=layers, num_groups=T, tokens_per_group=N, in_channels=5, **SIZES)
 
     def call(model, x):
         return [model(x)[used]]
@@ -332,23 +353,23 @@ def test_what_is_named_twice_gets_its_gradient_once():
     model, results = encoder(), []
     x = torch.randn(2, T, N, 5, generator=torch.Generator().manual_seed(0))
     for way in (plain, Streamed(2)):
-        model.run = way
+        model.set_execution(way)
         model.zero_grad()
-        work = work_of(model, x, lambda groups, out, mask: out.pow(3).sum(), depends_on=list(model.parameters()))
-        total(model, work)[0].backward()
+        inputs = inputs_of(model, x, lambda groups, out, mask: out.pow(3).sum(), depends_on=list(model.parameters()))
+        total(model, inputs)[0].backward()
         results.append(([torch.zeros(())], {name: p.grad for name, p in model.named_parameters()}))
     check_equal(results[1], results[0])
 
 
 def test_mixed_precision_of_the_backward_pass_is_not_entered():
     model, seen = encoder(), []
-    model.run = Streamed(3)
+    model.set_execution(Streamed(3))
 
     def score(groups, out, mask):
         seen.append(torch.is_autocast_enabled("cpu"))
         return out.sum()
 
-    added, _ = total(model, work_of(model, torch.ones(2, T, N, 5), score))
+    added, _ = total(model, inputs_of(model, torch.ones(2, T, N, 5), score))
     with torch.autocast("cpu", torch.bfloat16):
         added.backward()
     assert seen == [False] * 6
@@ -357,12 +378,12 @@ def test_mixed_precision_of_the_backward_pass_is_not_entered():
 def test_nothing_of_a_pass_outlives_its_backward_pass():
     """Neither what it kept, though the loss is still there, nor a second copy of the gradients."""
     model = encoder()
-    model.run = Streamed(2)
+    model.set_execution(Streamed(2))
     _, latents = model(torch.randn(1, T, N, 5))
     node = latents.grad_fn
     while type(node).__name__ != "_StreamBackward":
         node = node.next_functions[0][0]
-    done, sums = weakref.ref(node.done), {}
+    done, sums = weakref.ref(node.streamed), {}
     node.register_hook(lambda found, _: sums.update({g.data_ptr(): g.shape for g in found if g is not None}))
     latents.pow(3).sum().backward()
     assert done() is None
@@ -376,13 +397,13 @@ def test_evaluation_streams(keep):
     x = torch.randn(1, T, N, 5)
     with torch.inference_mode():
         wanted = model(x)[1]
-        model.run = Streamed(2, keep)
+        model.set_execution(Streamed(2, keep))
         torch.testing.assert_close(model(x)[1], wanted)
 
 
 def test_an_error_in_the_middle_ends_the_reading_and_the_scratch(tmp_path):
     model = encoder()
-    model.run = Streamed(1, keep="disk", folder=tmp_path)
+    model.set_execution(Streamed(1, keep="disk", folder=tmp_path))
     before = len(open_scratch()), threading.active_count()
     for fails_backward in (False, True):
 
@@ -392,7 +413,7 @@ def test_an_error_in_the_middle_ends_the_reading_and_the_scratch(tmp_path):
             return out.sum()
 
         with pytest.raises(InputError, match="no such score") as caught:  # noqa: PT012
-            added, _ = total(model, work_of(model, torch.ones(2, T, N, 5), score))
+            added, _ = total(model, inputs_of(model, torch.ones(2, T, N, 5), score))
             added.backward()
         # The error is still there, and all that it came through.
         assert caught.tb is not None
@@ -403,7 +424,7 @@ def test_scratch_for_all_blocks_is_asked_for_at_once(tmp_path, monkeypatch):
     model = denoiser()
     size = T * N * SIZES["dim"] * 4
     monkeypatch.setattr(token_store.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 2 * size - 1}))
-    model.run = Streamed(2, keep="disk", folder=tmp_path)
+    model.set_execution(Streamed(2, keep="disk", folder=tmp_path))
     with pytest.raises(token_store.ScratchError, match="of scratch"):
         denoise(model, torch.randn(2, T, N, 5))
     with torch.no_grad():  # needs one room only
@@ -412,7 +433,7 @@ def test_scratch_for_all_blocks_is_asked_for_at_once(tmp_path, monkeypatch):
 
 def test_an_error_of_the_reader_reaches_the_caller():
     model = encoder()
-    model.run = Streamed(2)
+    model.set_execution(Streamed(2))
 
     def read(groups):
         if groups.start > 2:
@@ -420,7 +441,7 @@ def test_an_error_of_the_reader_reaches_the_caller():
         return torch.zeros(1, groups.stop - groups.start, N, 5), None
 
     with pytest.raises(InputError, match="the file broke"):
-        total(model, Work(T, model.trunk.initial_latents(1, T), read))
+        model.execute(Inputs(read, model.trunk.initial_latents(1, T), lambda groups, raw: model.embed(raw)))
 
 
 @pytest.mark.parametrize(
@@ -441,8 +462,16 @@ def test_ways_that_cannot_be(options, message):
 
 def image_encoder(layers="(1)2(2)1", **options):
     torch.manual_seed(0)
-    return fitformer.FITImageEncoder(
-        layers, None, (8, 12), 4, channels=2, num_classes=3, latent_position="row_column", **SIZES, **options
+    return fitformer.FITImageEncoder.from_config(
+        layers=layers,
+        image_size=None,
+        group_size=(8, 12),
+        patch_size=4,
+        channels=2,
+        num_classes=3,
+        latent_position="row_column",
+        **SIZES,
+        **options,
     )
 
 
@@ -470,7 +499,7 @@ def test_images_stream_as_they_run_plainly(layers):
     images = [PixelArray(picture(*size, seed)) for seed, size in enumerate(PICTURES[:2])]
     results = []
     for way in (plain, Streamed(2, keep="disk")):
-        model.encoder.run = way
+        model.set_execution(way)
         model.zero_grad()
         torch.manual_seed(0)
         logits = model(images)
@@ -488,7 +517,7 @@ def test_pixels_of_a_slice_are_read_when_its_turn_comes():
             return super().window(*place)
 
     model = image_encoder()
-    model.encoder.run = Streamed(3)
+    model.set_execution(Streamed(3))
     logits = model([Noting(picture(29, 50))])
     windows = len(read)
     assert windows == 4 * 5
@@ -557,12 +586,14 @@ def test_a_glimpse_sees_what_was_skipped():
 def test_whole_images_of_one_size_are_those_of_the_fixed_table():
     """Reading group by group with a table of positions is exactly what the tensor path does."""
     torch.manual_seed(0)
-    model = fitformer.FITImageEncoder("(1)2(1)1", (16, 24), (8, 12), 4, channels=2, num_classes=3, **SIZES)
+    model = fitformer.FITImageEncoder.from_config(
+        layers="(1)2(1)1", image_size=(16, 24), group_size=(8, 12), patch_size=4, channels=2, num_classes=3, **SIZES
+    )
     pixels = np.stack([picture(16, 24, seed) for seed in range(2)])
     signal = torch.from_numpy(pixels).float() / 127.5 - 1
     expected = model(signal)
     torch.testing.assert_close(model([PixelArray(each) for each in pixels]), expected)
-    model.encoder.run = Streamed(1)
+    model.set_execution(Streamed(1))
     torch.testing.assert_close(model(signal), expected)
     torch.testing.assert_close(model([PixelArray(each) for each in pixels]), expected)
 
@@ -596,7 +627,7 @@ def test_images_run_in_the_precision_of_the_weights(dtype):
 
 def test_images_that_cannot_be():
     model = image_encoder()
-    with pytest.raises(InputError, match="places of 3 groups given for an input of 7"):
+    with pytest.raises(InputError, match="coords of 3 groups given for an input of 7"):
         encoder(latent_position="row_column")(torch.ones(1, T, N, 5), coords=torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
         model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
@@ -605,8 +636,10 @@ def test_images_that_cannot_be():
     with pytest.raises(InputError, match="2 x 2 groups, and 3 x 2 are said"):
         GroupedImage(PixelArray(picture(16, 24)), model.tiling, np.ones((3, 2), bool))
     with pytest.raises(InputError, match="are a table"):
-        fitformer.FITImageEncoder("(1)1", None, 8, 4, **SIZES)
-    fixed = fitformer.FITImageEncoder("(1)1", (16, 24), (8, 12), 4, channels=2, **SIZES)
+        fitformer.FITImageEncoder.from_config(layers="(1)1", image_size=None, group_size=8, patch_size=4, **SIZES)
+    fixed = fitformer.FITImageEncoder.from_config(
+        layers="(1)1", image_size=(16, 24), group_size=(8, 12), patch_size=4, channels=2, **SIZES
+    )
     with pytest.raises(InputError, match="image of 8 x 24 given to an encoder of 16 x 24"):
         fixed([PixelArray(picture(8, 24))])
 
@@ -621,7 +654,7 @@ def _rank(rank, folder):
     results = []
     for way in (plain, Streamed(2), Streamed(2, recompute="light")):
         model = image_encoder(drop_path=0.2)
-        model.encoder.run = way
+        model.set_execution(way)
         wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         torch.manual_seed(rank)
         for step in range(2):  # the first one accumulates alone
@@ -649,3 +682,44 @@ def test_every_way_equals_plain_on_a_gpu(role, way):
         check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("way", [checkpointed, Streamed(2), Streamed(3, keep="disk")], ids=str)
+def test_tokens_of_every_block_and_the_score_at_once_have_their_gradients(way):
+    model, results = encoder(**DROPS).double(), []
+    for each in (plain, way):
+        model.set_execution(each)
+        model.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(2, T, N, 5, dtype=torch.float64, requires_grad=True)
+        inputs = model.inputs(x, mask=mask_of(x), blocks=(0, 1))
+        inputs = replace(inputs, score=lambda groups, x, mask: (x * mask[..., None]).pow(3).sum())
+        outputs = model.execute(inputs)
+        first, second = outputs.tokens
+        (outputs.score + first.sin().sum() + second.cos().sum() + outputs.latents.square().sum()).backward()
+        results.append(
+            ([first, second, outputs.score], {n: p.grad for n, p in model.named_parameters()} | {"x": x.grad})
+        )
+    check_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)])
+def test_feature_maps_stream(size):
+    options = {"latent_position": "row_column"} if size is None else {}
+    model = fitformer.FITImageEncoder.from_config(
+        layers="(1)2(2)1(1)", image_size=size, group_size=(8, 12), patch_size=4, channels=2, **SIZES, **options
+    ).eval()
+    images = torch.randn(2, 16, 24, 2) if size else [torch.randn(13, 30, 2), torch.randn(16, 24, 2)]
+    plainly = [model.forward_features(images), *model.forward_intermediates(images, [0, -1])]
+    model.set_execution(Streamed(1))
+    streamed = [model.forward_features(images), *model.forward_intermediates(images, [0, -1])]
+    torch.testing.assert_close(streamed, plainly)
+    torch.testing.assert_close(streamed[0], streamed[2])
+
+
+def test_set_execution_takes_names_and_reaches_the_encoder_of_images():
+    model = fitformer.FITImageEncoder.from_preset("tiny", image_size=16, group_size=8, patch_size=4)
+    model.set_execution("checkpointed")
+    assert model.execution is model.encoder.execution is checkpointed
+    with pytest.raises(InputError, match="plain, checkpointed, streamed"):
+        model.set_execution("stremed")

@@ -13,7 +13,7 @@ from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
-from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of, trunk_of
+from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of
 from fitformer.tasks.preview import Preview, grid, save
 
 
@@ -213,7 +213,17 @@ def test_a_classifier_refuses_to_be_measured_without_labels():
 
 
 def test_only_matrices_decay():
-    network = FITDecoder("(1)1(1)", 2, 4, 2, 10, dim=8, latent_dim=8, heads=2, latent_heads=2)
+    network = FITDecoder.from_config(
+        layers="(1)1(1)",
+        num_groups=2,
+        tokens_per_group=4,
+        latents_per_group=2,
+        vocab_size=10,
+        dim=8,
+        latent_dim=8,
+        heads=2,
+        latent_heads=2,
+    )
     decayed, rest = optimizers.parameter_groups(network, 0.3)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(list(network.parameters()))
@@ -238,7 +248,7 @@ def test_the_rate_warms_up_then_falls_to_its_end():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trunk_is_found_in_every_role(name):
-    assert trunk_of(build_model(recipe_of(name), Shapes())).plan == [(1, 1), (1, 0)]
+    assert build_model(recipe_of(name), Shapes()).trunk.block_depths == [(1, 1), (1, 0)]
 
 
 def test_previews_are_written_as_a_grid_or_as_text(tmp_path):

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 from fitformer.errors import InputError
 from fitformer.execution import checkpointed, plain
+from fitformer.models import block_causal
+from fitformer.models.block_causal import block_causal_attention
+from fitformer.models.config import TrunkConfig
 from fitformer.models.layers import DropPath
-from fitformer.models.trunk import Trunk, block_causal_mask, parse_layers
+from fitformer.models.trunk import Trunk, parse_layers
 
 T, N, M, C, D = 4, 5, 2, 8, 12
 CAUSAL = ["none", "global", "all"]
@@ -16,7 +19,8 @@ CAUSAL = ["none", "global", "all"]
 
 def make_trunk(layers="(1)1(1)2(1)", **options):
     torch.manual_seed(0)
-    trunk = Trunk(layers, T, N, M, C, D, heads=2, latent_heads=4, **options)
+    of_role = {name: options.pop(name) for name in ("causal", "condition") if name in options}
+    trunk = Trunk(TrunkConfig(layers, C, D, 2, 4, M, **options), T, N, **of_role)
     for parameter in trunk.parameters():  # away from zero biases, which would hide mistakes
         torch.nn.init.normal_(parameter, std=0.3)
     return trunk.eval()
@@ -64,10 +68,10 @@ def test_a_block_before_the_last_needs_global_layers(layers):
 def test_group_phase_of_any_groups_is_that_of_all(causal, groups):
     trunk = make_trunk(causal=causal)
     x, latents = make_inputs(trunk)
-    source = trunk.write_source(latents)
-    for i in range(len(trunk.blocks)):
-        whole = trunk.group_phase(i, x, latents, source)
-        part = trunk.group_phase(i, x[:, groups], latents[:, groups], source[:, groups])
+    source = trunk.write_latents(latents)
+    for block in trunk.blocks:
+        whole = block.group_phase(x, latents, source)
+        part = block.group_phase(x[:, groups], latents[:, groups], source[:, groups])
         for all_of_them, some in zip(whole, part, strict=True):
             torch.testing.assert_close(all_of_them[:, groups], some, rtol=1e-5, atol=1e-5)
 
@@ -77,9 +81,9 @@ def test_forward_is_the_two_phases_in_turn(causal):
     trunk = make_trunk(causal=causal, condition=True)
     (x, latents), condition = make_inputs(trunk), torch.randn(2, 3, D)
     expected = trunk(x, latents, condition)
-    for i in range(len(trunk.blocks)):
-        x, latents = trunk.group_phase(i, x, latents, trunk.write_source(latents))
-        latents = trunk.global_phase(i, latents, condition)
+    for block in trunk.blocks:
+        x, latents = block.group_phase(x, latents, trunk.write_latents(latents))
+        latents = block.global_phase(latents, condition)
     assert torch.equal(x, expected[0])
     assert torch.equal(latents, expected[1])
 
@@ -113,17 +117,60 @@ def test_in_all_causal_a_token_hears_the_earlier_ones_of_its_group_only():
     assert difference.tolist() == [[False] * N, [False, False, True, True, True], [True] * N, [True] * N]
 
 
-def test_block_causal_mask():
-    mask = block_causal_mask(3, 2, torch.device("cpu"))
-    assert mask.int().tolist() == [[1, 1, 0, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 0, 0]] * 2 + [[1] * 6] * 2
+@pytest.mark.parametrize("most", [1, 30, 10**6])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_block_causal_attention_in_chunks_is_that_of_the_dense_mask(most, dropout, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(block_causal, "MOST_MASK", most)
+    given = [torch.randn(2, 3, 14, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.manual_seed(1)
+    ours = block_causal_attention(*given, 2, dropout)
+    after = torch.rand(())
+    gradients = torch.autograd.grad(ours.sin().sum(), given)
+    block = torch.arange(14) // 2
+    mask = block[:, None] >= block[None]
+    dense = torch.nn.functional.scaled_dot_product_attention(*given, mask)
+    if not dropout:
+        torch.testing.assert_close(ours, dense)
+        for gradient, wanted in zip(gradients, torch.autograd.grad(dense.sin().sum(), given), strict=True):
+            torch.testing.assert_close(gradient, wanted)
+        return
+    # The backward pass drops what the forward pass dropped, by finite differences, and leaves the random state alone.
+    assert not torch.allclose(ours, dense)
+    torch.manual_seed(1)
+    block_causal_attention(*given, 2, dropout)
+    assert torch.equal(torch.rand(()), after)
+
+    def value(step):
+        torch.manual_seed(1)
+        moved = given[2].detach().clone()
+        moved[0, 1, 3, 2] += step
+        return block_causal_attention(given[0], given[1], moved, 2, dropout).sin().sum().item()
+
+    assert (value(1e-6) - value(-1e-6)) / 2e-6 == pytest.approx(gradients[2][0, 1, 3, 2].item(), rel=1e-5, abs=1e-8)
 
 
-def test_write_source_of_the_autoregressive_role_is_one_group_behind():
+def test_block_causal_attention_never_holds_a_mask_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(block_causal, "MOST_MASK", 64)
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, mask, *rest):
+        masks.append(mask.numel())
+        return real(query, key, value, mask, *rest)
+
+    monkeypatch.setattr(block_causal.F, "scaled_dot_product_attention", watched)
+    given = [torch.randn(1, 1, 32, 4, requires_grad=True) for _ in range(3)]
+    block_causal_attention(*given, 2).sum().backward()
+    assert max(masks) <= 64 < 32 * 32
+    assert len(masks) == 2 * 16
+
+
+def test_write_latents_of_the_autoregressive_role_is_one_group_behind():
     trunk, latents = make_trunk(causal="all"), torch.randn(2, T, M, D)
-    source = trunk.write_source(latents)
+    source = trunk.write_latents(latents)
     assert torch.equal(source[:, 1:], latents[:, :-1])
     assert not source[:, 0].any()
-    assert make_trunk().write_source(latents) is latents
+    assert make_trunk().write_latents(latents) is latents
 
 
 def test_drop_path_is_drawn_per_group_in_local_layers_and_per_example_in_global_ones():
@@ -135,7 +182,9 @@ def test_drop_path_is_drawn_per_group_in_local_layers_and_per_example_in_global_
     assert rows == [3 * T, 3 * T, 3, 3]
 
 
-@pytest.mark.parametrize("options", [{}, {"condition": True, "causal": "global"}, {"causal": "all", "cross_mlp": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"condition": True, "causal": "global"}, {"causal": "all", "xattn_with_mlp": True}]
+)
 def test_checkpointed_is_bit_equal_to_plain_with_dropout_on(options):
     trunk = make_trunk(drop_path=0.2, drop_units=0.1, drop_att=0.1, **options).train()
     condition = torch.randn(2, 3, D) if options.get("condition") else None
@@ -198,11 +247,24 @@ def test_initial_latents_of_fewer_groups_are_the_first_ones():
     ],
 )
 def test_what_a_trunk_refuses(options, message):
-    sizes = {"layers": "(1)1(1)", "num_groups": T, "tokens_per_group": N, "latents_per_group": M}
-    sizes |= {"dim": C, "latent_dim": D, "heads": 2, "latent_heads": 4}
+    geometry = {"num_groups": T, "tokens_per_group": N}
+    geometry |= {name: options.pop(name) for name in tuple(geometry) if name in options}
+    sizes = {"layers": "(1)1(1)", "latents_per_group": M, "dim": C, "latent_dim": D, "heads": 2, "latent_heads": 4}
     with pytest.raises(InputError, match=message):
-        Trunk(**{**sizes, **options})
+        Trunk(TrunkConfig(**{**sizes, **options}), **geometry)
+
+
+def test_a_layer_string_in_place_of_the_options_is_refused():
+    with pytest.raises(InputError, match="TrunkConfig"):
+        Trunk("(1)1(1)", T, N)
 
 
 def test_heads_of_layers_that_are_not_there_do_not_matter():
-    Trunk("(2)", T, N, M, C, D, heads=2, latent_heads=5)
+    Trunk(TrunkConfig("(2)", C, D, 2, 5, M), T, N)
+
+
+@pytest.mark.parametrize("kind", ["learned", "sin_cos"])
+def test_positions_by_offset_are_those_of_the_table(kind):
+    position = make_trunk(position=kind).position
+    assert torch.equal(position.at(1, 3), position()[1:4])
+    assert torch.equal(position.at(2), position()[2:])

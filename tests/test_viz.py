@@ -5,14 +5,16 @@ from PIL import Image
 from fitformer import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.models.layers import CrossLayer
-from fitformer.viz import as_colour, heat, latent_attention, metric_curves, overlay, read_weights, write_curves
+from fitformer.viz import as_colour, heat, latent_attention, metric_curves, overlay, write_curves
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
 
 
 def encoder(layers="(1)1(1)1"):
     torch.manual_seed(0)
-    return FITImageEncoder(layers, (8, 16), (8, 4), (2, 1), channels=1, **SIZE).eval()
+    return FITImageEncoder.from_config(
+        layers=layers, image_size=(8, 16), group_size=(8, 4), patch_size=(2, 1), channels=1, **SIZE
+    ).eval()
 
 
 @pytest.mark.parametrize("context_norm", [True, False])
@@ -22,7 +24,7 @@ def test_weights_made_again_are_those_the_layer_used(context_norm):
     x, context = torch.randn(2, 3, 6), torch.randn(2, 5, 10)
     known = layer.context_norm(context) if context_norm else context
     value = layer.attention.value(known).unflatten(-1, (2, 2)).transpose(1, 2)
-    attention = (read_weights(layer, x, context) @ value).transpose(1, 2).flatten(2)
+    attention = (layer.weights(x, context) @ value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(x + layer.attention.output(attention), layer(x, context))
 
 
@@ -36,11 +38,11 @@ def test_maps_cover_the_image_and_average_one_in_every_group():
 
 def test_a_patch_that_stands_out_is_where_the_map_says_it_is():
     model = encoder("(0)1")
-    read = model.encoder.trunk.blocks[0].read
+    read = model.trunk.blocks[0].read
     images = torch.zeros(1, 8, 16, 1)
     images[0, 2:4, 5] = 5.0
     with torch.no_grad():
-        model.encoder.trunk.position.weight.zero_()
+        model.trunk.position.weight.zero_()
         # Keys alone decide: every query is the same, along which the odd patch's key is longest.
         read.attention.query.weight.zero_()
         x = model.encoder.embed(model.groups.group(images)).flatten(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fitformer._support.atomic_files import write_atomically
 from fitformer.errors import InputError, require
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.models.layers import CrossLayer, attention_weights
+from fitformer.models.layers import CrossLayer
 
 # From dark to bright, equally spaced: the looks of a heated body, legible in grey too.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -42,7 +42,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     groups = encoder.groups
     if groups is None:
         raise InputError("this encoder takes images of any size: `fitformer predict` draws where it looked")
-    reads = [read for block in encoder.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
+    reads = [read for block in encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
     hooks = [read.register_forward_pre_hook(note) for read in reads]
@@ -51,24 +51,10 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [read_weights(*inputs).mean(dim=(1, 2)) for inputs in seen]
+    weights = [read.weights(*inputs).mean(dim=(1, 2)) for read, *inputs in seen]
     maps = [groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
     size = images.shape[1:3]
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
-
-
-def read_weights(layer: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention weights `(r, h, q, k)` of a cross-attention layer, from tokens `x (r, q, dim)` to their context.
-
-    The attention itself never has them at hand; they are made again from the layer's own queries and keys.
-    """
-    attention = layer.attention
-    known = context if layer.context_norm is None else layer.context_norm(context)
-    query, key = (
-        rearrange(tokens, "r s (h e) -> r h s e", h=attention.heads)
-        for tokens in (attention.query(layer.norm(x)), attention.key(known))
-    )
-    return attention_weights(query, key, mask)
 
 
 def heat(values: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ fitformer info runs/digits-classify
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitformer.errors import InputError
+from fitformer.models.config import SIZES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from fitformer.profiling import Model
 
 ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITDenoiser", "decoder": "FITDecoder"}
-SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
 CONFIG = "config.json"
 
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the model holds and costs."""
-    from fitformer.models.config import SIZES as PRESETS
+    from fitformer.models.config import PRESETS
 
     model = of_preset(arguments) if arguments.what in PRESETS else of_folder(arguments)
     if arguments.json:
@@ -85,7 +86,10 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
 
     asked = given(arguments)
     role = asked.pop("role", "encoder")
-    sizes = {**preset(arguments.what, end_local=role != "encoder"), **{k: asked.pop(k) for k in SIZES if k in asked}}
+    sizes = {
+        **asdict(preset(arguments.what, ends_local=role != "encoder")),
+        **{k: asked.pop(k) for k in SIZES if k in asked},
+    }
     if role == "decoder":
         config = _sequence(asked)
     else:
@@ -130,7 +134,7 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
     Raises:
         InputError: neither a preset nor such a folder, or options of a preset given with a folder.
     """
-    from fitformer.models.config import SIZES as PRESETS
+    from fitformer.models.config import PRESETS
     from fitformer.profiling import on_meta
 
     folder = Path(arguments.what)

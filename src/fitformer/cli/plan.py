@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.info import SIZES, size
+from fitformer.cli.info import size
 from fitformer.cli.options import positive
 from fitformer.errors import InputError
+from fitformer.models.config import SIZES
 
 if TYPE_CHECKING:
     from rich.table import Table

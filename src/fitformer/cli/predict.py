@@ -87,7 +87,7 @@ def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None
     keep = keep or ("disk" if scratch else training.keep)
     if scratch and keep != "disk":
         raise InputError(f"--scratch is where data tokens wait on disk; --keep {keep} keeps them elsewhere")
-    network.encoder.run = Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch)
+    network.set_execution(Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch))
 
 
 def _masks(data: "ImageData", files: Sequence[Path]) -> "Masks | None":

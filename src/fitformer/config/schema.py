@@ -3,14 +3,12 @@
 Nothing slow is imported here: the command line checks a recipe before it waits for torch.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
-
-Position = Literal["learned", "sin_cos", "sin_cos2d"]
-LatentPosition = Literal["learned", "sin_cos", "row_column"]
+from fitformer.models.config import TrunkConfig
 
 
 def _at_least(lowest: float, **values: float | None) -> None:
@@ -25,35 +23,29 @@ def _share(**values: float) -> None:
             raise InputError(f"{name} is {value}; it is a share, between 0 and 1")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A preset and what departs from it; None keeps the preset's number.
+def _check_dropout(model: Any) -> None:
+    rates = {name: getattr(model, name) for name in ("drop_path", "drop_units", "drop_att")}
+    _share(**{name: rate for name, rate in rates.items() if rate is not None})
 
-    Attributes:
-        preset: `tiny`, `small`, `base` or `large` (`fitformer.models.config`).
-        layers: layer string, `(local)global(local)global...`.
-        dim, latent_dim, heads, latent_heads, latents_per_group: see `fitformer.models.trunk.Trunk`.
-        position, latent_position: of data tokens and of latents; `row_column` is for images of any size.
-        mlp_ratio: inner over outer width of the feed-forwards.
-        drop_path, drop_units, drop_att: dropout of branches, feed-forward units, attention weights.
-    """
 
-    preset: str = "tiny"
-    layers: str | None = None
-    dim: int | None = None
-    latent_dim: int | None = None
-    heads: int | None = None
-    latent_heads: int | None = None
-    latents_per_group: int | None = None
-    position: Position = "learned"
-    latent_position: LatentPosition = "learned"
-    mlp_ratio: float = 4
-    drop_path: float = 0.0
-    drop_units: float = 0.0
-    drop_att: float = 0.0
+if TYPE_CHECKING:
 
-    def __post_init__(self) -> None:
-        _share(drop_path=self.drop_path, drop_units=self.drop_units, drop_att=self.drop_att)
+    @dataclass(frozen=True)
+    class Model(TrunkConfig):
+        """A preset, and the options of the trunk that depart from it."""
+
+        preset: str = "tiny"
+else:
+    # The options of the trunk stand in one place; here each of them may be left to the preset, by None.
+    Model = make_dataclass(
+        "Model",
+        [("preset", str, "tiny"), *((option.name, option.type | None, None) for option in fields(TrunkConfig))],
+        frozen=True,
+        namespace={
+            "__doc__": "A preset, and the options of `TrunkConfig` that depart from it; None keeps the preset's.",
+            "__post_init__": _check_dropout,
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -76,9 +68,6 @@ class DenoiserModel(Model):
     group_size: int | tuple[int, int] = 16
     patch_size: int | tuple[int, int] = 2
     cond_proj: bool = True
-    x_self_attention: bool = True
-    xattn_with_mlp: bool = False
-    xattn_enc_ln: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,291 +12,311 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fitformer._support.rng import random_state, set_random_state
 from fitformer._support.system_memory import trim_heap
-from fitformer.execution.base import Work, embedded
+from fitformer.errors import InputError
+from fitformer.execution.base import Inputs, Trunk, run_blocks
 from fitformer.execution.prefetch import prefetch
-from fitformer.execution.selective_checkpoint import SAVE_POLICIES, checkpointing, contexts
-from fitformer.execution.token_store import TokenStore, make_stores
-from fitformer.models.trunk import Block, Trunk
+from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Recompute, checkpointing, contexts
+from fitformer.execution.token_store import Keep, TokenStore, make_stores
 
-if TYPE_CHECKING:
-    from fitformer.execution.streamed import Streamed
-
-# So many slices take so long that it costs nothing to give back, after them, what they have freed.
+# From this many slices on, the time that trimming the heap takes does not count.
 MANY_SLICES = 16
 
-# A slice of groups, its tokens, their mask, and in the backward pass a gradient.
-Found = tuple[slice, Tensor, Tensor | None, Tensor | None]
+# A slice of groups, its tokens, their mask, and in the backward pass the gradient of what left the block.
+Fetched = tuple[slice, Tensor, Tensor | None, Tensor | None]
 
 
-class Pass:
-    """One pass through the trunk, forward and backward, in slices.
+@dataclass(frozen=True)
+class StreamOptions:
+    """What a streamed pass is told, see `fitformer.execution.Streamed`."""
 
-    With `whole`, data tokens come from and go to a tensor in memory; else they are read, embedded and scored by slice.
+    groups: int | None = None
+    keep: Keep = "memory"
+    precision: Literal["bf16"] | None = None
+    folder: str | Path | None = None
+    recompute: Recompute = "full"
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and self.groups < 1:
+            raise InputError(f"a slice of {self.groups} groups; it needs at least 1")
+        if self.keep not in get_args(Keep):
+            raise InputError(f"keep is {self.keep!r}; known are {', '.join(get_args(Keep))}")
+        if self.precision not in (None, "bf16"):
+            raise InputError(f"precision is {self.precision!r}; data tokens are kept as they are (None) or in 'bf16'")
+        if self.recompute not in get_args(Recompute):
+            raise InputError(f"recompute is {self.recompute!r}; known are {', '.join(get_args(Recompute))}")
+
+
+class StreamedPass:
+    """One pass through a trunk, forward and backward, in slices of groups; `run_blocks` drives the forward half.
+
+    Args:
+        trunk, inputs: what is run, on what.
+        options: the `Streamed` that asks for it.
+        slices: of groups, in their order.
     """
 
-    def __init__(
-        self, trunk: Trunk, how: "Streamed", work: Work, role: Any = None, *, tokens: int, whole: bool = False
-    ) -> None:
-        self.trunk, self.how, self.work, self.role, self.whole = trunk, how, work, role, whole
-        self.device = work.latents.device
-        self.slices = how.slices(work, tokens)
+    def __init__(self, trunk: Trunk, options: StreamOptions, inputs: Inputs, slices: Sequence[slice]) -> None:
+        self.trunk, self.options, self.inputs, self.slices = trunk, options, inputs, slices
+        self.device = inputs.latents.device
         self.last = len(trunk.blocks) - 1
-        self.remembered = SAVE_POLICIES[how.recompute]
-        self.keys = trunk.group_keys(work.latents.shape[0], work.groups)
-        self.kept: Sequence[TokenStore] = []
+        self.policy = SAVE_POLICIES[options.recompute]
+        self.keys = trunk.dropout_keys(inputs.latents.shape[0], inputs.groups)
+        self.stores: Sequence[TokenStore] = []
         self.entered: list[Tensor] = []
         self.graphs: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.states: dict[tuple[int, int], Any] = {}
-        self.recalls: dict[tuple[int, int], AbstractContextManager] = {}
+        self.replays: dict[tuple[int, int], AbstractContextManager] = {}
         self.masks: dict[int, Tensor | None] = {}
+        self.score: Tensor | None = None
+        self.wanted: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.g_condition: Tensor | None = None
         self.learns = torch.is_grad_enabled()
         self.autocast = _autocast(self.device)
 
     def forward(
-        self, x: Tensor | None, latents: Tensor, condition: Tensor | None, parameters: Sequence[Tensor], graph: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Tokens of the input's shape or the sum of scores, and the latents; `graph` if a backward pass will follow."""
-        self.x, self.condition, self.parameters, self.graph = x, condition, parameters, graph
-        self.wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
-        self.out = None if x is None else torch.empty_like(x)
+        self, tokens: Tensor | None, latents: Tensor, condition: Tensor | None, *parameters: Tensor, graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The latents, the sum of scores, the tokens of `inputs.blocks`; `graph` if a backward pass will follow."""
+        self.tokens, self.condition, self.parameters, self.graph = tokens, condition, parameters, graph
+        self.learning = {id(parameter) for parameter in parameters if parameter.requires_grad}
         try:
-            for i in range(self.last + 1):
-                if graph:
-                    self.entered.append(latents)
-                latents = self._global(i, self._groups(i, latents))
-                self._tidy()
+            latents = run_blocks(self.trunk, self, latents)
         except BaseException:
             self._close()
             raise
         if not graph:
             self._close()
-        out, self.out = self.out, None
-        return out, latents
+        score, wanted = self.score, [self.wanted[i] for i in self.inputs.blocks]
+        self.score, self.wanted = None, {}
+        return latents, score, *wanted
 
-    def _groups(self, i: int, latents: Tensor) -> Tensor:
-        """The group phase of block i: latents in and out."""
-        source, parts = self.trunk.write_source(latents), []
-        with closing(self._tokens(i)) as found:
-            for k, (groups, tokens, mask, _) in enumerate(found, start=1):
-                if self.graph and self._calls_back(i):
+    def run_groups(self, i: int, latents: Tensor) -> Tensor:
+        """The group phase of block i, slice by slice: latents in and out."""
+        if self.graph:
+            self.entered.append(latents)
+        write_latents, parts = self.trunk.write_latents(latents), []
+        with closing(self._fetch(i)) as fetched:
+            for k, (groups, tokens, mask, _) in enumerate(fetched, start=1):
+                if self.graph and i in (0, self.last):
+                    # The caller's own functions run here, embedding and score, and may draw random numbers.
                     self.states[i, groups.start] = random_state(self.device)
-                x = self._enter(i, groups, tokens)
-                x, part = self._remembering(i, groups, x, latents[:, groups], source[:, groups], mask)
+                x = tokens if i else self.inputs.embed(groups, tokens)
+                x, part = self._remembering(i, groups, x, latents[:, groups], write_latents[:, groups], mask)
                 parts.append(part)
                 self._leave(i, groups, x, mask)
                 if k % MANY_SLICES == 0:
-                    self._tidy()
+                    self._trim()
         return torch.cat(parts, dim=1)
 
-    def _calls_back(self, i: int) -> bool:
-        """Whether block i runs functions of the caller's own, which may draw random numbers: embedding, scores."""
-        return i in (0, self.last) and not self.whole
-
-    def _enter(self, i: int, groups: slice, tokens: Tensor) -> Tensor:
-        """A slice's data tokens as they enter block i."""
-        return tokens if i or self.whole else embedded(self.role, self.work, groups, tokens)
+    def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
+        """The global phase of block i, with a graph that keeps the inputs of its layers alone."""
+        global_phase = self.trunk.blocks[i].global_phase
+        if not self.graph:
+            latents = global_phase(latents, self.condition)
+        else:
+            with torch.enable_grad():
+                leaf = latents.detach().requires_grad_()
+                condition = None if self.condition is None else self.condition.detach().requires_grad_()
+                out = global_phase(leaf, condition, call=checkpointing(self.policy.latents))
+            self.graphs.append((leaf, condition, out))
+            latents = out.detach()
+        self._trim()
+        return latents
 
     def _leave(self, i: int, groups: slice, x: Tensor, mask: Tensor | None) -> None:
-        """A slice's data tokens as they leave block i: kept for the next one, or handed out."""
+        """Hand out a slice's data tokens as they leave block i: to the next block, to the score, to the caller."""
+        if i in self.inputs.blocks:
+            if i not in self.wanted:
+                self.wanted[i] = x.new_empty(x.shape[0], self.inputs.groups, *x.shape[2:])
+            self.wanted[i][:, groups] = x
         if i < self.last:
-            self._keep(i, groups, x)
-        elif self.out is not None and self.whole:
-            self.out[:, groups] = x
-        elif self.work.score is not None:
-            score = self._score(groups, x, mask)
-            self.out = score if self.out is None else self.out + score
+            self._store(i, groups, x)
+        elif self.inputs.score is not None:
+            score = self.inputs.score(groups, x, mask)
+            self.score = score if self.score is None else self.score + score
 
-    def _score(self, groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
-        assert self.work.score is not None
-        return self.work.score(groups, self.role.finish(x), mask)
-
-    def _group(
-        self, i: int, groups: slice, x: Tensor, latents: Tensor, source: Tensor, mask: Tensor | None
+    def _group_phase(
+        self, i: int, groups: slice, x: Tensor, latents: Tensor, write_latents: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         keys = None if self.keys is None else self.keys[:, groups]
-        return self.trunk.group_phase(i, x, latents, source, mask, keys)
+        return self.trunk.blocks[i].group_phase(x, latents, write_latents, mask, keys)
 
     def _remembering(
-        self, i: int, groups: slice, x: Tensor, latents: Tensor, source: Tensor, mask: Tensor | None
+        self, i: int, groups: slice, x: Tensor, latents: Tensor, write_latents: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The group phase in the forward pass, remembering what the backward pass is not to compute again."""
-        if not self.graph or not self.remembered.groups:
-            return self._group(i, groups, x, latents, source, mask)
-        remembering, self.recalls[i, groups.start] = contexts(self.remembered.groups)
+        """The group phase in the forward pass, remembering what the backward pass does not compute again."""
+        if not self.graph or not self.policy.groups:
+            return self._group_phase(i, groups, x, latents, write_latents, mask)
+        remembering, self.replays[i, groups.start] = contexts(self.policy.groups)
         # With a graph, though nothing of it is kept: whether there is one decides how attention is computed on a GPU.
-        with torch.enable_grad(), saved_tensors_hooks(_forgotten, _forgotten), remembering:
-            x, latents, source = (each.detach().requires_grad_() for each in (x, latents, source))
-            x, latents = self._group(i, groups, x, latents, source, mask)
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _forget), remembering:
+            x, latents, write_latents = (each.detach().requires_grad_() for each in (x, latents, write_latents))
+            x, latents = self._group_phase(i, groups, x, latents, write_latents, mask)
         return x.detach(), latents.detach()
 
-    def _global(self, i: int, latents: Tensor) -> Tensor:
-        """The global phase, with a graph that keeps the inputs of its layers alone."""
-        if not self.graph:
-            return self.trunk.global_phase(i, latents, self.condition)
-        with torch.enable_grad():
-            leaf = latents.detach().requires_grad_()
-            condition = None if self.condition is None else self.condition.detach().requires_grad_()
-            out = self.trunk.global_phase(i, leaf, condition, call=checkpointing(self.remembered.latents))
-        self.graphs.append((leaf, condition, out))
-        return out.detach()
-
-    def _keep(self, i: int, groups: slice, x: Tensor) -> None:
+    def _store(self, i: int, groups: slice, x: Tensor) -> None:
         """Keep a slice's tokens as they leave block i.
 
-        All room is taken with the first slice, so that a lack of it shows at once.
+        The whole space is taken with the first slice, so that a lack of it shows at once.
         """
-        if not self.kept:
+        if not self.stores:
             b, _, n, c = x.shape
-            dtype = torch.bfloat16 if self.how.precision == "bf16" else x.dtype
-            folder = None if self.how.folder is None else Path(self.how.folder)
-            count = self.last if self.graph else 1
-            self.kept = make_stores(count, self.how.keep, (b, self.work.groups, n, c), dtype, x, folder)
-        self._room(i).put(groups, x)
+            dtype = torch.bfloat16 if self.options.precision == "bf16" else x.dtype
+            folder = None if self.options.folder is None else Path(self.options.folder)
+            count, shape = self.last if self.graph else 1, (b, self.inputs.groups, n, c)
+            self.stores = make_stores(count, self.options.keep, shape, dtype, x, folder)
+        self._store_of(i).put(groups, x)
 
-    def _room(self, i: int) -> TokenStore:
-        """Of the tokens that leave block i; without a backward pass one room does for all blocks."""
-        return self.kept[i if self.graph else 0]
+    def _store_of(self, i: int) -> TokenStore:
+        """The store of the tokens that leave block i; without a backward pass one serves all blocks."""
+        return self.stores[i if self.graph else 0]
 
-    def _tokens(self, i: int, backward: bool = False) -> Generator[Found, None, None]:
+    def _fetch(self, i: int, backward: bool = False) -> Generator[Fetched, None, None]:
         """What enters block i, slice by slice, with its mask; the next one is read while this one is computed on.
 
         Backward, the slices come last first, with the gradient of what left the block, where the block was not the
         last.
         """
 
-        def fetch(groups: slice) -> Found:
+        def fetch(groups: slice) -> Fetched:
             if i == 0:
-                tokens, self.masks[groups.start] = self.work.read(groups)
+                tokens, self.masks[groups.start] = self.inputs.read(groups)
             else:
-                tokens = self._room(i - 1).get(groups)
-            g_x = self._room(i).get(groups) if backward and i < self.last else None
-            return groups, tokens, self.masks[groups.start], g_x
+                tokens = self._store_of(i - 1).get(groups)
+            g_x = self._store_of(i).get(groups) if backward and i < self.last else None
+            return groups, tokens.detach(), self.masks[groups.start], g_x
 
         slices = self.slices[::-1] if backward else self.slices
-        near = self.how.keep == "memory" and (i > 0 or self.whole)
+        near = self.options.keep == "memory" and (i > 0 or self.tokens is not None)
         yield from map(fetch, slices) if near else prefetch(fetch, slices, self.device)
 
-    def _tidy(self) -> None:
-        """Give back the holes that freed tensors left between those that stay, or between others of another phase."""
+    def _trim(self) -> None:
+        """Give the holes between live tensors back to the system, where there are many slices."""
         if self.device.type == "cpu" and len(self.slices) >= MANY_SLICES:
             trim_heap()
 
     def _close(self) -> None:
-        for kept in self.kept:
-            kept.close()
+        for store in self.stores:
+            store.close()
 
-    def backward(self, g_out: Tensor | None, g_latents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the data tokens in memory, of latents, condition and parameters, in the order of `forward`."""
+    def backward(
+        self, g_latents: Tensor | None, g_score: Tensor | None, *g_wanted: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of tokens in memory, latents, condition and parameters, in the order of `forward`."""
         state = random_state(self.device)
-        self.g_x = None if self.x is None or not self.x.requires_grad else torch.empty_like(self.x)
+        self.g_score, self.g_wanted = g_score, dict(zip(self.inputs.blocks, g_wanted, strict=True))
+        learns = self.tokens is not None and self.tokens.requires_grad
+        self.g_tokens = torch.empty_like(self.tokens) if learns else None  # type: ignore[arg-type]
         try:
             for i in reversed(range(self.last + 1)):
-                g_latents = self._global_backward(i, g_latents)
-                self._tidy()
-                g_latents = self._groups_backward(i, g_out, g_latents)
-                self._tidy()
+                g_latents = self._exchange_backward(i, g_latents)
+                self._trim()
+                g_latents = self._groups_backward(i, g_latents)
+                self._trim()
         finally:
             self._close()
             set_random_state(state, self.device)
         sums = tuple(self.sums.get(id(parameter)) for parameter in self.parameters)
-        return self.g_x, g_latents, self.g_condition, *sums
+        return self.g_tokens, g_latents, self.g_condition, *sums
 
-    def _global_backward(self, i: int, g_latents: Tensor | None) -> Tensor | None:
+    def _exchange_backward(self, i: int, g_latents: Tensor | None) -> Tensor | None:
         leaf, condition, out = self.graphs.pop()
         if g_latents is None:
             return None
-        block: Block = self.trunk.blocks[i]  # type: ignore[assignment]
+        block = self.trunk.blocks[i]
         parameters = self._learning([*block.global_layers, block.condition])
         inputs = [leaf, *([] if condition is None else [condition]), *parameters]
         g_leaf, *others = torch.autograd.grad(out, inputs, g_latents, allow_unused=True)
         if condition is not None:
-            g_condition = others.pop(0)
-            if g_condition is not None:
-                self.g_condition = g_condition if self.g_condition is None else self.g_condition + g_condition
+            self.g_condition = _plus(self.g_condition, others.pop(0))
         self._add(parameters, others, own=True)
         return g_leaf
 
-    def _groups_backward(self, i: int, g_out: Tensor | None, g_parts: Tensor | None) -> Tensor | None:
+    def _groups_backward(self, i: int, g_parts: Tensor | None) -> Tensor | None:
         """Gradient of the latents that entered block i, from that of the latents its group phase gave."""
         latents = self.entered.pop()
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
-            source = self.trunk.write_source(leaf)
+            write_latents = self.trunk.write_latents(leaf)
         g_own: Tensor | None = None
-        g_source: Tensor | None = None
-        with closing(self._tokens(i, backward=True)) as found:
-            for groups, tokens, mask, g_left in found:
-                if i == self.last:
-                    g_left = g_out[:, groups] if self.whole and g_out is not None else g_out
+        g_write: Tensor | None = None
+        with closing(self._fetch(i, backward=True)) as fetched:
+            for groups, tokens, mask, g_left in fetched:
                 g_part = None if g_parts is None else g_parts[:, groups]
-                own, of = latents[:, groups], source[:, groups]
-                g_slice, g_of = self._slice_backward(i, groups, tokens, mask, own, of, g_part, g_left)
-                g_own, g_source = _put(g_own, groups, g_slice, latents), _put(g_source, groups, g_of, latents)
+                entering = tokens, latents[:, groups], write_latents[:, groups]
+                g_slice, g_of = self._slice_backward(i, groups, entering, mask, g_part, g_left)
+                g_own, g_write = _put(g_own, groups, g_slice, latents), _put(g_write, groups, g_of, latents)
         if i < self.last:
-            self._room(i).close()
-        if g_source is not None and source is not leaf:
-            (g_source,) = torch.autograd.grad(source, leaf, g_source)
-        if g_own is None or g_source is None:
-            return g_source if g_own is None else g_own
-        return g_own.add_(g_source)
+            self._store_of(i).close()
+        if g_write is not None and write_latents is not leaf:
+            (g_write,) = torch.autograd.grad(write_latents, leaf, g_write)
+        if g_own is None or g_write is None:
+            return g_write if g_own is None else g_own
+        return g_own.add_(g_write)
 
     def _slice_backward(
         self,
         i: int,
         groups: slice,
-        tokens: Tensor,
+        entering: tuple[Tensor, Tensor, Tensor],
         mask: Tensor | None,
-        latents: Tensor,
-        source: Tensor,
         g_part: Tensor | None,
         g_left: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the latents and of the source of a slice, from those of its latents and of what left it.
-
-        What left it are the tokens of block i, or at the end the score.
-        """
+        """Gradients of a slice's latents and write latents, from those of its latents and of what left the block."""
         with torch.enable_grad(), self.autocast():
             if (i, groups.start) in self.states:
                 set_random_state(self.states.pop((i, groups.start)), self.device)
-            own, of = (each.detach().requires_grad_() for each in (latents, source))
-            entered = [] if i == 0 and not self.whole else [tokens.detach().requires_grad_()]
-            x = entered[0] if entered else self._enter(i, groups, tokens)
-            with self.recalls.pop((i, groups.start), nullcontext()):
-                left, part = self._group(i, groups, x, own, of, mask)
-            if i == self.last and not self.whole and g_left is not None:
-                left = self._score(groups, left, mask)
+            tokens, own, write = (each.detach() for each in entering)
+            inputs = [own.requires_grad_(), write.requires_grad_()]
+            if i or self.g_tokens is not None:
+                inputs.append(tokens.requires_grad_())
+            x = tokens if i else self.inputs.embed(groups, tokens)
+            with self.replays.pop((i, groups.start), nullcontext()):
+                left, part = self._group_phase(i, groups, x, own, write, mask)
+            outputs = [(part, g_part), *self._left(i, groups, left, mask, g_left)]
         parameters = self._group_parameters(i)
-        outputs = [(part, g_part), (left, g_left)]
-        g_own, g_of, *others = _gradients(outputs, [own, of, *entered, *parameters])
-        if entered:
-            self._pass_down(i, groups, x, others.pop(0))
+        g_own, g_write, *others = _gradients(outputs, [*inputs, *parameters])
+        if len(inputs) == 3:
+            self._pass_down(i, groups, tokens, others.pop(0))
         self._add(parameters, others)
-        return g_own, g_of
+        return g_own, g_write
 
-    def _pass_down(self, i: int, groups: slice, x: Tensor, g_x: Tensor | None) -> None:
-        """The gradient of a slice's tokens, to the block before or to the caller."""
-        g_x = torch.zeros_like(x) if g_x is None else g_x
+    def _left(
+        self, i: int, groups: slice, x: Tensor, mask: Tensor | None, g_left: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """What a slice's data tokens became as they left block i, each with its gradient."""
+        if i == self.last and self.inputs.score is not None and self.g_score is not None:
+            outputs = [(self.inputs.score(groups, x, mask), self.g_score)]
+        else:
+            outputs = []
+        g_wanted = self.g_wanted.get(i)
+        return [*outputs, (x, _plus(g_left, None if g_wanted is None else g_wanted[:, groups]))]
+
+    def _pass_down(self, i: int, groups: slice, tokens: Tensor, g_tokens: Tensor | None) -> None:
+        """Hand the gradient of a slice's tokens to the block before or to the caller."""
+        g_tokens = torch.zeros_like(tokens) if g_tokens is None else g_tokens
         if i:
-            self._room(i - 1).put(groups, g_x)
-        elif self.g_x is not None:
-            self.g_x[:, groups] = g_x
+            self._store_of(i - 1).put(groups, g_tokens)
+        elif self.g_tokens is not None:
+            self.g_tokens[:, groups] = g_tokens
 
     def _group_parameters(self, i: int) -> list[Tensor]:
         """The parameters, and other tensors with gradients, that the group phase of block i may use."""
-        block: Block = self.trunk.blocks[i]  # type: ignore[assignment]
-        found = self._learning([*block.local_layers, block.write, block.read])
-        if self._calls_back(i):
+        block = self.trunk.blocks[i]
+        parameters = self._learning([*block.local_layers, block.write, block.read])
+        if i in (0, self.last):
             inside = {id(parameter) for parameter in self.trunk.blocks.parameters()}
-            found += [each for each in self.parameters if id(each) not in inside and id(each) in self.wanted]
-        return found
+            outside = (each for each in self.parameters if id(each) not in inside)
+            parameters += [each for each in outside if id(each) in self.learning]
+        return parameters
 
     def _learning(self, modules: Iterable[torch.nn.Module | None]) -> list[Tensor]:
-        return [p for module in modules if module is not None for p in module.parameters() if id(p) in self.wanted]
+        return [p for module in modules if module is not None for p in module.parameters() if id(p) in self.learning]
 
     def _add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], own: bool = False) -> None:
-        """Add to the sums; `own` where nobody else holds these gradients."""
+        """Add to the sums; `own` where nothing else holds these gradients."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -304,6 +325,11 @@ class Pass:
             else:
                 # A gradient may be broadcast, or the very tensor that somebody else holds.
                 self.sums[id(parameter)] = gradient if own else gradient.clone()
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may be absent."""
+    return other if one is None else one if other is None else one + other
 
 
 def _put(whole: Tensor | None, groups: slice, part: Tensor | None, like: Tensor) -> Tensor | None:
@@ -324,8 +350,8 @@ def _gradients(outputs: Sequence[tuple[Tensor, Tensor | None]], inputs: Sequence
     return list(torch.autograd.grad(ends, inputs, gradients, allow_unused=True))
 
 
-def _forgotten(_: Any) -> Any:
-    """What autograd keeps of a graph that nobody goes back through."""
+def _forget(_: Any) -> Any:
+    """Keep nothing of a graph that is never gone back through."""
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -1,81 +1,159 @@
-"""What there is to compute, told so that it need never be whole in memory, and the one call that computes it."""
+"""The one driver of the trunk: a loop over blocks whose parts every way to run exchanges.
 
+An `Execution` says how the two phases of each block are run (plainly, checkpointed, in slices of groups); `Inputs` say
+what is computed, so that the tokens need never be whole in memory. Nothing here imports a model: whatever has blocks of
+the two phases can be run.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
-
-from fitformer.models.trunk import Trunk
+from torch import Tensor
 
 Read = Callable[[slice], tuple[Tensor, Tensor | None]]
 Embed = Callable[[slice, Tensor], Tensor]
 Score = Callable[[slice, Tensor, Tensor | None], Tensor]
 
 
-class Execution(Protocol):
-    """A way to run the trunk on tokens that are in memory, such as `plain`."""
+class Trunk(Protocol):
+    """What is run: `fitformer.models.trunk.Trunk` is one. Its blocks have `group_phase` and `global_phase`."""
+
+    blocks: Any
+    tokens_per_group: int
+
+    def write_latents(self, latents: Tensor) -> Tensor:
+        """The latents `(b, t, m, d)` that the write of each group attends to."""
+
+    def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
+        """What each group's dropout is drawn from, `(b, t)`; None without dropout."""
+
+    def parameters(self) -> Any:
+        """Its parameters."""
+
+
+def as_they_are(groups: slice, tokens: Tensor) -> Tensor:
+    """The embedding of tokens that are data tokens already."""
+    return tokens
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One pass through a trunk, by slices of groups.
+
+    Attributes:
+        tokens: raw tokens `(b, t, n, ...)`, or a function that reads a slice of groups: tokens `(b, s, n, ...)` and
+            their mask `(b, s, n)` or None. It may be called from another thread, and again in the backward pass: it
+            must give the same each time.
+        latents: initial ones `(b, t, m, d)`.
+        embed: raw tokens of a slice to data tokens `(b, s, n, c)`.
+        mask: of tokens in memory, booleans `(b, t, n)`, false for tokens that nothing attends to.
+        score: of a slice, its last data tokens and their mask, a tensor that is added up over slices: a loss, or a sum
+            for a mean.
+        blocks: numbers of the blocks whose data tokens are wanted whole.
+        condition: tokens `(b, s, d)` that the latents attend to.
+        parameters: all tensors with gradients that the trunk, `embed` and `score` use.
+    """
+
+    tokens: Tensor | Read
+    latents: Tensor
+    embed: Embed = as_they_are
+    mask: Tensor | None = None
+    score: Score | None = None
+    blocks: Sequence[int] = ()
+    condition: Tensor | None = None
+    parameters: Sequence[Tensor] = ()
+
+    @property
+    def groups(self) -> int:
+        """Groups of every example, t."""
+        return self.latents.shape[1]
+
+    def read(self, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Raw tokens of a slice of groups, and their mask."""
+        if not isinstance(self.tokens, Tensor):
+            return self.tokens(groups)
+        return self.tokens[:, groups], None if self.mask is None else self.mask[:, groups]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass gives, all of it differentiable.
+
+    Attributes:
+        latents: `(b, t, m, d)` as they leave the last block.
+        score: the scores' sum over slices; None where none was asked for.
+        tokens: data tokens `(b, t, n, c)` as they leave each block of `Inputs.blocks`.
+    """
+
+    latents: Tensor
+    score: Tensor | None
+    tokens: tuple[Tensor, ...]
+
+
+class Execution(ABC):
+    """A way to run a trunk; every one equals `plain`, outputs and gradients, by a test."""
+
+    @abstractmethod
+    def run(self, trunk: Trunk, inputs: Inputs) -> Outputs:
+        """Run all blocks of a trunk."""
 
     def __call__(
         self, trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Data tokens and latents out, of the shapes of `x (b, t, n, c)` and `latents (b, t, m, d)`."""
+        """Run a trunk on data tokens `x (b, t, n, c)` and latents `(b, t, m, d)` in memory; returns both."""
+        last = (len(trunk.blocks) - 1,)
+        parameters = tuple(trunk.parameters())
+        inputs = Inputs(x, latents, mask=mask, blocks=last, condition=condition, parameters=parameters)
+        outputs = self.run(trunk, inputs)
+        return outputs.tokens[0], outputs.latents
 
 
-@dataclass(frozen=True)
-class Work:
-    """A pass through a role, by slices of groups.
+class Phases(Protocol):
+    """How the two phases are run in one pass: the exchangeable parts of the loop."""
 
-    Attributes:
-        groups: t, of every example.
-        latents: initial ones `(b, t, m, d)`.
-        read: raw tokens `(b, s, n, ...)` of a slice of groups and their mask `(b, s, n)` or None. May be called from
-            another thread, and again in the backward pass: it must give the same each time.
-        embed: raw tokens of a slice as data tokens `(b, s, n, c)`; the role's own where it is None.
-        score: of a slice, the role's outputs and their mask, a tensor to be added up over slices: a loss, or a sum for
-            a mean. None where only the latents are wanted.
-        condition: tokens `(b, s, d)` for the latents to look at.
-        depends_on: tensors with gradients, beside the role's parameters, that `embed` or `score` use.
-    """
+    def run_groups(self, i: int, latents: Tensor) -> Tensor:
+        """The group phase of block i on all groups: latents `(b, t, m, d)` in and out. Tokens are kept by the part."""
 
-    groups: int
-    latents: Tensor
-    read: Read
-    embed: Embed | None = None
-    score: Score | None = None
-    condition: Tensor | None = None
-    depends_on: Sequence[Tensor] = ()
+    def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
+        """The global phase of block i: latents `(b, t, m, d)` of all groups in and out."""
 
 
-def total(role: Any, work: Work) -> tuple[Tensor | None, Tensor]:
-    """Run a role on some work, as `role.run` says: the scores' sum over all slices, and the latents `(b, t, m, d)`.
-
-    Args:
-        role: `FITEncoder`, `FITDenoiser` or `FITDecoder`.
-        work: what to compute.
-
-    Both results can be differentiated, by the role's parameters and the tensors of `work`. Where `role.run` is
-    `Streamed`, no tensor of all data tokens ever exists, but for those that it keeps.
-    """
-    assert isinstance(role, nn.Module)
-    if isinstance(role.run, ByWork):
-        return role.run.total(role, work)
-    everything = slice(0, work.groups)
-    tokens, mask = work.read(everything)
-    x = embedded(role, work, everything, tokens)
-    x, latents = role.run(role.trunk, x, work.latents, work.condition, mask)  # type: ignore[operator]
-    score = None if work.score is None else work.score(everything, role.finish(x), mask)  # type: ignore[operator]
-    return score, latents
+def run_blocks(trunk: Trunk, phases: Phases, latents: Tensor) -> Tensor:
+    """The loop over blocks that every way to run goes through; returns the latents `(b, t, m, d)`."""
+    for i in range(len(trunk.blocks)):
+        latents = phases.run_groups(i, latents)
+        latents = phases.exchange_latents(i, latents)
+    return latents
 
 
-def embedded(role: Any, work: Work, groups: slice, tokens: Tensor) -> Tensor:
-    """Raw tokens of a slice as data tokens."""
-    return role.embed(tokens) if work.embed is None else work.embed(groups, tokens)
+class InMemory:
+    """Both phases on everything at once, each through `call(phase, *arguments)`; data tokens stay in memory."""
 
+    def __init__(self, trunk: Trunk, inputs: Inputs, call: Callable[..., Any]) -> None:
+        everything = slice(0, inputs.groups)
+        tokens, self.mask = inputs.read(everything)
+        self.x = inputs.embed(everything, tokens)
+        self.trunk, self.inputs, self.call = trunk, inputs, call
+        self.keys = trunk.dropout_keys(*inputs.latents.shape[:2])
+        self.wanted: dict[int, Tensor] = {}
 
-class ByWork:
-    """A way to run that reads its work itself."""
+    def run_groups(self, i: int, latents: Tensor) -> Tensor:
+        """As `Phases` has it."""
+        phase, write_latents = self.trunk.blocks[i].group_phase, self.trunk.write_latents(latents)
+        self.x, latents = self.call(phase, self.x, latents, write_latents, self.mask, self.keys)
+        if i in self.inputs.blocks:
+            self.wanted[i] = self.x
+        return latents
 
-    def total(self, role: Any, work: Work) -> tuple[Tensor | None, Tensor]:
-        """As the function `total`."""
-        raise NotImplementedError
+    def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
+        """As `Phases` has it."""
+        return self.call(self.trunk.blocks[i].global_phase, latents, self.inputs.condition)
+
+    def run(self) -> Outputs:
+        """Run all blocks."""
+        inputs = self.inputs
+        latents = run_blocks(self.trunk, self, inputs.latents)
+        score = None if inputs.score is None else inputs.score(slice(0, inputs.groups), self.x, self.mask)
+        return Outputs(latents, score, tuple(self.wanted[i] for i in inputs.blocks))

@@ -1,18 +1,20 @@
 """Gradient checkpointing: each phase keeps its inputs alone and is computed again in the backward pass."""
 
-from torch import Tensor
+from dataclasses import dataclass
+from functools import partial
+
 from torch.utils.checkpoint import checkpoint
 
-from fitformer.models.trunk import Trunk
+from fitformer.execution.base import Execution, InMemory, Inputs, Outputs, Trunk
 
 
-def checkpointed(
-    trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Checkpointed(Execution):
     """Run the trunk, recomputing each phase in the backward pass under the same random state."""
-    keys = trunk.group_keys(*x.shape[:2])
-    for i in range(len(trunk.blocks)):
-        source = trunk.write_source(latents)
-        x, latents = checkpoint(trunk.group_phase, i, x, latents, source, mask, keys, use_reentrant=False)
-        latents = checkpoint(trunk.global_phase, i, latents, condition, use_reentrant=False)
-    return x, latents
+
+    def run(self, trunk: Trunk, inputs: Inputs) -> Outputs:
+        """As `Execution.run`."""
+        return InMemory(trunk, inputs, partial(checkpoint, use_reentrant=False)).run()
+
+
+checkpointed = Checkpointed()

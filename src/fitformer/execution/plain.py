@@ -1,12 +1,23 @@
 """The plain way: every phase on everything, all activations kept. The oracle for all the others."""
 
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from fitformer.models.trunk import Trunk
+from fitformer.execution.base import Execution, InMemory, Inputs, Outputs, Trunk
 
 
-def plain(
-    trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Plain(Execution):
     """Run the trunk as it is written."""
-    return trunk(x, latents, condition, mask)
+
+    def run(self, trunk: Trunk, inputs: Inputs) -> Outputs:
+        """As `Execution.run`."""
+        return InMemory(trunk, inputs, _call).run()
+
+
+def _call(phase: Callable[..., Any], *arguments: Any) -> Any:
+    return phase(*arguments)
+
+
+plain = Plain()

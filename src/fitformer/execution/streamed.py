@@ -1,32 +1,27 @@
-"""Streaming: the group phase runs over slices of groups, whose pixels are read when it is their turn.
+"""Streaming: the group phase runs over slices of groups, and a slice's pixels are read when it is their turn.
 
-Kept are the data tokens between blocks (`kept.py`) and the latents; everything else is computed again in the backward
-pass, slice by slice and global layer by global layer, under the same random state. There the gradients of the data
-tokens take the place of the tokens. So memory holds one slice at a time, whatever the size of the input. Where there is
-more memory, some of the results are remembered instead (`recompute.py`).
+The data tokens between blocks (`token_store.py`) and the latents are kept. The backward pass computes everything else
+again, slice by slice and global layer by global layer, under the same random state; the gradients of the data tokens
+take the tokens' place there. Memory holds one slice at a time, whatever the size of the input. Where there is more
+memory, some results are remembered instead (`selective_checkpoint.py`).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fitformer.errors import InputError
-from fitformer.execution._streamed_pass import Pass
-from fitformer.execution.base import ByWork, Work
-from fitformer.execution.selective_checkpoint import Recompute
-from fitformer.execution.token_store import Keep
-from fitformer.models.trunk import Trunk
+from fitformer.execution._streamed_pass import StreamedPass, StreamOptions
+from fitformer.execution.base import Execution, Inputs, Outputs, Trunk
 
 # Tokens of a slice where its size is not given: what a local layer makes of them stays in a processor's cache.
 SLICE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Streamed(ByWork):
+class Streamed(StreamOptions, Execution):
     """Run the trunk over slices of groups.
 
     Attributes:
@@ -44,62 +39,36 @@ class Streamed(ByWork):
         InputError: a slice of no groups, an unknown place, precision or recomputation.
     """
 
-    groups: int | None = None
-    keep: Keep = "memory"
-    precision: Literal["bf16"] | None = None
-    folder: str | Path | None = None
-    recompute: Recompute = "full"
+    def run(self, trunk: Trunk, inputs: Inputs) -> Outputs:
+        """As `Execution.run`; no tensor of all data tokens exists but for those that are kept or asked for."""
+        streamed = StreamedPass(trunk, self, inputs, self._slices(trunk, inputs))
+        # Each once: a tensor that is an input twice would get its gradient twice.
+        parameters = {id(each): each for each in inputs.parameters}.values()
+        tokens = inputs.tokens if isinstance(inputs.tokens, Tensor) else None
+        latents, score, *wanted = _Stream.apply(streamed, tokens, inputs.latents, inputs.condition, *parameters)
+        return Outputs(latents, score, tuple(wanted))
 
-    def __post_init__(self) -> None:
-        if self.groups is not None and self.groups < 1:
-            raise InputError(f"a slice of {self.groups} groups; it needs at least 1")
-        if self.keep not in get_args(Keep):
-            raise InputError(f"keep is {self.keep!r}; known are {', '.join(get_args(Keep))}")
-        if self.precision not in (None, "bf16"):
-            raise InputError(f"precision is {self.precision!r}; data tokens are kept as they are (None) or in 'bf16'")
-        if self.recompute not in get_args(Recompute):
-            raise InputError(f"recompute is {self.recompute!r}; known are {', '.join(get_args(Recompute))}")
-
-    def __call__(
-        self, trunk: Trunk, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Run the trunk on data tokens that are in memory, and put its tokens there; see `total` for others."""
-
-        def read(groups: slice) -> tuple[Tensor, Tensor | None]:
-            return x.detach()[:, groups], None if mask is None else mask[:, groups]
-
-        work = Work(x.shape[1], latents, read, condition=condition)
-        done = Pass(trunk, self, work, tokens=x.shape[2], whole=True)
-        return _Stream.apply(done, x, latents, condition, *trunk.parameters())
-
-    def total(self, role: Any, work: Work) -> tuple[Tensor | None, Tensor]:
-        """The sum of scores over slices and the latents, as `fitformer.execution.total` has it."""
-        done = Pass(role.trunk, self, work, role, tokens=role.tokens_per_group)
-        # Each once: what is told of twice would get its gradient twice.
-        parameters = {id(each): each for each in (*role.parameters(), *work.depends_on)}.values()
-        return _Stream.apply(done, None, work.latents, work.condition, *parameters)
-
-    def slices(self, work: Work, tokens_per_group: int) -> list[slice]:
+    def _slices(self, trunk: Trunk, inputs: Inputs) -> list[slice]:
         """The slices of groups, in their order."""
-        size = self.groups or max(1, SLICE_TOKENS // (tokens_per_group * work.latents.shape[0]))
-        return [slice(k, min(k + size, work.groups)) for k in range(0, work.groups, size)]
+        size = self.groups or max(1, SLICE_TOKENS // (trunk.tokens_per_group * inputs.latents.shape[0]))
+        return [slice(k, min(k + size, inputs.groups)) for k in range(0, inputs.groups, size)]
 
 
 class _Stream(torch.autograd.Function):
-    """A `Pass` as one node of autograd's graph; parameters are inputs, so that whatever hooks on to them is told."""
+    """A `StreamedPass` as one node of autograd's graph; parameters are inputs, so that hooks on them are called."""
 
     @staticmethod
-    def forward(ctx: Any, done: "Pass", x: Tensor | None, latents: Tensor, condition: Any, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, streamed: StreamedPass, *inputs: Any) -> Any:
         # A result that no loss uses has no gradient, and neither have the layers that it alone came from.
         ctx.set_materialize_grads(False)
-        ctx.done = done
-        return done.forward(x, latents, condition, parameters, graph=done.learns and any(ctx.needs_input_grad))
+        ctx.streamed = streamed
+        return streamed.forward(*inputs, graph=streamed.learns and any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_out: Tensor | None, g_latents: Tensor | None) -> Any:
-        # Let go of: a loss that is still looked at would keep all of it in memory.
-        done, ctx.done = ctx.done, None
-        if done is None:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        # Released: a loss that is still referenced would keep all of it in memory.
+        streamed, ctx.streamed = ctx.streamed, None
+        if streamed is None:
             raise RuntimeError("the backward pass of a streamed pass can run once only: it overwrites what was kept")
-        return None, *done.backward(g_out, g_latents)
+        return None, *streamed.backward(*gradients)

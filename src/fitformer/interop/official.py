@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
+from fitformer.models.base import FITModel
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
@@ -20,7 +21,7 @@ from fitformer.models.positions import PositionTable
 from fitformer.models.pretrained import difference
 
 ROOTS = {"FIT": "fit", "FITDenoiser": "fitdenoiser", "FITAR": "fitar"}
-ROLES: dict[str, type[nn.Module]] = {"FIT": FITEncoder, "FITDenoiser": FITDenoiser, "FITAR": FITDecoder}
+ROLES: dict[str, type[FITModel]] = {"FIT": FITEncoder, "FITDenoiser": FITDenoiser, "FITAR": FITDecoder}
 
 # The reference's constructor arguments whose meaning does not depend on the role, by our names.
 RENAMED = {
@@ -88,7 +89,7 @@ def build(kind: str, kwargs: Mapping[str, Any], variables: Mapping[str, np.ndarr
     """
     if kind not in ROLES:
         raise InputError(f"unknown kind {kind!r}; there are {', '.join(ROLES)}")
-    model = ROLES[kind](**_arguments(kind, kwargs, variables)).eval()
+    model = ROLES[kind].from_config(_arguments(kind, kwargs, variables)).eval()
     pairs = list(_walk(model))
     faults = difference(
         {name: tuple(np.shape(array)) for name, array in variables.items()},
@@ -167,7 +168,10 @@ def _walk(model: nn.Module) -> Iterator[Variable]:
             f"{', '.join(role.__name__ for role in ROLES.values())}"
         )
     own = {"FIT": _encoder, "FITDenoiser": _denoiser, "FITAR": _decoder}[kind]
-    for name, parameter, shape in [*own(model), *_trunk(model.trunk, causal=kind == "FITAR")]:  # type: ignore[operator]
+    rows = [*own(model), *_trunk(model.trunk, causal=kind == "FITAR")]  # type: ignore[operator]
+    if len(rows) != len(list(model.parameters())):
+        raise InputError(f"this {type(model).__name__} has options that the reference lacks, such as qk_norm")
+    for name, parameter, shape in rows:
         yield Variable(f"{ROOTS[kind]}/{name}:0", parameter, shape)
 
 

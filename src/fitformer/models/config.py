@@ -1,47 +1,108 @@
-"""One table of sizes. Geometry (groups, tokens, channels, vocabulary) is the data's, never a preset's."""
+"""The one place where the trunk's options stand, and the table of sizes.
 
-from dataclasses import asdict, dataclass
-from typing import Any
+Roles, recipes, the planner, `official` and the command line read these fields. Nothing slow is imported here: the
+command line checks a recipe before it waits for torch. Geometry (groups, tokens, channels, vocabulary) is the data's,
+never the trunk's.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from fitformer.errors import InputError
 
+Position = Literal["learned", "sin_cos", "sin_cos2d"]
+LatentPosition = Literal["learned", "sin_cos", "row_column"]
+
 
 @dataclass(frozen=True)
-class Size:
-    """The numbers of the trunk that do not depend on the data; names are those of the constructors."""
+class TrunkConfig:
+    """Options of the trunk (spec sections 2 to 4); the defaults are the preset `tiny`.
 
-    layers: str
-    dim: int
-    latent_dim: int
-    heads: int
-    latent_heads: int
-    latents_per_group: int
+    Attributes:
+        layers: layer string `(local)global(local)global...`, see `fitformer.models.trunk.parse_layers`.
+        dim: width c of data tokens. latent_dim: width d of latents.
+        heads, latent_heads: attention heads of local and of global layers.
+        latents_per_group: m.
+        position: positions of data tokens, `sin_cos2d` for a square group of patches.
+        latent_position: positions of latents; `row_column` takes any number of groups.
+        mlp_ratio: inner over outer width of the feed-forwards.
+        drop_path, drop_units, drop_att: dropout of residual branches, feed-forward units, attention weights.
+        x_self_attention: local layers have attention, not only their feed-forward half.
+        xattn_with_mlp: a feed-forward after read and write.
+        xattn_enc_ln: cross-attention normalises its context.
+        qk_norm: queries and keys are normalised head by head before they meet (arXiv 2302.05442, section 2).
+    """
 
+    layers: str = "(1)2(1)2"
+    dim: int = 32
+    latent_dim: int = 64
+    heads: int = 2
+    latent_heads: int = 4
+    latents_per_group: int = 4
+    position: Position = "learned"
+    latent_position: LatentPosition = "learned"
+    mlp_ratio: float = 4
+    drop_path: float = 0.0
+    drop_units: float = 0.0
+    drop_att: float = 0.0
+    x_self_attention: bool = True
+    xattn_with_mlp: bool = False
+    xattn_enc_ln: bool = True
+    qk_norm: bool = False
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(field.name for field in fields(TrunkConfig))
+
+    @classmethod
+    def of(cls, values: Any) -> "TrunkConfig":
+        """The trunk's options among the attributes of an object that has them all, such as a recipe's model section."""
+        return TrunkConfig(**{name: getattr(values, name) for name in cls.names()})
+
+    def closed(self) -> Self:
+        """The same trunk with the local layers of its first block once more at its end.
+
+        Roles that answer in data tokens need it: global layers at the end do not reach them.
+        """
+        return replace(self, layers=self.layers + self.layers[: self.layers.index(")") + 1])
+
+
+SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
+"""The options that a preset is about; the others are the same in all presets."""
 
 # Parameters of an encoder: tiny 0.3M, small 30M, base 101M, large 340M (`fitformer info PRESET` counts them).
-SIZES = {
-    "tiny": Size("(1)2(1)2", dim=32, latent_dim=64, heads=2, latent_heads=4, latents_per_group=4),
-    "small": Size("(2)4(2)4", dim=256, latent_dim=512, heads=4, latent_heads=8, latents_per_group=16),
-    "base": Size("(2)4(2)4(2)4", dim=384, latent_dim=768, heads=6, latent_heads=12, latents_per_group=16),
-    "large": Size("(2)6(2)6(2)6(2)6", dim=512, latent_dim=1024, heads=8, latent_heads=16, latents_per_group=16),
+PRESETS = {
+    "tiny": TrunkConfig(),
+    "small": TrunkConfig("(2)4(2)4", 256, 512, heads=4, latent_heads=8, latents_per_group=16),
+    "base": TrunkConfig("(2)4(2)4(2)4", 384, 768, heads=6, latent_heads=12, latents_per_group=16),
+    "large": TrunkConfig("(2)6(2)6(2)6(2)6", 512, 1024, heads=8, latent_heads=16, latents_per_group=16),
 }
 
 
-def preset(name: str, *, end_local: bool = False) -> dict[str, Any]:
-    """Constructor arguments of a named size.
+def preset(name: str, *, ends_local: bool = False) -> TrunkConfig:
+    """The trunk of a named size: `tiny` (for tests), `small`, `base` or `large`.
 
     Args:
-        name: `tiny` (for tests), `small`, `base` or `large`.
-        end_local: close the layer string with the local layers of its first block, as the roles that answer in
-            data tokens need it (an encoder that ends in global layers answers in latents).
+        name: of the size.
+        ends_local: close the layer string, see `TrunkConfig.closed`.
 
     Raises:
         InputError: no such preset.
     """
-    if name not in SIZES:
-        raise InputError(f"no preset {name!r}; there are {', '.join(SIZES)}")
-    arguments = asdict(SIZES[name])
-    if end_local:
-        layers = arguments["layers"]
-        arguments["layers"] = layers + layers[: layers.index(")") + 1]
-    return arguments
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name].closed() if ends_local else PRESETS[name]
+
+
+def check_trunk(trunk: Any) -> None:
+    """Refuse anything but a `TrunkConfig`.
+
+    Raises:
+        InputError: another object, such as the layer string alone.
+    """
+    if not isinstance(trunk, TrunkConfig):
+        raise InputError(
+            f"trunk is {trunk!r}; give a TrunkConfig, or build the model from plain numbers by from_preset or "
+            "from_config"
+        )

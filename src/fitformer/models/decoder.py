@@ -4,26 +4,26 @@ import torch
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.execution import Execution, plain
+from fitformer.execution import Inputs
+from fitformer.execution.base import Read, Score
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig, check_trunk
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import check_sizes, layer_norm
-from fitformer.models.pretrained import Pretrained
 from fitformer.models.trunk import Trunk
 
 
-class FITDecoder(Pretrained, nn.Module):
+class FITDecoder(FITModel):
     """FIT autoregressive decoder (spec section 5).
 
     The logits at place k of group g depend on input tokens of groups before g, on those up to k of group g, and on
     nothing else. Global layers at the end of the layer string cannot reach them: end it in `)`.
 
     Args:
-        layers: layer string.
-        num_groups: t. tokens_per_group: n. latents_per_group: m.
+        trunk: options of the trunk.
+        num_groups: t. tokens_per_group: n.
         vocab_size: number of different tokens.
-        dim: c. latent_dim: d. heads, latent_heads: of local and of global attention.
         shared_embedding: one embedding for input and output. output_bias: a bias of the logits.
-        position, latent_position, mlp_ratio, drop_path, drop_units, drop_att: as in `FITEncoder`.
 
     Raises:
         InputError: arguments that do not fit together, see `Trunk`.
@@ -31,76 +31,63 @@ class FITDecoder(Pretrained, nn.Module):
 
     def __init__(
         self,
-        layers: str,
+        trunk: TrunkConfig,
         num_groups: int,
         tokens_per_group: int,
-        latents_per_group: int,
         vocab_size: int,
-        dim: int,
-        latent_dim: int,
-        heads: int,
-        latent_heads: int,
         *,
         shared_embedding: bool = True,
         output_bias: bool = True,
-        position: str = "learned",
-        latent_position: str = "learned",
-        mlp_ratio: float = 4,
-        drop_path: float = 0.0,
-        drop_units: float = 0.0,
-        drop_att: float = 0.0,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, dim=dim)
+        check_trunk(trunk)
+        check_sizes(vocab_size=vocab_size, dim=trunk.dim)
         self.num_groups, self.tokens_per_group, self.vocab_size = num_groups, tokens_per_group, vocab_size
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.output_embedding = None if shared_embedding else nn.Embedding(vocab_size, dim)
+        self.embedding = nn.Embedding(vocab_size, trunk.dim)
+        self.output_embedding = None if shared_embedding else nn.Embedding(vocab_size, trunk.dim)
         for embedding in filter(None, (self.embedding, self.output_embedding)):
             nn.init.trunc_normal_(embedding.weight, std=0.02, a=-0.04, b=0.04)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
-        self.trunk = Trunk(
-            layers,
-            num_groups,
-            tokens_per_group,
-            latents_per_group,
-            dim,
-            latent_dim,
-            heads,
-            latent_heads,
-            position=position,
-            latent_position=latent_position,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            drop_units=drop_units,
-            drop_att=drop_att,
-            causal="all",
-        )
-        self.norm = layer_norm(dim)
-        self.run: Execution = plain
+        self.trunk = Trunk(trunk, num_groups, tokens_per_group, causal="all")
+        self.norm = layer_norm(trunk.dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `(b, t, n, vocab_size)` of the targets, given integer `tokens (b, t, n)` shifted right by one.
+    def forward(self, tokens: Tensor, score: Score | None = None) -> Tensor:
+        """Logits of the targets, given integer tokens shifted right by one.
 
-        Fewer groups than the model was built for are the first ones.
+        Args:
+            tokens: `(b, t, n)`; fewer groups than the model was built for are the first ones.
+            score: function of a slice of groups, its logits and None, whose sum over slices is returned in place of
+                the logits: a loss that never holds them whole.
+
+        Returns:
+            logits `(b, t, n, vocab_size)`, or the score.
 
         Raises:
             InputError: groups of another length, tokens that are no whole numbers, or one outside the vocabulary.
         """
-        x = self.embed(tokens)
-        x, _ = self.run(self.trunk, x, self.trunk.initial_latents(*x.shape[:2]))
-        return self.finish(x)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Integer tokens `(b, t, n)` as data tokens `(b, t, n, c)`.
-
-        Raises:
-            InputError: as `forward`.
-        """
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
-        return self.embedding(tokens.long()) + self.trunk.position()
+        return self.read(tokens, tokens.shape[0], tokens.shape[1], score)
 
-    def finish(self, x: Tensor) -> Tensor:
+    def read(self, tokens: Tensor | Read, batch: int, groups: int, score: Score | None = None) -> Tensor:
+        """As `forward`, for `groups` groups of `batch` examples, in memory or by a function that reads a slice."""
+        scored = None if score is None else (lambda which, x, mask: score(which, self.head(x), mask))
+        inputs = Inputs(
+            tokens=tokens,
+            latents=self.trunk.initial_latents(batch, groups),
+            embed=lambda which, raw: self.embed(raw),
+            score=scored,
+            blocks=() if score else self.last_block(),
+            parameters=self.all_parameters(),
+        )
+        outputs = self.execute(inputs)
+        return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Integer tokens `(b, t, n)` as data tokens `(b, t, n, c)`."""
+        return self.embedding(tokens.long()) + self.trunk.position.at()
+
+    def head(self, x: Tensor) -> Tensor:
         """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""
         return nn.functional.linear(self.norm(x), (self.output_embedding or self.embedding).weight, self.output_bias)
 

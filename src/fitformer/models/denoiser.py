@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.execution import Execution, plain
+from fitformer.execution import Inputs
+from fitformer.execution.base import Read, Score
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig, check_trunk
 from fitformer.models.encoder import Stem, causal_of, check_grouped
 from fitformer.models.layers import FeedForward, check_sizes, layer_norm, linear
 from fitformer.models.positions import sin_cos_1d
-from fitformer.models.pretrained import Pretrained
 from fitformer.models.trunk import Trunk
 
 SELF_CONDITIONING = ("none", "latent")
@@ -58,22 +60,20 @@ class LatentSelfConditioning(nn.Module):
         return self.norm(latents_prev + self.ffn(latents_prev))
 
 
-class FITDenoiser(Pretrained, nn.Module):
+class FITDenoiser(FITModel):
     """FIT diffusion decoder (spec section 5).
 
     Args:
-        layers: layer string; should end in `)`, for what global layers at the end say reaches no data token.
+        trunk: options of the trunk; its layer string should end in `)`, as global layers at the end reach no data
+            token.
         num_groups: t; None for any number, with `row_column` latent positions.
-        tokens_per_group: n. latents_per_group: m.
+        tokens_per_group: n.
         out_dim: channels of a token, noisy and predicted.
-        dim: c. latent_dim: d. heads, latent_heads: of local and of global attention.
         cond_dim: width e of the condition tokens; None for an unconditional model.
         cond_proj: project the condition to width d; False needs `cond_dim` equal to `latent_dim`.
         extra_time: scalars that `time` has beside the noise level.
-        self_cond: `"latent"` lets the latents of an earlier pass in, `"none"` does not.
-        x_self_attention: local layers have attention. xattn_with_mlp: a feed-forward after read and write.
-        xattn_enc_ln: cross-attention normalises what it looks at.
-        mask, position, latent_position, mlp_ratio, drop_path, drop_units, drop_att: as in `FITEncoder`.
+        self_cond: `"latent"` takes the latents of an earlier pass, `"none"` does not.
+        mask: as in `FITEncoder`.
 
     Raises:
         InputError: arguments that do not fit together, see `Trunk`.
@@ -81,64 +81,31 @@ class FITDenoiser(Pretrained, nn.Module):
 
     def __init__(
         self,
-        layers: str,
+        trunk: TrunkConfig,
         num_groups: int | None,
         tokens_per_group: int,
-        latents_per_group: int,
         out_dim: int,
-        dim: int,
-        latent_dim: int,
-        heads: int,
-        latent_heads: int,
         *,
         cond_dim: int | None = None,
         cond_proj: bool = True,
         extra_time: int = 0,
         self_cond: str = "none",
-        x_self_attention: bool = True,
-        xattn_with_mlp: bool = False,
-        xattn_enc_ln: bool = True,
         mask: str | None = None,
-        position: str = "learned",
-        latent_position: str = "learned",
-        mlp_ratio: float = 4,
-        drop_path: float = 0.0,
-        drop_units: float = 0.0,
-        drop_att: float = 0.0,
     ) -> None:
         super().__init__()
+        check_trunk(trunk)
         if self_cond not in SELF_CONDITIONING:
             raise InputError(f"unknown self_cond {self_cond!r}; known are {', '.join(SELF_CONDITIONING)}")
         check_sizes(cond_dim=1 if cond_dim is None else cond_dim)
+        dim, latent_dim = trunk.dim, trunk.latent_dim
         if cond_dim is not None and not cond_proj and cond_dim != latent_dim:
             raise InputError(f"cond_proj=False needs cond_dim equal to latent_dim, not {cond_dim} and {latent_dim}")
         self.num_groups, self.tokens_per_group, self.cond_dim = num_groups, tokens_per_group, cond_dim
         self.stem, self.time = Stem(out_dim, dim), TimeEmbedding(latent_dim, extra_time)
         self.cond_proj = linear(cond_dim, latent_dim) if cond_dim is not None and cond_proj else None
-        self.self_conditioning = LatentSelfConditioning(latent_dim, mlp_ratio) if self_cond == "latent" else None
-        self.trunk = Trunk(
-            layers,
-            num_groups,
-            tokens_per_group,
-            latents_per_group,
-            dim,
-            latent_dim,
-            heads,
-            latent_heads,
-            position=position,
-            latent_position=latent_position,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            drop_units=drop_units,
-            drop_att=drop_att,
-            causal=causal_of(mask),
-            condition=True,
-            self_attention=x_self_attention,
-            cross_mlp=xattn_with_mlp,
-            cross_norm=xattn_enc_ln,
-        )
+        self.self_conditioning = LatentSelfConditioning(latent_dim, trunk.mlp_ratio) if self_cond == "latent" else None
+        self.trunk = Trunk(trunk, num_groups, tokens_per_group, causal=causal_of(mask), condition=True)
         self.norm, self.output = layer_norm(dim), linear(dim, out_dim)
-        self.run: Execution = plain
 
     def condition(self, batch: int, time: Tensor, cond: Tensor | None) -> Tensor:
         """Condition tokens `(b, 1 + s, d)`: the time, then `cond (b, e)` or `(b, s, e)`.
@@ -164,7 +131,7 @@ class FITDenoiser(Pretrained, nn.Module):
     ) -> Tensor:
         """Initial latents `(b, t, m, d)`, self-conditioned on those of an earlier pass (zeros if absent).
 
-        `places` are as in `Trunk.initial_latents`.
+        `coords` are as in `Trunk.initial_latents`.
 
         Raises:
             InputError: `latents_prev` of another shape, or given to a model without latent self-conditioning.
@@ -185,9 +152,9 @@ class FITDenoiser(Pretrained, nn.Module):
             InputError: shapes that the model was not built for.
         """
         check_grouped(x, self.tokens_per_group, "b t n out_dim")
-        return self.stem(x) + self.trunk.position()
+        return self.stem(x) + self.trunk.position.at()
 
-    def finish(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         """Data tokens `(b, t, n, c)` as they leave the trunk to the prediction `(b, t, n, out_dim)`."""
         return self.output(self.norm(x))
 
@@ -199,6 +166,7 @@ class FITDenoiser(Pretrained, nn.Module):
         latents_prev: Tensor | None = None,
         mask: Tensor | None = None,
         coords: Tensor | None = None,
+        score: Score | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Denoise.
 
@@ -207,12 +175,39 @@ class FITDenoiser(Pretrained, nn.Module):
             time: noise level gamma in [0, 1], `(b,)`, or `(b, 1 + extra_time)`.
             cond: `(b, e)` or `(b, s, e)`; zeros mean no condition (guidance).
             latents_prev: latents of an earlier pass, `(b, t, m, d)`.
-            mask, places: of tokens and of groups, as in `FITEncoder.forward`.
+            mask, coords: of tokens and of groups, as in `FITEncoder.forward`.
+            score: function of a slice of groups, its prediction and its mask, whose sum over slices takes the place of
+                the prediction: a loss that never holds it whole.
 
         Returns:
-            the prediction `(b, t, n, out_dim)` and the latents `(b, t, m, d)`, not normalised.
+            the prediction `(b, t, n, out_dim)`, or the score; and the latents `(b, t, m, d)`, not normalised.
         """
-        x = self.embed(x)
+        check_grouped(x, self.tokens_per_group, "b t n out_dim")
         latents = self.initial_latents(x.shape[0], x.shape[1], latents_prev, coords)
-        x, latents = self.run(self.trunk, x, latents, self.condition(x.shape[0], time, cond), mask)
-        return self.finish(x), latents
+        return self.read(x, latents, self.condition(x.shape[0], time, cond), mask, score)
+
+    def read(
+        self,
+        tokens: Tensor | Read,
+        latents: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        score: Score | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, for noisy tokens in memory or a function that reads a slice of them with its mask.
+
+        `latents` are those of `initial_latents`, `condition` those of `condition`.
+        """
+        scored = None if score is None else (lambda groups, x, mask: score(groups, self.head(x), mask))
+        inputs = Inputs(
+            tokens=tokens,
+            latents=latents,
+            embed=lambda groups, raw: self.embed(raw),
+            mask=mask,
+            score=scored,
+            blocks=() if score else self.last_block(),
+            condition=condition,
+            parameters=self.all_parameters(),
+        )
+        outputs = self.execute(inputs)
+        return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score, outputs.latents

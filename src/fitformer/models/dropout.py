@@ -14,7 +14,7 @@ class GroupRandom:
     An element is dropped by a hash of its group's key, the number of the draw, and its place in the group.
 
     Args:
-        keys: a key a group, int64 `(r,)`, of `group_keys`.
+        keys: a key a group, int64 `(r,)`, of `draw_keys`.
         stream: draws of another stream are others, for the same keys; the block's number.
     """
 
@@ -45,6 +45,6 @@ def _hashed(x: Tensor) -> Tensor:
     return x
 
 
-def group_keys(batch: int, groups: int) -> Tensor:
+def draw_keys(batch: int, groups: int) -> Tensor:
     """Keys `(b, t)` for `GroupRandom`, drawn from torch's own generator on the CPU."""
     return torch.randint(2**62, (batch, groups), device="cpu")

@@ -1,18 +1,23 @@
 """FIT as an encoder of grouped tokens (spec section 5). `image_encoder.py` stands on it."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.execution import Execution, plain
+from fitformer.execution import Inputs
+from fitformer.execution.base import Score
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig, check_trunk
 from fitformer.models.layers import check_sizes, layer_norm, linear
-from fitformer.models.pretrained import Pretrained
-from fitformer.models.trunk import Trunk
+from fitformer.models.trunk import Causal, Trunk
 
-MASKS = {None: "none", "none": "none", "causal": "global"}
+MASKS: dict[str | None, Causal] = {None: "none", "none": "none", "causal": "global"}
 
 
-def causal_of(mask: str | None) -> str:
+def causal_of(mask: str | None) -> Causal:
     """Translate the reference's `mask` into the trunk's `causal`.
 
     Raises:
@@ -58,20 +63,17 @@ def check_grouped(x: Tensor, tokens_per_group: int, axes: str) -> None:
         raise InputError(f"groups of {x.shape[2]} tokens given to a model built for {tokens_per_group} in a group")
 
 
-class FITEncoder(Pretrained, nn.Module):
+class FITEncoder(FITModel):
     """FIT encoder of grouped tokens (spec section 5).
 
     Args:
-        layers: layer string such as `"(2)4(2)4"`; ends in global layers to answer in latents, in `)` for tokens.
+        trunk: options of the trunk; a layer string that ends in global layers answers in latents, one that ends in
+            `)` in data tokens.
         num_groups: t; None for any number, with `row_column` latent positions.
-        tokens_per_group: n. latents_per_group: m.
+        tokens_per_group: n.
         in_channels: channels of a raw token, for images patch height * width * channels.
-        dim: c. latent_dim: d. heads, latent_heads: of local and of global attention.
         y_channels: channels of the extra tokens `y` that a group may be given, none by default.
-        mask: `"causal"` lets a latent see only latents of its own and of earlier groups.
-        position: `"learned"`, `"sin_cos"` or `"sin_cos2d"`.
-        latent_position: `"learned"`, `"sin_cos"`, or `"row_column"` for any number of groups.
-        mlp_ratio, drop_path, drop_units, drop_att: as in `Trunk`.
+        mask: `"causal"` lets a latent attend only to latents of its own and of earlier groups.
 
     Raises:
         InputError: arguments that do not fit together, see `Trunk`.
@@ -81,48 +83,21 @@ class FITEncoder(Pretrained, nn.Module):
 
     def __init__(
         self,
-        layers: str,
+        trunk: TrunkConfig,
         num_groups: int | None,
         tokens_per_group: int,
-        latents_per_group: int,
         in_channels: int,
-        dim: int,
-        latent_dim: int,
-        heads: int,
-        latent_heads: int,
         *,
         y_channels: int | None = None,
         mask: str | None = None,
-        position: str = "learned",
-        latent_position: str = "learned",
-        mlp_ratio: float = 4,
-        drop_path: float = 0.0,
-        drop_units: float = 0.0,
-        drop_att: float = 0.0,
     ) -> None:
         super().__init__()
+        check_trunk(trunk)
         self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
-        self.stem = Stem(in_channels, dim)
-        self.stem_y = Stem(y_channels, dim) if y_channels is not None else None
-        self.trunk = Trunk(
-            layers,
-            num_groups,
-            tokens_per_group,
-            latents_per_group,
-            dim,
-            latent_dim,
-            heads,
-            latent_heads,
-            position=position,
-            latent_position=latent_position,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            drop_units=drop_units,
-            drop_att=drop_att,
-            causal=causal_of(mask),
-        )
-        self.norm, self.latent_norm = layer_norm(dim), layer_norm(latent_dim)
-        self.run: Execution = plain
+        self.stem = Stem(in_channels, trunk.dim)
+        self.stem_y = Stem(y_channels, trunk.dim) if y_channels is not None else None
+        self.trunk = Trunk(trunk, num_groups, tokens_per_group, causal=causal_of(mask))
+        self.norm, self.latent_norm = layer_norm(trunk.dim), layer_norm(trunk.latent_dim)
 
     def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Stem: raw tokens `x (b, t, n, channels)` and extra ones `y (b, t, k, y_channels)` to `(b, t, k+n, c)`.
@@ -136,34 +111,68 @@ class FITEncoder(Pretrained, nn.Module):
                 f"extra tokens y are {'missing' if y is None else 'given'}, and the encoder was built "
                 f"with{'out' if self.stem_y is None else ''} y_channels"
             )
-        x = self.stem(x) + self.trunk.position()
+        x = self.stem(x) + self.trunk.position.at()
         if self.stem_y is None or y is None:
             return x
         if y.ndim != 4 or y.shape[:2] != x.shape[:2]:
             raise InputError(f"extra tokens y {tuple(y.shape)} do not belong to the groups of x {tuple(x.shape)}")
         return torch.cat([self.stem_y(y), x], dim=2)
 
+    def inputs(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        mask: Tensor | None = None,
+        coords: Tensor | None = None,
+        blocks: Sequence[int] = (),
+    ) -> Inputs:
+        """One pass on tokens in memory; arguments as in `forward`, and the blocks whose data tokens are wanted."""
+        check_grouped(x, self.tokens_per_group, "b t n channels")
+        if y is not None and y.shape[:2] != x.shape[:2]:
+            raise InputError(f"extra tokens y {tuple(y.shape)} do not belong to the groups of x {tuple(x.shape)}")
+        if mask is not None and y is not None:
+            mask = torch.cat([mask.new_ones(y.shape[:3]), mask], dim=2)
+        return Inputs(
+            tokens=x,
+            latents=self.trunk.initial_latents(x.shape[0], x.shape[1], coords),
+            embed=lambda groups, tokens: self.embed(tokens, None if y is None else y[:, groups]),
+            mask=mask,
+            blocks=blocks,
+            parameters=self.all_parameters(y),
+        )
+
     def forward(
-        self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None, coords: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        mask: Tensor | None = None,
+        coords: Tensor | None = None,
+        score: Score | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode raw tokens `x (b, t, n, channels)`, `y (b, t, k, y_channels)`.
 
         Args:
             x, y: tokens.
-            mask: booleans `(b, t, n)`, false for tokens of x that nobody may look at; at least one of a group is true.
-            places: rows and columns of the groups, see `Trunk.initial_latents`.
+            mask: booleans `(b, t, n)`, false for tokens of x that nothing attends to; at least one of a group is true.
+            coords: rows and columns of the groups, see `Trunk.initial_latents`.
+            score: function of a slice of groups, its normalised data tokens and their mask, whose sum over slices takes
+                the place of the data tokens: what streams need never hold them whole.
 
         Returns:
-            normalised data tokens `(b, t, k+n, c)` and latents `(b, t, m, d)`; use the latents downstream where the
-            layer string ends in global layers, else the data tokens.
+            normalised data tokens `(b, t, k+n, c)`, or the score; and latents `(b, t, m, d)`. Use the latents
+            downstream where the layer string ends in global layers, else the data tokens.
         """
-        x = self.embed(x, y)
-        if mask is not None and y is not None:
-            mask = torch.cat([mask.new_ones(y.shape[:3]), mask], dim=2)
-        latents = self.trunk.initial_latents(x.shape[0], x.shape[1], coords)
-        x, latents = self.run(self.trunk, x, latents, None, mask)
-        return self.finish(x), self.latent_norm(latents)
+        inputs = self.inputs(x, y, mask, coords, () if score else self.last_block())
+        return self.answer(inputs, score)
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Data tokens `(b, t, n, c)` as they leave the trunk to what the encoder hands out: normalised."""
+    def answer(self, inputs: Inputs, score: Score | None = None) -> tuple[Tensor, Tensor]:
+        """Run some inputs; normalised data tokens of their last wanted block, or the sum of scores, and latents."""
+        if score is not None:
+            inputs = replace(inputs, score=lambda groups, x, mask: score(groups, self.head(x), mask))
+        outputs = self.execute(inputs)
+        first = outputs.score if outputs.score is not None else self.head(outputs.tokens[-1])
+        return first, self.latent_norm(outputs.latents)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Data tokens `(b, t, n, c)` as they leave the trunk to what the encoder gives: normalised."""
         return self.norm(x)

@@ -1,73 +1,30 @@
 """FIT as a denoiser of images: a `FITDenoiser` and all that sampling needs, so that a saved model samples by itself."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitformer import diffusion as maths
 from fitformer.diffusion import DiffusionConfig
 from fitformer.diffusion.samplers import sampler_of
 from fitformer.errors import InputError
-from fitformer.models.config import preset
+from fitformer.execution.base import Score
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.layers import check_sizes
-from fitformer.models.pretrained import HUB_OPTIONS, Pretrained, _file, _read_config, load_strictly
 from fitformer.models.trunk import Trunk
 from fitformer.patching import ImageGroups
+from fitformer.patching.sizes import Size
 
 OnStep = Callable[[int, Tensor], None]
 
 
-class _Flat(Pretrained):
-    """Flat configurations of nested options."""
-
-    nested: ClassVar[dict[str, Any]] = {"diffusion": DiffusionConfig}
-
-    @classmethod
-    def from_preset(cls, name: str, **arguments: Any) -> Self:
-        return cls.from_config({**preset(name, end_local=True), **arguments})
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None = None, /, **arguments: Any) -> Self:
-        values = {**(config or {}), **arguments}
-        names = {field.name for field in fields(DiffusionConfig)}
-        own = set(cls._hub_mixin_init_parameters) - {"self", "trunk", "diffusion"}
-        trunk = set(FITDenoiser._hub_mixin_init_parameters) - own - {"self"}
-        if unknown := sorted(set(values) - names - own - trunk):
-            raise InputError(f"{cls.__name__} has no arguments {', '.join(unknown)}")
-        return cls(
-            {name: value for name, value in values.items() if name in trunk},
-            DiffusionConfig(**{name: value for name, value in values.items() if name in names}),
-            **{name: value for name, value in values.items() if name in own},
-        )
-
-    @property
-    def config(self) -> dict[str, Any]:
-        config = super().config
-        return {**config.pop("trunk"), **config.pop("diffusion"), **config}
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, map_location: str = "cpu", **options: Any) -> Self:  # type: ignore[override]
-        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        config = _read_config(_file(str(source), constants.CONFIG_NAME, hub))
-        role = config.pop("role", cls.__name__)
-        if role != cls.__name__:
-            raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
-        path = _file(str(source), constants.SAFETENSORS_SINGLE_FILE, hub)
-        model = cls.from_config({**config, **options})
-        load_strictly(model, load_file(path), str(path))  # type: ignore[arg-type]
-        return model.eval().to(map_location)  # type: ignore[attr-defined]
-
-
-class FITImageDenoiser(_Flat, nn.Module):
+class FITImageDenoiser(FITModel):
     """FIT denoiser of images of one size: the cut into groups of patches, a `FITDenoiser`, and how it was trained.
 
     Args:
@@ -83,13 +40,15 @@ class FITImageDenoiser(_Flat, nn.Module):
         InputError: sizes that do not divide, an unknown schedule or sampler, or what `FITDenoiser` refuses.
     """
 
+    nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig, "diffusion": DiffusionConfig}
+
     def __init__(
         self,
-        trunk: Mapping[str, Any],
+        trunk: TrunkConfig,
         diffusion: DiffusionConfig,
-        image_size: int | Sequence[int],
-        group_size: int | Sequence[int],
-        patch_size: int | Sequence[int],
+        image_size: Size,
+        group_size: Size,
+        patch_size: Size,
         *,
         channels: int = 3,
         num_classes: int = 0,
@@ -104,44 +63,41 @@ class FITImageDenoiser(_Flat, nn.Module):
         self.groups = ImageGroups(image_size, group_size, patch_size, channels)
         self.diffusion, self.num_classes, self.self_cond = diffusion, num_classes, self_cond != "none"
         self.denoiser = FITDenoiser(
-            **trunk,
-            num_groups=self.groups.num_groups,
-            tokens_per_group=self.groups.tokens_per_group,
-            out_dim=self.groups.token_dim,
+            trunk,
+            self.groups.num_groups,
+            self.groups.tokens_per_group,
+            self.groups.token_dim,
             cond_dim=num_classes or None,
             cond_proj=cond_proj,
             self_cond=self_cond,
         )
 
     @property
-    def trunk(self) -> Trunk:
-        """The trunk."""
+    def trunk(self) -> Trunk:  # type: ignore[override]
+        """The denoiser's trunk."""
         return self.denoiser.trunk
 
-    @property
-    def run(self) -> Any:
-        """How the trunk is run."""
-        return self.denoiser.run
-
-    @run.setter
-    def run(self, execution: Any) -> None:
-        self.denoiser.run = execution
-
     def forward(
-        self, x: Tensor, time: Tensor, cond: Tensor | None = None, latents_prev: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor | None = None,
+        latents_prev: Tensor | None = None,
+        score: Score | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Denoise grouped tokens, as `FITDenoiser.forward`.
+        """Denoise grouped tokens.
 
         Args:
-            x: noisy tokens `(b, t, n, ph * pw * channels)`, see `tokens`.
+            x: noisy tokens `(b, t, n, ph * pw * channels)`, as `tokens` makes them.
             time: noise level gamma in [0, 1], `(b,)`.
-            cond: `(b, num_classes)`, see `condition`; None for an unconditional model.
+            cond: `(b, num_classes)`, as `condition` makes it; None for an unconditional model.
             latents_prev: latents of an earlier pass, `(b, t, m, d)`.
+            score: as in `FITDenoiser.forward`.
 
         Returns:
-            the prediction, of the shape of `x`, and the latents `(b, t, m, d)`.
+            the prediction, of the shape of `x`, or the score; and the latents `(b, t, m, d)`.
         """
-        return self.denoiser(x, time, cond, latents_prev)
+        return self.denoiser(x, time, cond, latents_prev, score=score)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Images uint8 `(b, H, W, channels)` as grouped tokens `(b, t, n, ph * pw * channels)` in [-b_scale, b_scale].

@@ -1,38 +1,39 @@
 """FIT as an encoder of images: the cut into groups, feature maps, a classification head; of one size or of any."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitformer.errors import InputError
-from fitformer.execution import Work, total
+from fitformer.execution import Inputs
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig, check_trunk
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.layers import check_sizes, linear
 from fitformer.models.positions import PositionTable
-from fitformer.models.pretrained import Pretrained
+from fitformer.models.trunk import Trunk
 from fitformer.patching import ImageGroups
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, stacked, to_signal
-from fitformer.patching.sizes import format_size
+from fitformer.patching.sizes import Size, format_size
 
 Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
 
 
-class FITImageEncoder(Pretrained, nn.Module):
+class FITImageEncoder(FITModel):
     """FIT encoder of images: the cut into groups of patches, a `FITEncoder`, and an optional classification head.
 
     Args:
-        layers: layer string.
+        trunk: options of the trunk; `position="sin_cos2d"` follows rows and columns of a square group of patches.
         image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
             `image_size=None` takes images of any size, with `latent_position="row_column"`.
-        latents_per_group, dim, latent_dim, heads, latent_heads: as in `FITEncoder`.
         channels: of the images.
         num_classes: classes of the head; 0 for none. The head is one linear map of the mean over latents if the
             layer string ends in global layers, over data tokens if not.
         glimpses: copies of the whole image, averaged down to one group, that stand before its groups; only for images
             of any size.
-        position: `"sin_cos2d"` follows rows and columns of a square group of patches.
-        mask, latent_position, mlp_ratio, drop_path, drop_units, drop_att: as in `FITEncoder`.
+        mask: as in `FITEncoder`.
 
     Raises:
         InputError: sizes that do not divide (names the nearest that do), or what `FITEncoder` refuses.
@@ -42,62 +43,46 @@ class FITImageEncoder(Pretrained, nn.Module):
 
     def __init__(
         self,
-        layers: str,
-        image_size: int | Sequence[int] | None,
-        group_size: int | Sequence[int],
-        patch_size: int | Sequence[int],
-        latents_per_group: int,
-        dim: int,
-        latent_dim: int,
-        heads: int,
-        latent_heads: int,
+        trunk: TrunkConfig,
+        image_size: Size | None,
+        group_size: Size,
+        patch_size: Size,
         *,
         channels: int = 3,
         num_classes: int = 0,
         glimpses: int = 0,
         mask: str | None = None,
-        position: str = "learned",
-        latent_position: str = "learned",
-        mlp_ratio: float = 4,
-        drop_path: float = 0.0,
-        drop_units: float = 0.0,
-        drop_att: float = 0.0,
     ) -> None:
         super().__init__()
+        check_trunk(trunk)
         self.groups = None if image_size is None else ImageGroups(image_size, group_size, patch_size, channels)
         self.tiling = Tiling(group_size, patch_size, channels)
         if glimpses < 0 or (glimpses and self.groups is not None):
             raise InputError(f"glimpses is {glimpses}; it is 0 or more, and only with image_size=None above 0")
         self.glimpses = glimpses
-        self.encoder = FITEncoder(
-            layers,
-            None if self.groups is None else self.groups.num_groups,
-            self.tiling.tokens_per_group,
-            latents_per_group,
-            self.tiling.token_dim,
-            dim,
-            latent_dim,
-            heads,
-            latent_heads,
-            mask=mask,
-            position=position,
-            latent_position=latent_position,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            drop_units=drop_units,
-            drop_att=drop_att,
-        )
-        self.ends_in_latents = self.encoder.trunk.plan[-1][1] > 0
+        num_groups = None if self.groups is None else self.groups.num_groups
+        self.encoder = FITEncoder(trunk, num_groups, self.tiling.tokens_per_group, self.tiling.token_dim, mask=mask)
+        self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
         check_sizes(num_classes=num_classes or 1)  # 0 is no head
         self.num_classes = num_classes
-        self.head = linear(latent_dim if self.ends_in_latents else dim, num_classes) if num_classes else None
+        self.head = linear(self.num_features, num_classes) if num_classes else None
+
+    @property
+    def trunk(self) -> Trunk:  # type: ignore[override]
+        """The encoder's trunk."""
+        return self.encoder.trunk
+
+    @property
+    def num_features(self) -> int:
+        """Width of the pooled features that the head takes."""
+        return self.trunk.config.latent_dim if self.ends_in_latents else self.trunk.config.dim
 
     def forward(self, images: Images) -> Tensor:
         """Logits `(b, num_classes)` of images, or without a head the pooled features.
 
         Args:
             images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor
-                `(H, W, channels)`, a `PixelSource` (read slice by slice where the encoder runs `Streamed`) or a
+                `(H, W, channels)`, a `PixelSource` (read slice by slice where the model runs `Streamed`) or a
                 `GroupedImage`. Images with the same number of groups run as a batch.
 
         Raises:
@@ -120,38 +105,37 @@ class FITImageEncoder(Pretrained, nn.Module):
         In an encoder that ends in global layers, the tokens are those read last: what the latents learned after
         is in the latents alone. Give such a trunk a closing local block, `"(2)4(2)4(2)"`, for dense features.
         """
-        if isinstance(images, Tensor) and self.groups is not None:
-            return self.groups.map(self.encoder(self.groups.group(images))[0])
-        maps = []
-        for image in map(self.grouped, images):
-            tokens, mask = self._placed(*image.read(slice(None)))
-            latents = self.latents([image])
-            x, _ = self.encoder.run(self.encoder.trunk, self._embed(tokens), latents, None, mask)
-            maps.append(image.map(self.encoder.finish(x)[0]))
-        return maps
+        return self.forward_intermediates(images, [-1])[0]
 
-    def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+    def forward_intermediates(
+        self, images: Images, indices: Sequence[int] | None = None
+    ) -> list[Tensor] | list[list[Tensor]]:
         """Data tokens after the local layers of each block (or of blocks `indices`) as maps `(b, c, H/p, W/p)`.
 
-        All pass the final norm, so the last one is `forward_features`.
+        Of images given as a sequence, a list of maps `(c, rows, columns)` for each block. All pass the final norm, so
+        the last one is `forward_features`.
 
         Raises:
-            InputError: a block that is not there, or an encoder of images of any size.
+            InputError: a block that is not there.
         """
-        trunk, maps = self.encoder.trunk, []
-        if self.groups is None:
-            raise InputError("intermediate maps are of images of one size; build the encoder with an image_size")
-        count = len(trunk.plan)
+        count = len(self.trunk.blocks)
         wanted = range(count) if indices is None else indices
         if absent := [i for i in wanted if not -count <= i < count]:
             raise InputError(f"no block {absent[0]}: the layer string has {count}, counted from 0")
-        x = self.encoder.embed(self.groups.group(images))
-        latents = trunk.initial_latents(*x.shape[:2])
-        for i in range(count):
-            x, latents = trunk.group_phase(i, x, latents, trunk.write_source(latents))
-            latents = trunk.global_phase(i, latents)
-            maps.append(self.groups.map(self.encoder.norm(x)))
-        return [maps[i] for i in wanted]
+        blocks = sorted({i % count for i in wanted})
+        places = [blocks.index(i % count) for i in wanted]
+        if isinstance(images, Tensor) and self.groups is not None:
+            inputs = self.encoder.inputs(self.groups.group(images), blocks=blocks)
+            maps = [self.groups.map(x) for x in self._features(inputs)]
+            return [maps[k] for k in places]
+        each = []
+        for image in map(self.grouped, images):
+            inputs = replace(self.inputs([image]), score=None, blocks=blocks)
+            each.append([image.map(x[0]) for x in self._features(inputs)])
+        return [[maps[k] for maps in each] for k in places]
+
+    def _features(self, inputs: Inputs) -> list[Tensor]:
+        return [self.encoder.head(x) for x in self.encoder.execute(inputs).tokens]
 
     def grouped(self, image: Tensor | PixelSource | GroupedImage) -> GroupedImage:
         """An image as groups of this encoder.
@@ -183,57 +167,58 @@ class FITImageEncoder(Pretrained, nn.Module):
 
     def latents(self, images: Sequence[GroupedImage]) -> Tensor:
         """The initial latents `(b, t, m, d)` of images with the same number of groups."""
-        trunk, groups = self.encoder.trunk, images[0].num_groups
+        trunk, groups = self.trunk, images[0].num_groups
         if isinstance(trunk.latent_position, PositionTable):
-            if any(image.num_groups != self.groups.num_groups for image in images):  # type: ignore[union-attr]
+            if self.groups is None or any(image.num_groups != self.groups.num_groups for image in images):
                 raise InputError("groups cannot be skipped with a table of latents; take latent_position='row_column'")
             return trunk.initial_latents(len(images), groups)
         coords = torch.stack([image.coords for image in images]).to(trunk.latent_position.slots.device)
         return trunk.initial_latents(len(images), groups, coords)
 
-    def work(self, images: Sequence[GroupedImage]) -> Work:
-        """What is to be computed for images with the same number of groups: see `fitformer.execution.Work`.
+    def inputs(self, images: Sequence[GroupedImage]) -> Inputs:
+        """One pass on images with the same number of groups, read slice by slice where the model runs `Streamed`.
 
         Its score is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
         """
 
         def read(groups: slice) -> tuple[Tensor, Tensor | None]:
-            return self._placed(*stacked(images, groups))
+            return self._on_device(*stacked(images, groups))
 
         def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
+            x = self.encoder.head(x)
             return (x if mask is None else x * mask[..., None]).sum(dim=(1, 2))
 
-        return Work(
-            groups=images[0].num_groups,
+        return Inputs(
+            tokens=read,
             latents=self.latents(images),
-            read=read,
             embed=lambda groups, tokens: self._embed(tokens),
             score=None if self.ends_in_latents else added,
+            parameters=self.encoder.all_parameters(),
         )
 
+    def pool(self, images: Sequence[GroupedImage], inputs: Inputs) -> Tensor:
+        """Means `(b, num_features)` that the head takes, of a pass on these images."""
+        outputs = self.encoder.execute(inputs)
+        if outputs.score is None:
+            return self.encoder.latent_norm(outputs.latents).mean(dim=(1, 2))
+        return outputs.score / torch.tensor([[image.count()] for image in images], device=outputs.score.device)
+
     def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
-        """Means `(b, width)` over latents, or over the tokens that hold pixels."""
+        """Means `(b, num_features)` over latents, or over the tokens that hold pixels."""
         alike: dict[int, list[int]] = {}
         for k, image in enumerate(images):
             alike.setdefault(image.num_groups, []).append(k)
         pooled: dict[int, Tensor] = {}
         for where in alike.values():
             together = [images[k] for k in where]
-            means = self.means(together, *total(self.encoder, self.work(together)))
-            pooled.update(zip(where, means, strict=True))
+            pooled.update(zip(where, self.pool(together, self.inputs(together)), strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
-
-    def means(self, images: Sequence[GroupedImage], added: Tensor | None, latents: Tensor) -> Tensor:
-        """Means `(b, width)` that the head takes, of what `total` made of the `work` of these images."""
-        if added is None:
-            return self.encoder.latent_norm(latents).mean(dim=(1, 2))
-        return added / torch.tensor([[image.count()] for image in images], device=added.device)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""
         return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
 
-    def _placed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _on_device(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens and mask on the encoder's device."""
         device = self.encoder.norm.weight.device
         if device.type == "cuda":

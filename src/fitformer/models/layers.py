@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
+from fitformer.models.block_causal import block_causal_attention
 from fitformer.models.dropout import GroupRandom
 
 NORM_EPS = 1e-6
@@ -107,13 +108,20 @@ class Attention(nn.Module):
         context_dim: width of the context tokens; `dim` by default (self-attention).
         width: width of the attention itself, all heads together; `dim` by default.
         dropout: dropout of the attention weights in training.
+        qk_norm: normalise queries and keys head by head.
 
     Raises:
         InputError: `heads` does not divide `width`, or a rate outside 0 <= dropout < 1.
     """
 
     def __init__(
-        self, dim: int, heads: int, context_dim: int | None = None, width: int | None = None, dropout: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int | None = None,
+        width: int | None = None,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         context_dim, width = context_dim or dim, width or dim
@@ -122,33 +130,59 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
         self.output = linear(width, dim)
+        self.query_norm = layer_norm(width // heads) if qk_norm else nn.Identity()
+        self.key_norm = layer_norm(width // heads) if qk_norm else nn.Identity()
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries `(r, h, q, e)` of tokens `x (r, q, dim)`."""
+        return self.query_norm(self._by_head(self.query(x)))
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`: what a cache keeps of it."""
+        return self.key_norm(self._by_head(self.key(context))), self._by_head(self.value(context))
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
+
+    def attend(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        causal: int = 0,
+        random: GroupRandom | None = None,
+    ) -> Tensor:
+        """Attend from `x (r, q, dim)` to keys and values `(r, h, k, e)` of `project`; returns `(r, q, dim)`.
+
+        Args:
+            x, key, value: queries' tokens, and the projected context.
+            mask: boolean, broadcastable to `(r, h, q, k)`, true where a query attends.
+            causal: a token attends to its own and earlier runs of so many tokens; 1 is the usual triangle, 0 is none.
+            random: gives the rows' own dropout.
+        """
+        query, rate = self.queries(x), self.dropout if self.training else 0.0
+        if rate and random is not None:
+            mask = triangle(x.shape[1], x.device) if causal else mask
+            out = dropout(attention_weights(query, key, mask), rate, random) @ value
+        elif causal > 1:
+            out = block_causal_attention(query, key, value, causal, rate)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=rate, is_causal=causal == 1
+            )
+        return self.output(rearrange(out, "r h s e -> r s (h e)"))
 
     def forward(
         self,
         x: Tensor,
         context: Tensor,
         mask: Tensor | None = None,
-        causal: bool = False,
+        causal: int = 0,
         random: GroupRandom | None = None,
     ) -> Tensor:
-        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
-
-        `mask`, boolean and broadcastable to `(r, h, q, k)`, is true where a query may look; `causal` is the
-        usual triangle over tokens; `random` gives the rows' own dropout. Returns `(r, q, dim)`.
-        """
-        query, key, value = (
-            rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
-            for tokens in (self.query(x), self.key(context), self.value(context))
-        )
-        rate = self.dropout if self.training else 0.0
-        if rate and random is not None:
-            if causal:
-                mask = triangle(x.shape[1], x.device)
-            weights = attention_weights(query, key, mask)
-            out = dropout(weights, rate, random) @ value
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, is_causal=causal)
-        return self.output(rearrange(out, "r h s e -> r s (h e)"))
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`; the rest as in `attend`."""
+        return self.attend(x, *self.project(context), mask, causal, random)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -158,7 +192,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 
 
 def triangle(tokens: int, device: torch.device) -> Tensor:
-    """Causal mask `(tokens, tokens)`, true where a query may look."""
+    """Causal mask `(tokens, tokens)`, true where a query attends."""
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
 
@@ -203,17 +237,18 @@ class TransformerLayer(nn.Module):
         drop_path: float = 0.0,
         drop_units: float = 0.0,
         drop_att: float = 0.0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = layer_norm(dim) if self_attention else None
-        self.attention = Attention(dim, heads, dropout=drop_att) if self_attention else None
+        self.attention = Attention(dim, heads, dropout=drop_att, qk_norm=qk_norm) if self_attention else None
         self.ffn = FeedForward(dim, mlp_ratio, drop_units)
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, random: GroupRandom | None = None
+        self, x: Tensor, mask: Tensor | None = None, causal: int = 0, random: GroupRandom | None = None
     ) -> Tensor:
-        """Transform tokens `x (r, s, dim)`; `mask`, `causal` and `random` as in `Attention`."""
+        """Transform tokens `x (r, s, dim)`; `mask`, `causal` and `random` as in `Attention.attend`."""
         if self.norm is not None and self.attention is not None:
             normed = self.norm(x)
             x = x + self.drop_path(self.attention(normed, normed, mask, causal, random), random)
@@ -221,11 +256,11 @@ class TransformerLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Residual pre-norm cross-attention: read, write, and the look at the condition (spec section 3).
+    """Residual pre-norm cross-attention: read, write, and attention to the condition (spec section 3).
 
     Args:
-        dim: width of the tokens that look.
-        context_dim: width of the tokens looked at.
+        dim: width of the queries' tokens.
+        context_dim: width of the context tokens.
         width: width of the attention; `heads` must divide it.
         heads: number of heads.
         context_norm: normalise the context first (`xattn_enc_ln`).
@@ -242,18 +277,25 @@ class CrossLayer(nn.Module):
         context_norm: bool = True,
         mlp_ratio: float | None = None,
         drop_units: float = 0.0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = layer_norm(dim)
         self.context_norm = layer_norm(context_dim) if context_norm else None
-        self.attention = Attention(dim, heads, context_dim, width)
+        self.attention = Attention(dim, heads, context_dim, width, qk_norm=qk_norm)
         self.ffn = FeedForward(dim, mlp_ratio, drop_units) if mlp_ratio else None
 
     def forward(
         self, x: Tensor, context: Tensor, mask: Tensor | None = None, random: GroupRandom | None = None
     ) -> Tensor:
-        """Return tokens `x (r, q, dim)` having looked at `context (r, k, context_dim)`; the rest as in `Attention`."""
-        if self.context_norm is not None:
-            context = self.context_norm(context)
-        x = x + self.attention(self.norm(x), context, mask)
+        """Tokens `x (r, q, dim)` that attended to `context (r, k, context_dim)`; the rest as in `Attention.attend`."""
+        x = x + self.attention.attend(self.norm(x), *self.project(context), mask)
         return x if self.ffn is None else x + self.ffn(x, random)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`, normalised first if the layer does."""
+        return self.attention.project(context if self.context_norm is None else self.context_norm(context))
+
+    def weights(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention weights `(r, h, q, k)` of tokens `x (r, q, dim)` over their context, for pictures of attention."""
+        return attention_weights(self.attention.queries(self.norm(x)), self.project(context)[0], mask)

@@ -70,8 +70,15 @@ class PositionTable(nn.Module):
             self.register_buffer("weight", grid_code(rows, columns, width), persistent=False)
 
     def forward(self) -> Tensor:
-        """Return the whole table `(rows * columns, width)`."""
+        """The whole table `(rows * columns, width)`."""
         return self.weight
+
+    def at(self, start: int = 0, count: int | None = None) -> Tensor:
+        """`count` places of the table `(count, width)` from `start` on, all that are left by default.
+
+        No module call: hooks on modules would meet the parameter itself as an output.
+        """
+        return self.weight if (start, count) == (0, None) else self.weight[start:][:count]
 
 
 def token_positions(kind: str, tokens_per_group: int, width: int) -> PositionTable:

@@ -1,8 +1,10 @@
 """Models as folders: config.json, model.safetensors and a model card; loaded strictly, from disk or from the Hub."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.errors import InputError
-from fitformer.models.config import preset
+from fitformer.models.config import SIZES, TrunkConfig, preset
 
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
 
@@ -42,25 +44,39 @@ class Pretrained(
     tags=["fit", "far-reaching-interleaved-transformer", "arxiv:2305.12689"],
     model_card_template=MODEL_CARD,
 ):
-    """Saving and loading for the roles: their constructor's plain arguments are the configuration.
+    """Saving and loading for the models: their constructors' plain arguments are the configuration.
 
+    A configuration is flat: the options of the dataclasses in `nested` stand beside the other arguments.
     Built on the Hub's own mixin; loading is strict here, and files are written beside and renamed.
     """
 
     ends_local = True
+    nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig}
 
     @classmethod
     def from_preset(cls, name: str, **arguments: Any) -> Self:
-        """Build the role in a named size (`presets.SIZES`); `arguments` give the geometry and override the size.
+        """Build the model in a named size (`models.config.PRESETS`); `arguments` give the geometry, or other options.
 
         Raises:
-            InputError: no such preset, or whatever the constructor refuses.
+            InputError: no such preset, an unknown argument, or whatever the constructor refuses.
         """
-        return cls(**{**preset(name, end_local=cls.ends_local), **arguments})
+        return cls.from_config({**asdict(preset(name, ends_local=cls.ends_local)), **arguments})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None = None, /, **arguments: Any) -> Self:
+        """Build the model from a flat configuration, as `config` gives it, and from further plain arguments.
+
+        Raises:
+            InputError: arguments that are unknown or missing, or whatever the constructor refuses.
+        """
+        values = {**(config or {}), **arguments}
+        _check_arguments(cls, values)
+        built = {name: kind(**_take(values, kind)) for name, kind in cls.nested.items()}
+        return cls(**built, **values)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as they are saved in config.json.
+        """The constructor's arguments, flat, as they are saved in config.json.
 
         Raises:
             InputError: an argument was given that is no plain number, text or list, and cannot be written down.
@@ -71,7 +87,8 @@ class Pretrained(
             raise InputError(
                 f"arguments that JSON cannot hold: {', '.join(dropped)}; give plain numbers, text or lists"
             )
-        return config
+        nested = {name: value for options in self.nested for name, value in config.pop(options).items()}
+        return {**nested, **config}
 
     def save_pretrained(
         self,
@@ -138,16 +155,14 @@ class Pretrained(
         role = config.pop("role", cls.__name__)
         if role != cls.__name__:
             raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
-        arguments = {**config, **options}
-        _check_arguments(cls, arguments, str(source))
         path = _file(str(source), constants.SAFETENSORS_SINGLE_FILE, hub)
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
-        model = cls(**arguments)
-        load_strictly(model, state, str(path))  # type: ignore[arg-type]
-        return model.eval().to(map_location)  # type: ignore[attr-defined]
+        model = _built(cls, {**config, **options}, str(source))
+        load_strictly(model, state, str(path))
+        return model.eval().to(map_location)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -161,16 +176,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_arguments(role: type[Pretrained], arguments: dict[str, Any], source: str) -> None:
-    """Refuse arguments that are not those of a role's constructor."""
-    known = {name: value for name, value in role._hub_mixin_init_parameters.items() if name != "self"}
-    if unknown := sorted(set(arguments) - set(known)):
-        raise InputError(
-            f"the configuration of {source} has arguments that {role.__name__} lacks: {', '.join(unknown)}"
-        )
-    required = {name for name, parameter in known.items() if parameter.default is parameter.empty}
+def _built(role: type[Pretrained], config: dict[str, Any], source: str) -> Any:
+    """Build a model from its configuration; errors name where it came from."""
+    try:
+        return role.from_config(config)
+    except InputError as error:
+        raise InputError(f"the configuration of {source}: {error}") from None
+
+
+def _check_arguments(role: type[Pretrained], arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are unknown or missing.
+
+    Raises:
+        InputError: names them.
+    """
+    own = {name: value for name, value in role._hub_mixin_init_parameters.items() if name not in ("self", *role.nested)}
+    known = {*own, *(field.name for kind in role.nested.values() for field in fields(kind))}
+    if unknown := sorted(set(arguments) - known):
+        raise InputError(f"{role.__name__} has no arguments {', '.join(unknown)}")
+    required = {name for name, parameter in own.items() if parameter.default is parameter.empty} | set(SIZES)
     if missing := sorted(required - set(arguments)):
-        raise InputError(f"the configuration of {source} lacks what {role.__name__} needs: {', '.join(missing)}")
+        raise InputError(f"{role.__name__} needs {', '.join(missing)}")
+
+
+def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Take the options of a dataclass out of a flat configuration."""
+    return {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

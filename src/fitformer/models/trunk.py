@@ -6,13 +6,13 @@ Letters used in every shape of this project:
     c  width of a data token (dim)                          d  width of a latent (latent_dim)
     s  condition tokens
 
-A block is a group phase, which never mixes groups, and a global phase, which never touches data tokens. Everything
-else this project does (recomputing, streaming, sharding, caching) is another way to run these same two functions.
+A block is a group phase, which never mixes groups, and a global phase, which never touches data tokens. Recomputing,
+streaming, sharding and caching are other ways to run these same two functions (`fitformer.execution`).
 """
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.models.dropout import GroupRandom, group_keys
+from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.dropout import GroupRandom, draw_keys
 from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
 from fitformer.models.positions import PositionTable, latent_positions, token_positions
 
@@ -36,54 +37,121 @@ def parse_layers(layers: str) -> list[tuple[int, int]]:
         raise InputError(
             f"layer string {layers!r} does not parse; write (local)global(local)global..., for example (4)8(4)8(4)"
         )
-    plan = [(int(local), int(glob)) for local, glob in re.findall(r"\((\d+)\)(\d+)", whole)]
-    for i, (_, glob) in enumerate(plan[:-1]):
+    depths = [(int(local), int(glob)) for local, glob in re.findall(r"\((\d+)\)(\d+)", whole)]
+    for i, (_, glob) in enumerate(depths[:-1]):
         if glob == 0:
             raise InputError(
-                f"layer string {layers!r}: block {i + 1} of {len(plan)} has 0 global layers; every block but the last "
-                "needs at least 1, or merge its local layers into the next block"
+                f"layer string {layers!r}: block {i + 1} of {len(depths)} has 0 global layers; every block but the "
+                "last needs at least 1, or merge its local layers into the next block"
             )
-    return plan
+    return depths
+
+
+Causal = Literal["none", "global", "all"]
 
 
 class Block(nn.Module):
-    """One block: [write], local layers, [read, [condition], global layers].
+    """One block: [write], local layers, [read, [attention to the condition], global layers].
 
-    A module of parts only; the phases that use them are `Trunk`'s.
+    Args:
+        index: number of the block, from 0; the first has no write.
+        local, glob: counts of local and of global layers; a block without global layers has no read.
+        config: widths, heads, dropout, options.
+        causal: see `Trunk`. condition: latents attend to condition tokens.
     """
 
     def __init__(
-        self,
-        local: list[TransformerLayer],
-        glob: list[TransformerLayer],
-        read: CrossLayer | None,
-        write: CrossLayer | None,
-        condition: CrossLayer | None,
+        self, index: int, local: int, glob: int, config: TrunkConfig, causal: Causal = "none", condition: bool = False
     ) -> None:
         super().__init__()
-        self.write = write
-        self.local_layers = nn.ModuleList(local)
-        self.read = read
-        self.condition = condition
-        self.global_layers = nn.ModuleList(glob)
+        self.index = index
+        self.causal_local = causal == "all"
+        self.causal_global = config.latents_per_group if causal != "none" else 0
+        qk_norm: dict[str, Any] = {"qk_norm": config.qk_norm}
+        ffn: dict[str, Any] = {"mlp_ratio": config.mlp_ratio, "drop_units": config.drop_units}
+        layer = {**ffn, **qk_norm, "drop_path": config.drop_path, "drop_att": config.drop_att}
+        cross = {**(ffn if config.xattn_with_mlp else {}), **qk_norm, "context_norm": config.xattn_enc_ln}
+        c, d, heads, latent_heads = config.dim, config.latent_dim, config.heads, config.latent_heads
+        narrow: dict[str, Any] = {"width": min(c, d), "heads": min(heads, latent_heads)}
+
+        # In this order, which seeded initial weights depend on.
+        def local_layer() -> TransformerLayer:
+            return TransformerLayer(c, heads, self_attention=config.x_self_attention, **layer)
+
+        locals_ = [local_layer() for _ in range(local)]
+        globals_ = [TransformerLayer(d, latent_heads, **layer) for _ in range(glob)]
+        read = CrossLayer(d, c, **narrow, **cross) if glob else None
+        self.write = CrossLayer(c, d, **narrow, **cross) if index else None
+        self.local_layers, self.read = nn.ModuleList(locals_), read
+        norms = {"context_norm": config.xattn_enc_ln, **qk_norm}
+        self.condition = CrossLayer(d, d, d, latent_heads, **norms) if glob and condition else None
+        self.global_layers = nn.ModuleList(globals_)
+
+    def group_phase(
+        self,
+        x: Tensor,
+        latents: Tensor,
+        write_latents: Tensor,
+        mask: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Write, local layers, read, on any set of groups: no group attends to another.
+
+        Args:
+            x: data tokens `(b, t, n, c)`.
+            latents: their groups' latents `(b, t, m, d)`.
+            write_latents: the latents that write attends to, `Trunk.write_latents` of all groups cut to these.
+            mask: booleans `(b, t, n)`, false for tokens that nothing attends to; at least one of a group is true.
+            keys: of these groups' dropout `(b, t)`, see `Trunk.dropout_keys`.
+
+        Returns:
+            data tokens and latents, of the same shapes.
+        """
+        batch, groups = x.shape[:2]
+        x, latents = x.flatten(0, 1), latents.flatten(0, 1)
+        random = None if keys is None else GroupRandom(keys.flatten(), self.index)
+        held = None if mask is None else mask.flatten(0, 1)[:, None, None]
+        local: dict[str, Any] = {"mask": held, "causal": int(self.causal_local)}
+        if held is not None and self.causal_local:
+            local = {"mask": held & triangle(x.shape[1], x.device)}
+        if self.write is not None:
+            x = self.write(x, write_latents.flatten(0, 1), random=random)
+        for layer in self.local_layers:
+            x = layer(x, **local, random=random)
+        if self.read is not None:
+            latents = self.read(latents, x, held, random=random)
+        return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
+
+    def global_phase(
+        self, latents: Tensor, condition: Tensor | None = None, call: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Attention to the condition, and global layers, on all latents `(b, t, m, d)` of each example.
+
+        Args:
+            latents: of all groups.
+            condition: tokens `(b, s, d)` that the latents attend to first, in a trunk built with `condition=True`.
+            call: how a layer is called, `call(layer, *inputs)`, if not plainly.
+        """
+        t, m = latents.shape[1:3]
+        latents = latents.flatten(1, 2)
+        call = call or (lambda layer, *inputs: layer(*inputs))
+        if self.condition is not None:
+            latents = call(self.condition, latents, condition)
+        for layer in self.global_layers:
+            latents = call(layer, latents, None, self.causal_global)
+        return latents.unflatten(1, (t, m))
 
 
 class Trunk(nn.Module):
     """The interleaved layers of FIT, the same in all three roles.
 
     Args:
-        layers: layer string, see `parse_layers`.
+        config: the options.
         num_groups: t; None for any number, with `row_column` latent positions.
-        tokens_per_group: n. latents_per_group: m.
-        dim: c. latent_dim: d. heads, latent_heads: of local and of global layers.
-        position, latent_position: kinds of positions (`positions.py`).
-        mlp_ratio: inner width of the feed-forwards over the outer one.
-        drop_path, drop_units, drop_att: dropout of residual branches, feed-forward units, attention weights.
-        causal: `"none"`; `"global"`, a latent sees latents of its own and of earlier groups; `"all"`, moreover
+        tokens_per_group: n.
+        causal: `"none"`; `"global"`, a latent attends to latents of its own and of earlier groups; `"all"`, moreover
             local layers are causal inside the group, and write gives a group the latents of the group before.
-        condition: latents look at condition tokens `(b, s, d)` before the global layers of each block.
-        self_attention: local layers have attention, not only their feed-forward half.
-        cross_mlp: a feed-forward after read and write. cross_norm: normalise what cross-attention looks at.
+        condition: latents attend to condition tokens `(b, s, d)` before the global layers of each block.
 
     Raises:
         InputError: the layer string does not parse, sizes are not positive, heads do not divide widths, or a rate of
@@ -92,61 +160,28 @@ class Trunk(nn.Module):
 
     def __init__(
         self,
-        layers: str,
+        config: TrunkConfig,
         num_groups: int | None,
         tokens_per_group: int,
-        latents_per_group: int,
-        dim: int,
-        latent_dim: int,
-        heads: int,
-        latent_heads: int,
         *,
-        position: str = "learned",
-        latent_position: str = "learned",
-        mlp_ratio: float = 4,
-        drop_path: float = 0.0,
-        drop_units: float = 0.0,
-        drop_att: float = 0.0,
-        causal: str = "none",
+        causal: Causal = "none",
         condition: bool = False,
-        self_attention: bool = True,
-        cross_mlp: bool = False,
-        cross_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.plan = parse_layers(layers)
-        check_sizes(tokens_per_group=tokens_per_group, latents_per_group=latents_per_group)
-        check_sizes(num_groups=1 if num_groups is None else num_groups, dim=dim, latent_dim=latent_dim)
-        has_local, has_global = (any(counts) for counts in zip(*self.plan, strict=True))
-        if has_local and self_attention:
-            check_heads(heads, dim, "local layers, dim")
-        if has_global:
-            check_heads(latent_heads, latent_dim, "global layers, latent_dim")
-            check_heads(min(heads, latent_heads), min(dim, latent_dim), "read and write, the smaller of both widths")
-        self.latents_per_group = latents_per_group
-        self.drops_out = max(drop_path, drop_units, drop_att) > 0
-        self.causal_global, self.causal_local = causal in ("global", "all"), causal == "all"
-        self.position = token_positions(position, tokens_per_group, dim)
-        self.latent_position = latent_positions(latent_position, num_groups, latents_per_group, latent_dim)
-
-        ffn: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop_units": drop_units}
-        layer = {**ffn, "drop_path": drop_path, "drop_att": drop_att}
-        cross = {**(ffn if cross_mlp else {}), "context_norm": cross_norm}
-        cross |= {"width": min(dim, latent_dim), "heads": min(heads, latent_heads)}
-
-        def look() -> CrossLayer:
-            return CrossLayer(latent_dim, latent_dim, latent_dim, latent_heads, context_norm=cross_norm)
-
-        def block(i: int, local: int, glob: int) -> Block:
-            return Block(
-                [TransformerLayer(dim, heads, self_attention=self_attention, **layer) for _ in range(local)],
-                [TransformerLayer(latent_dim, latent_heads, **layer) for _ in range(glob)],
-                read=CrossLayer(latent_dim, dim, **cross) if glob else None,
-                write=CrossLayer(dim, latent_dim, **cross) if i > 0 else None,
-                condition=look() if glob and condition else None,
-            )
-
-        self.blocks = nn.ModuleList(block(i, local, glob) for i, (local, glob) in enumerate(self.plan))
+        check_trunk(config)
+        self.config = config
+        self.block_depths = parse_layers(config.layers)
+        _check(config, self.block_depths, num_groups, tokens_per_group)
+        self.tokens_per_group, self.latents_per_group = tokens_per_group, config.latents_per_group
+        self.drops_out = max(config.drop_path, config.drop_units, config.drop_att) > 0
+        self.shifts_write = causal == "all"
+        self.position = token_positions(config.position, tokens_per_group, config.dim)
+        self.latent_position = latent_positions(
+            config.latent_position, num_groups, config.latents_per_group, config.latent_dim
+        )
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(i, local, glob, config, causal, condition) for i, (local, glob) in enumerate(self.block_depths)
+        )
 
     def layers(self) -> Iterator[TransformerLayer | CrossLayer]:
         """Every layer, in no particular order: the pieces to compile or to shard one by one."""
@@ -156,21 +191,21 @@ class Trunk(nn.Module):
         """The latents `(b, t, m, d)` that every example starts from: their positions.
 
         A table has them in the order of groups, and fewer groups than the model was built for take the first ones.
-        `row_column` positions take rows and columns of the groups, `places (t, 2)` or `(b, t, 2)` int64; one row of
+        `row_column` positions take rows and columns of the groups, `coords (t, 2)` or `(b, t, 2)` int64; one row of
         groups by default.
 
         Raises:
-            InputError: more groups than there are positions, places of another number of groups or given to a table.
+            InputError: more groups than there are positions, coords of another number of groups or given to a table.
         """
         if not isinstance(self.latent_position, PositionTable):
             if coords is None:
                 coords = torch.arange(num_groups, device=self.latent_position.slots.device)
                 coords = torch.stack([torch.zeros_like(coords), coords], dim=-1)
             if coords.shape[-2] != num_groups:
-                raise InputError(f"places of {coords.shape[-2]} groups given for an input of {num_groups}")
+                raise InputError(f"coords of {coords.shape[-2]} groups given for an input of {num_groups}")
             return self.latent_position(coords).expand(batch, -1, -1, -1)
         if coords is not None:
-            raise InputError("places of groups given to a model with a table of latents; build it with 'row_column'")
+            raise InputError("coords of groups given to a model with a table of latents; build it with 'row_column'")
         table = rearrange(self.latent_position(), "(t m) d -> t m d", m=self.latents_per_group)
         if num_groups > table.shape[0]:
             raise InputError(
@@ -179,92 +214,36 @@ class Trunk(nn.Module):
             )
         return table[:num_groups].expand(batch, -1, -1, -1)
 
-    def group_keys(self, batch: int, groups: int) -> Tensor | None:
+    def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
         """What each group's dropout is drawn from, `(b, t)` by torch's generator; None where nothing is dropped."""
         if not (self.training and self.drops_out):
             return None
-        return group_keys(batch, groups).to(next(self.parameters()).device)
+        return draw_keys(batch, groups).to(next(self.parameters()).device)
 
-    def write_source(self, latents: Tensor) -> Tensor:
-        """What each group's tokens are written from, `(b, t, m, d)`: its own latents, or in the autoregressive
+    def write_latents(self, latents: Tensor) -> Tensor:
+        """The latents that each group's tokens attend to in write, `(b, t, m, d)`: its own, or in the autoregressive
         role those of the group before, zeros for the first (spec section 5)."""
-        return F.pad(latents[:, :-1], (0, 0, 0, 0, 1, 0)) if self.causal_local else latents
-
-    def group_phase(
-        self,
-        i: int,
-        x: Tensor,
-        latents: Tensor,
-        source: Tensor,
-        mask: Tensor | None = None,
-        keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Write, local layers, read of block i, on any set of groups: no group sees another.
-
-        Args:
-            i: block.
-            x: data tokens `(b, t, n, c)`.
-            latents: their groups' latents `(b, t, m, d)`.
-            source: the latents that write looks at, `write_source` of all groups cut to these.
-            mask: booleans `(b, t, n)`, false for tokens that nobody may look at; at least one of a group is true.
-            keys: of these groups' dropout `(b, t)`, see `group_keys`.
-
-        Returns:
-            data tokens and latents, of the same shapes.
-        """
-        block: Block = self.blocks[i]  # type: ignore[assignment]
-        batch, groups = x.shape[:2]
-        x, latents = x.flatten(0, 1), latents.flatten(0, 1)
-        random = None if keys is None else GroupRandom(keys.flatten(), i)
-        seen = None if mask is None else mask.flatten(0, 1)[:, None, None]
-        local = {"mask": seen, "causal": self.causal_local}
-        if seen is not None and self.causal_local:
-            local = {"mask": seen & triangle(x.shape[1], x.device)}
-        if block.write is not None:
-            x = block.write(x, source.flatten(0, 1), random=random)
-        for layer in block.local_layers:
-            x = layer(x, **local, random=random)
-        if block.read is not None:
-            latents = block.read(latents, x, seen, random=random)
-        return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
-
-    def global_phase(
-        self, i: int, latents: Tensor, condition: Tensor | None = None, call: Callable[..., Tensor] | None = None
-    ) -> Tensor:
-        """Condition and global layers of block i on all latents `(b, t, m, d)` of each example.
-
-        Args:
-            i: block.
-            latents: of all groups.
-            condition: tokens `(b, s, d)` that the latents look at first, in a trunk built with `condition=True`.
-            call: how a layer is called, `call(layer, *inputs)`, if not plainly.
-        """
-        block: Block = self.blocks[i]  # type: ignore[assignment]
-        t, m = latents.shape[1:3]
-        latents = latents.flatten(1, 2)
-        call = call or (lambda layer, *inputs: layer(*inputs))
-        if block.condition is not None:
-            latents = call(block.condition, latents, condition)
-        mask = block_causal_mask(t, m, latents.device) if self.causal_global and len(block.global_layers) else None
-        for layer in block.global_layers:
-            latents = call(layer, latents, mask)
-        return latents.unflatten(1, (t, m))
+        return F.pad(latents[:, :-1], (0, 0, 0, 0, 1, 0)) if self.shifts_write else latents
 
     def forward(
         self, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5).
-
-        `condition` and `mask` are as in the phases.
-        """
-        keys = self.group_keys(*x.shape[:2])
-        for i in range(len(self.blocks)):
-            x, latents = self.group_phase(i, x, latents, self.write_source(latents), mask, keys)
-            latents = self.global_phase(i, latents, condition)
+        """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5)."""
+        keys = self.dropout_keys(*x.shape[:2])
+        for block in self.blocks:
+            x, latents = block.group_phase(x, latents, self.write_latents(latents), mask, keys)
+            latents = block.global_phase(latents, condition)
         return x, latents
 
 
-def block_causal_mask(t: int, m: int, device: torch.device) -> Tensor:
-    """Mask `(t*m, t*m)`, true where a latent may look: at those of its own and of earlier groups."""
-    group = torch.arange(t, device=device).repeat_interleave(m)
-    return group[:, None] >= group[None, :]
+def _check(config: TrunkConfig, depths: list[tuple[int, int]], num_groups: int | None, tokens_per_group: int) -> None:
+    """Refuse sizes that are not positive, and heads that do not divide the widths of layers that there are."""
+    check_sizes(tokens_per_group=tokens_per_group, latents_per_group=config.latents_per_group)
+    check_sizes(num_groups=1 if num_groups is None else num_groups, dim=config.dim, latent_dim=config.latent_dim)
+    has_local, has_global = (any(counts) for counts in zip(*depths, strict=True))
+    if has_local and config.x_self_attention:
+        check_heads(config.heads, config.dim, "local layers, dim")
+    if has_global:
+        check_heads(config.latent_heads, config.latent_dim, "global layers, latent_dim")
+        heads, width = min(config.heads, config.latent_heads), min(config.dim, config.latent_dim)
+        check_heads(heads, width, "read and write, the smaller of both widths")

@@ -12,7 +12,6 @@ from fitformer.profiling.flops import (
     on_meta,
     parts,
     total,
-    trunk_of,
 )
 from fitformer.profiling.geometry import Geometry
 from fitformer.profiling.memory import Memory, StepConfig, memory
@@ -40,5 +39,4 @@ __all__ = [
     "slice_for",
     "streaming_for",
     "total",
-    "trunk_of",
 ]

@@ -172,7 +172,7 @@ def global_stages(
     block = _block(trunk, i)
     if block.condition is not None:
         yield of_cross(block.condition, AttentionShape(batch, latents, conditions), numbers)
-    mask = latents**2 if trunk.causal_global else 0
+    mask = latents**2 if trunk.blocks[i].causal_global else 0
     for layer in block.global_layers:
         yield of_layer(_layer(layer), AttentionShape(batch, latents, latents, mask), numbers)
 

@@ -98,8 +98,8 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
         raise InputError(plan.verdict)
     torch.manual_seed(0)
     role, config = plan.geometry.config()
-    model = getattr(fitformer, role)(**config).to(device)
-    (model.encoder if role == "FITImageEncoder" else model).run = way_of(plan.setup)
+    model = getattr(fitformer, role).from_config(config).to(device)
+    model.set_execution(way_of(plan.setup))
     optimizer = _optimizer(model)
     # An image for each example, though of one file: a batch reads as many.
     sources: list[PixelSource] = [open_image(path) for _ in range(plan.setup.batch)]

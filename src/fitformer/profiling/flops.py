@@ -8,7 +8,6 @@ Models built under `torch.device("meta")` do: nothing here looks at a weight.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from inspect import signature
 from operator import add
 from typing import Any
 
@@ -26,7 +25,7 @@ from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Block, Trunk
 
 Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
-ROLES: dict[str, type] = {role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITDecoder)}
+ROLES: dict[str, type[Model]] = {role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITDecoder)}
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,8 @@ def on_meta(role: str, config: dict[str, Any]) -> Model:
             return FITImageDenoiser.from_config(config).denoiser
     if role not in ROLES:
         raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
-    unknown = sorted(set(config) - set(signature(ROLES[role]).parameters))
-    if unknown:
-        raise InputError(f"{role} has no argument {', '.join(unknown)}")
     with torch.device("meta"):
-        return ROLES[role](**config)
+        return ROLES[role].from_config(config)
 
 
 def count_parameters(module: nn.Module | None) -> int:
@@ -111,20 +107,15 @@ def group_plan(model: Model, extra_tokens: int = 0, groups: int | None = None) -
     Raises:
         InputError: no number of groups for a model that takes any.
     """
-    trunk = trunk_of(model)
+    trunk = model.trunk
     (coords, c), latent = trunk.position.weight.shape, trunk.latent_position
     m, d = trunk.latents_per_group, (latent.weight if isinstance(latent, PositionTable) else latent.slots).shape[-1]
     if groups is None:
         if not isinstance(latent, PositionTable):
             raise InputError("the model takes any number of groups; say how many the input has")
         groups = latent.weight.shape[0] // m
-    layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.plan)
+    layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.block_depths)
     return GroupPlan(groups, coords + extra_tokens, m, c, d, layers)
-
-
-def trunk_of(model: Model) -> Trunk:
-    """The trunk of any role."""
-    return model.encoder.trunk if isinstance(model, FITImageEncoder) else model.trunk
 
 
 def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> list[Part]:
@@ -139,7 +130,7 @@ def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups
     plan = group_plan(model, extra_tokens, groups)
     before, after = _ends(model, plan, extra_tokens, condition_tokens)
     conditions = 1 + (condition_tokens if isinstance(model, FITDenoiser) and model.cond_dim is not None else 0)
-    trunk = trunk_of(model)
+    trunk = model.trunk
     table = count_parameters(trunk.position) + count_parameters(trunk.latent_position)
     positions = Part("positions", f"{plan.tokens_per_group - extra_tokens} + {_times(plan, 'm')}", table, Flops())
     return [*before, positions, *_trunk_parts(trunk, plan, conditions), *after]

@@ -1,7 +1,7 @@
 """A role of some size on an image of some size: which model that is, how many groups there are, and which are best."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -57,7 +57,7 @@ class Geometry:
         Raises:
             InputError: as the class, or no such preset.
         """
-        sizes = preset(name, end_local=role != "encoder")
+        sizes = asdict(preset(name, ends_local=role != "encoder"))
         sizes |= {key: value for key in tuple(sizes) if (value := rest.pop(key, None)) is not None}
         patch = patch_size if patch_size is not None else 1 if role == "decoder" else 16
         return cls(role, sizes, image_size, patch, **rest)

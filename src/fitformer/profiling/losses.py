@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitformer.execution import Work, total
+from fitformer.execution import Inputs
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
@@ -55,8 +55,15 @@ def _denoising(model: FITDenoiser, images: list[GroupedImage], device: torch.dev
         return (error if mask is None else error * mask[..., None]).sum() / count
 
     latents = model.initial_latents(len(images), images[0].num_groups, None, coords)
-    work = Work(images[0].num_groups, latents, read, embed, score, model.condition(len(images), time, None))
-    loss, _ = total(model, work)
+    inputs = Inputs(
+        tokens=read,
+        latents=latents,
+        embed=embed,
+        score=lambda groups, x, mask: score(groups, model.head(x), mask),
+        condition=model.condition(len(images), time, None),
+        parameters=model.all_parameters(),
+    )
+    loss = model.execute(inputs).score
     assert loss is not None
     return loss
 
@@ -79,6 +86,4 @@ def _next_value(model: FITDecoder, images: list[GroupedImage], device: torch.dev
     def score(which: slice, logits: Tensor, mask: Tensor | None) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 2), values(which).flatten(), reduction="sum") / count
 
-    loss, _ = total(model, Work(groups, model.trunk.initial_latents(len(images), groups), read, score=score))
-    assert loss is not None
-    return loss
+    return model.read(read, len(images), groups, score)

@@ -28,7 +28,7 @@ from fitformer.profiling.activations import (
     of_ffn,
     peak,
 )
-from fitformer.profiling.flops import GroupPlan, Model, count_parameters, group_plan, trunk_of
+from fitformer.profiling.flops import GroupPlan, Model, count_parameters, group_plan
 
 Execution = Literal["plain", "checkpointed", "streamed"]
 Keep = Literal["memory", "host", "disk"]
@@ -188,7 +188,7 @@ class _Step:
 
     def __init__(self, model: Model, setup: StepConfig) -> None:
         self.model = model.encoder if isinstance(model, FITImageEncoder) else model
-        self.trunk: Trunk = trunk_of(model)
+        self.trunk: Trunk = model.trunk
         self.setup = setup
         self.plan: GroupPlan = group_plan(model, groups=setup.groups)
         self.numbers = DtypeSizes(2 if setup.precision == "bf16" else FLOAT)

@@ -1,7 +1,7 @@
 """Choosing how to run: the size of groups and of slices, and where to keep data tokens, for a budget of memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -9,7 +9,7 @@ from fitformer._support.bytesize import format_bytes
 from fitformer.errors import InputError
 from fitformer.execution.selective_checkpoint import Recompute
 from fitformer.execution.streamed import SLICE_TOKENS
-from fitformer.models.config import SIZES, preset
+from fitformer.models.config import PRESETS, preset
 from fitformer.patching.sizes import format_size
 from fitformer.profiling.flops import Flops, Model, count_parameters, group_plan
 from fitformer.profiling.geometry import Geometry, grouped
@@ -224,14 +224,14 @@ def _looser(geometry: Geometry, wish: PlanRequest) -> Iterator[tuple[Any, Geomet
         )
     if wish.batch > 1:
         yield fitting("a batch of 1 and"), geometry, replace(free, batch=1)
-    names = [name for name in SIZES if _smaller(name, geometry)]
+    names = [name for name in PRESETS if _smaller(name, geometry)]
     for name in reversed(names):
-        sizes = preset(name, end_local=geometry.role != "encoder")
+        sizes = asdict(preset(name, ends_local=geometry.role != "encoder"))
         yield fitting(f"the preset {name} and"), replace(geometry, sizes=sizes), free
 
 
 def _smaller(name: str, geometry: Geometry) -> bool:
-    return SIZES[name].dim < geometry.sizes["dim"]
+    return PRESETS[name].dim < geometry.sizes["dim"]
 
 
 def _way(setup: StepConfig) -> str:

@@ -7,21 +7,21 @@
 import importlib
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitformer.config.schema import Recipe, Training
-from fitformer.execution import Execution, Streamed, checkpointed, plain
-from fitformer.models.trunk import Trunk
+from fitformer.execution import Streamed
+from fitformer.models.base import FITModel
 from fitformer.tasks.batch import Batch
 from fitformer.tasks.preview import Preview
 
-__all__ = ["Batch", "Preview", "Task", "build_model", "set_execution", "task_of", "trunk_of"]
+__all__ = ["Batch", "Preview", "Task", "build_model", "set_execution", "task_of"]
 
 
 class Task(Protocol):
     """What the modules `classify`, `diffuse` and `autoregress` have in common."""
 
-    def build(self, recipe: Any, dataset: Any) -> nn.Module:
+    def build(self, recipe: Any, dataset: Any) -> FITModel:
         """Make the network for a recipe and a dataset, with random weights from torch's generator."""
 
     def loss(self, network: Any, batch: Batch, recipe: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -42,7 +42,7 @@ def task_of(recipe: Recipe) -> Task:
     return cast(Task, importlib.import_module(f"fitformer.tasks.{recipe.task}"))
 
 
-def build_model(recipe: Recipe, dataset: Any) -> nn.Module:
+def build_model(recipe: Recipe, dataset: Any) -> FITModel:
     """The network of a recipe, for the sizes and classes of a dataset.
 
     Raises:
@@ -53,20 +53,7 @@ def build_model(recipe: Recipe, dataset: Any) -> nn.Module:
 
 def set_execution(network: Any, training: Training) -> None:
     """Have a network's trunk run as `trainer.execution` says."""
-    ways: dict[str, Execution] = {"plain": plain, "checkpointed": checkpointed}
-    if training.execution == "streamed":
-        way: Execution = Streamed(
-            groups=training.slice_groups,
-            keep=training.keep,
-            precision=training.keep_precision,
-            folder=training.scratch,
-            recompute=training.recompute or "full",
-        )
-    else:
-        way = ways[training.execution]
-    getattr(network, "encoder", network).run = way
-
-
-def trunk_of(network: Any) -> Trunk:
-    """The trunk inside any role."""
-    return network.encoder.trunk if hasattr(network, "encoder") else network.trunk
+    streamed = Streamed(
+        training.slice_groups, training.keep, training.keep_precision, training.scratch, training.recompute or "full"
+    )
+    network.set_execution(streamed if training.execution == "streamed" else training.execution)

@@ -11,7 +11,6 @@ from torch import Tensor
 from fitformer import generation, patching
 from fitformer.config.schema import ByteRecipe, PixelRecipe
 from fitformer.errors import InputError
-from fitformer.execution import Work, total
 from fitformer.models.decoder import FITDecoder
 from fitformer.patching.sizes import to_sides
 from fitformer.tasks.batch import Batch, arguments, one_size
@@ -76,10 +75,7 @@ def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Ten
         each = F.cross_entropy(logits.flatten(0, -2).float(), tokens[:, groups].flatten(), reduction="none")
         return (each * weights[:, groups].flatten()).sum()
 
-    latents = network.trunk.initial_latents(*tokens.shape[:2])
-    added, _ = total(network, Work(tokens.shape[1], latents, lambda groups: (given[:, groups], None), score=nats))
-    assert added is not None
-    return added / weights.sum() / math.log(2)
+    return network(given, score=nats) / weights.sum() / math.log(2)
 
 
 def unit(recipe: PixelRecipe | ByteRecipe) -> str:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fitformer import diffusion
 from fitformer.config.schema import DiffuseRecipe
-from fitformer.execution import Work, total
-from fitformer.execution.base import Score
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
 from fitformer.tasks.preview import Preview
@@ -84,24 +82,7 @@ def _error(
         mean = diffusion.loss(options.prediction, output.float(), noisy, clean, drawn, gamma, **scale)
         return mean * (output.shape[1] / x0.shape[1])
 
-    return _total(network, seen, gamma, cond, latents, score)
-
-
-def _total(
-    network: FITImageDenoiser, x: Tensor, gamma: Tensor, cond: Tensor | None, latents: Tensor | None, score: Score
-) -> Tensor:
-    """The sum of `score` over all slices of groups."""
-    denoiser, (b, t) = network.denoiser, x.shape[:2]
-    work = Work(
-        groups=t,
-        latents=denoiser.initial_latents(b, t, latents),
-        read=lambda groups: (x[:, groups], None),
-        score=score,
-        condition=denoiser.condition(b, gamma, cond),
-    )
-    added, _ = total(denoiser, work)
-    assert added is not None
-    return added
+    return network(seen, gamma, cond, latents, score=score)[0]
 
 
 def _earlier_latents(

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches
-from fitformer.tasks import Batch, optimizers, set_execution, task_of, trunk_of
+from fitformer.models.base import FITModel
+from fitformer.tasks import Batch, optimizers, set_execution, task_of
 
 
 def step_seed(seed: int, micro_step: int, rank: int) -> int:
@@ -24,20 +25,20 @@ class FITModule(pl.LightningModule):
     `recent` holds the training metrics summed since they were last taken: logging them is the observers' business.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, network: FITModel, recipe: Recipe) -> None:
         super().__init__()
-        self.network, self.recipe = network, recipe
+        self.network: FITModel = network
+        self.recipe = recipe
         self.recent: dict[str, Tensor] = {}
         self.recent_count = 0
 
     def on_fit_start(self) -> None:
         """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
-        trunk = trunk_of(self.network)
         set_execution(self.network, self.recipe.trainer)
         if self.recipe.trainer.compile:
             # Layers of a class share their compiled variants (widths, training or not), and torch gives up after 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for layer in trunk.layers():
+            for layer in self.network.trunk.layers():
                 layer.compile()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
-from fitformer.execution import Work, total
+from fitformer.execution import Inputs
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
 from fitformer.patching.any_size import GroupedImage, PixelSource
-from fitformer.viz import read_weights
 
 # How much of its difference from the average patch each patch keeps where the gradient is taken (docs/log.md).
 CONTRAST = 0.85
@@ -67,23 +66,23 @@ def attribute(
     if classifier.head is None:
         raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
     grouped = classifier.grouped(image)
-    work = classifier.work([grouped])
-    relevance = torch.zeros(work.groups, classifier.tiling.tokens_per_group)
-    gate = torch.ones(1, device=work.latents.device, requires_grad=True)
-    average = _Average(grouped, classifier.encoder.trunk.position)
-    with _frozen(classifier), _looks(classifier, work.groups, tell) as attention:
+    inputs = classifier.inputs([grouped])
+    relevance = torch.zeros(inputs.groups, classifier.tiling.tokens_per_group)
+    gate = torch.ones(1, device=inputs.latents.device, requires_grad=True)
+    average = _Average(grouped, classifier.trunk.position)
+    with _frozen(classifier), _looks(classifier, inputs.groups, tell) as attention:
         with torch.no_grad():
-            logits = _logits(classifier, grouped, *total(classifier.encoder, _averaging(work, average)))
+            logits = _logits(classifier, grouped, _averaging(inputs, average))
         with torch.enable_grad():
-            faded = _logits(classifier, grouped, *total(classifier.encoder, _noting(work, average, gate, relevance)))
+            faded = _logits(classifier, grouped, _noting(inputs, average, gate, relevance))
             torch.autograd.grad(log_odds(faded, int(logits.argmax())), gate)
     return Attribution(logits.detach().float().cpu(), attention, relevance, grouped)
 
 
-def _logits(classifier: FITImageEncoder, image: GroupedImage, added: Tensor | None, latents: Tensor) -> Tensor:
-    """Logits `(classes,)` of what a pass gave: the head's, of the mean over tokens or over latents."""
+def _logits(classifier: FITImageEncoder, image: GroupedImage, inputs: Inputs) -> Tensor:
+    """Logits `(classes,)` of a pass on an image."""
     assert classifier.head is not None
-    return classifier.head(classifier.means([image], added, latents))[0]
+    return classifier.head(classifier.pool([image], inputs))[0]
 
 
 def log_odds(logits: Tensor, label: int) -> Tensor:
@@ -117,27 +116,25 @@ class _Average:
         return x - self.position() - torch.as_tensor(self.total / self.count).to(x)
 
 
-def _averaging(work: Work, average: _Average) -> Work:
-    """The same work; its patches are counted in the average as they come by."""
-    assert work.embed is not None
-    plainly = work.embed
+def _averaging(inputs: Inputs, average: _Average) -> Inputs:
+    """The same inputs; its patches are counted in the average as they come by."""
+    plainly = inputs.embed
 
     def embed(groups: slice, tokens: Tensor) -> Tensor:
         x = plainly(groups, tokens)
         average.add(groups, x)
         return x
 
-    return replace(work, embed=embed)
+    return replace(inputs, embed=embed)
 
 
-def _noting(work: Work, average: _Average, gate: Tensor, relevance: Tensor) -> Work:
+def _noting(inputs: Inputs, average: _Average, gate: Tensor, relevance: Tensor) -> Inputs:
     """Work on the faded image; on the way back what each patch moves is noted in `moved (t, n)`.
 
     `gate`, a one that all tokens are multiplied with, makes every way to run ask for these gradients, and for no others
     where the parameters are frozen.
     """
-    assert work.embed is not None
-    plainly = work.embed
+    plainly = inputs.embed
 
     def embed(groups: slice, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -149,7 +146,7 @@ def _noting(work: Work, average: _Average, gate: Tensor, relevance: Tensor) -> W
             faded.register_hook(lambda gradient: _note(relevance, groups, (gradient * difference).sum(-1)))
         return faded
 
-    return replace(work, embed=embed, depends_on=(gate,))
+    return replace(inputs, embed=embed, parameters=(*inputs.parameters, gate))
 
 
 def _note(relevance: Tensor, groups: slice, values: Tensor) -> None:
@@ -176,7 +173,7 @@ def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Itera
     Raises:
         InputError: no block reads.
     """
-    reads = [read for block in classifier.encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
+    reads = [read for block in classifier.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
     attention = torch.zeros(groups, classifier.tiling.tokens_per_group)
@@ -202,6 +199,6 @@ def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Itera
 @torch.no_grad()
 def _look(read: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention `(s, n)` of a read over that of an even look at the tokens that may be looked at."""
-    weights = read_weights(read, x, context, mask).float().mean(dim=(1, 2))
+    weights = read.weights(x, context, mask).float().mean(dim=(1, 2))
     held = weights.shape[-1] if mask is None else mask.flatten(1).sum(dim=1, keepdim=True)
     return weights * held

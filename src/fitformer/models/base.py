@@ -1,0 +1,48 @@
+"""What all models have in common: a trunk, a way to run it, and folders to be saved in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fitformer.errors import InputError
+from fitformer.execution import Execution, Inputs, Outputs, Streamed, checkpointed, plain
+from fitformer.models.pretrained import Pretrained
+from fitformer.models.trunk import Trunk
+
+EXECUTIONS: dict[str, Execution] = {"plain": plain, "checkpointed": checkpointed, "streamed": Streamed()}
+
+
+class FITModel(Pretrained, nn.Module):
+    """A model around a trunk. Models of images hold one of grouped tokens, and are one themselves."""
+
+    trunk: Trunk
+    execution: Execution = plain
+
+    def set_execution(self, execution: str | Execution) -> None:
+        """Choose how the trunk is run: `"plain"`, `"checkpointed"`, `"streamed"`, or an `Execution` with its options.
+
+        Results and gradients stay the same, save for rounding.
+
+        Raises:
+            InputError: neither of these.
+        """
+        if isinstance(execution, str) and execution in EXECUTIONS:
+            execution = EXECUTIONS[execution]
+        if not isinstance(execution, Execution):
+            raise InputError(f"{execution!r} is no way to run a trunk; there are {', '.join(EXECUTIONS)}")
+        for module in self.modules():
+            if isinstance(module, FITModel):
+                module.execution = execution
+
+    def execute(self, inputs: Inputs) -> Outputs:
+        """Run the trunk on inputs, in the way that was chosen."""
+        return self.execution.run(self.trunk, inputs)
+
+    def last_block(self) -> Sequence[int]:
+        """The number of the last block, whose data tokens are the trunk's: what `Inputs.blocks` takes."""
+        return (len(self.trunk.blocks) - 1,)
+
+    def all_parameters(self, *more: Any) -> tuple[Any, ...]:
+        """The parameters, and further tensors with gradients: what `Inputs.parameters` takes."""
+        return *self.parameters(), *(tensor for tensor in more if tensor is not None)
