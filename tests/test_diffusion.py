@@ -14,7 +14,7 @@ import torch
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from fitformer import FITImageDenoiser, diffusion
+from fitformer import FITImageDenoiser, diffusion, profiling
 from fitformer.diffusion import samplers
 from fitformer.errors import InputError
 from fitformer.models.image_denoiser import one_hot
@@ -621,3 +621,10 @@ def test_a_model_takes_and_returns_images_and_tokens():
 def test_bad_image_denoisers_and_samples(options, asked, message):
     with pytest.raises(InputError, match=message):
         image_denoiser(**options).sample(**{"count": 2, **asked})
+
+
+def test_costs_of_a_model_are_those_of_its_denoiser():
+    model = image_denoiser()
+    on_meta = profiling.on_meta("FITImageDenoiser", model.config)
+    assert profiling.count_parameters(on_meta) == sum(parameter.numel() for parameter in model.parameters())
+    assert profiling.flops(on_meta) == profiling.flops(model.denoiser)

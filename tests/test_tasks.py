@@ -131,6 +131,15 @@ def test_every_way_to_diffuse_trains_and_samples(prediction, self_cond):
     assert images.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("loss_on", ["eps", "x", "v"])
+def test_the_error_is_measured_on_any_target(loss_on):
+    recipe = recipe_of("digits-diffuse", f"--objective.loss_on={loss_on}", "--objective.prediction=v")
+    torch.manual_seed(0)
+    loss, _ = diffuse.loss(build_model(recipe, Shapes()), batch_of(recipe), recipe)
+    loss.backward()
+    assert 0 < float(loss) < 1e4
+
+
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
     recipe = recipe_of("digits-diffuse", "--objective.sample_steps=3", "--objective.sampler=ddpm")
     network = build_model(recipe, Shapes()).eval()
