@@ -137,7 +137,7 @@ def test_the_error_is_measured_on_any_target(loss_on):
     torch.manual_seed(0)
     loss, _ = diffuse.loss(build_model(recipe, Shapes()), batch_of(recipe), recipe)
     loss.backward()
-    assert 0 < float(loss) < 1e4
+    assert 0 < loss.item() < 1e4
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
