@@ -1,9 +1,9 @@
-"""Megapixel MNIST: what a run must beat, what it reached, how it learned and where its latents looked.
+"""Megapixel MNIST: baselines, accuracy of a run, its learning curve, attention and relevance maps.
 
     python benchmarks/megapixel.py --mnist FOLDER [--size 512] [--run RUN] [--pictures docs/pictures]
 
-Prints a Markdown table. Without a run, of the baselines alone: always the commonest class, and logistic regression of
-the whole canvas, averaged down to 64 x 64 pixels. With one, of its model too; its curve and maps go to `--pictures`.
+Prints a Markdown table. Without a run it has the baselines only: always the commonest class, and logistic regression on
+the whole canvas, averaged down to 64 x 64 pixels. With a run it has the model too; curve and maps go to `--pictures`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fitformer import data, viz
 from fitformer.data.settings import ImageData
 from fitformer.evaluation.evaluate import evaluate
-from fitformer.inference.explain.attribution import relevance
+from fitformer.inference.explain.attribution import attribute
 from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.inference.explain.overlay import blend
 from fitformer.tasks.classify import grouped
@@ -40,7 +40,7 @@ def shrunk(part: object) -> tuple[np.ndarray, np.ndarray]:
 
 
 def baselines(settings: ImageData) -> Iterator[tuple[str, float]]:
-    """Name and test accuracy of what any model must beat."""
+    """Name and test accuracy of each baseline."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -67,21 +67,21 @@ def halved(images: np.ndarray) -> np.ndarray:
 
 
 def draw(run: Run, folder: Path, count: int = 4) -> None:
-    """The learning curve; test canvases above maps of where the latents looked, and of what moved the decision."""
+    """The learning curve; test canvases above their attention maps and relevance maps."""
     curves = viz.metric_curves(run.metrics(), "train/accuracy", "val/accuracy")
     curves["train/accuracy"] = smoothed(curves["train/accuracy"])
     viz.write_curves(folder / "megapixel-curve.png", curves, y="accuracy")
     dataset, network = run.dataset("test"), run.model()
-    canvases, looked, moved = [], [], []
+    canvases, attention, relevance = [], [], []
     for index in range(count):
         image, label = dataset[index]["image"], int(dataset[index]["label"])
-        seen = relevance(network, grouped(network, image, run.recipe.data))
-        print(f"test canvas {index}: {label}, taken for {int(seen.logits.argmax())}", file=sys.stderr)
+        found = attribute(network, grouped(network, image, run.recipe.data))
+        print(f"test canvas {index}: {label}, taken for {int(found.logits.argmax())}", file=sys.stderr)
         canvases.append(viz.as_colour(image[None])[0].numpy())
-        for pile, values, colours in ((looked, seen.looked, "heat"), (moved, seen.moved, "signed")):
-            pile.append(blend(image.numpy(), HeatMap.of(values, seen.image).shrunk(*image.shape[:2]), colours))
-    sheet = grid(torch.from_numpy(halved(np.stack(canvases + looked + moved))), columns=count, enlarge=1)
-    write_picture(folder / "megapixel-looked.png", sheet)
+        for maps, values, colours in ((attention, found.attention, "heat"), (relevance, found.relevance, "signed")):
+            maps.append(blend(image.numpy(), HeatMap.of(values, found.image).shrunk(*image.shape[:2]), colours))
+    sheet = grid(torch.from_numpy(halved(np.stack(canvases + attention + relevance))), columns=count, enlarge=1)
+    write_picture(folder / "megapixel-maps.png", sheet)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draws docs/pictures/fit.png, the figure of the README: groups, latents, and what the two phases of a block tie.
+"""Draws docs/pictures/fit.png, the figure of the README: groups, latents, and the two phases of a block.
 
 python docs/figure.py
 """
@@ -31,7 +31,7 @@ def layer(axes: Axes, left: float, y: float, width: float, text: str, color: str
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
-    """An arrow along which tokens are looked at."""
+    """An arrow of attention."""
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=INK, linewidth=1))
     if text:
         axes.text(start[0] + 0.12, (start[1] + end[1]) / 2, text, fontsize=9, color=INK, va="center")

@@ -72,7 +72,7 @@ def continuation(runs: Path) -> str:
 
 
 def draw(runs: Path, folder: Path) -> None:
-    """Learning curves, and where the encoder's latents looked on held-out digits."""
+    """Learning curves, and attention maps of the encoder on held-out digits."""
     curves = {
         "classify": ("val/accuracy", "held-out accuracy"),
         "diffuse": ("train/loss", "denoising loss"),
@@ -86,8 +86,8 @@ def draw(runs: Path, folder: Path) -> None:
     dataset = run.dataset("test")
     images = torch.stack([dataset[i]["image"] for i in range(8)])
     maps = viz.latent_attention(run.model(), images.float() / 255)
-    rows = [viz.as_colour(images), *(viz.overlay(images, looked) for looked in maps)]
-    write_picture(folder / "looked.png", grid(torch.cat(rows), columns=len(images), enlarge=3))
+    rows = [viz.as_colour(images), *(viz.overlay(images, attention) for attention in maps)]
+    write_picture(folder / "attention.png", grid(torch.cat(rows), columns=len(images), enlarge=3))
 
 
 def report(folder: Path, figures: dict[str, Any], text: str, seconds: float) -> bool:
@@ -121,9 +121,9 @@ def report(folder: Path, figures: dict[str, Any], text: str, seconds: float) -> 
 
 ![accuracy](classify-curve.png)
 
-Where the latents looked: held-out digits, then for each block how much its latents attended to each place.
+Attention of the latents: held-out digits, then for each block how much its latents attended to each patch.
 
-![where the latents looked](looked.png)
+![attention of the latents](attention.png)
 
 ## Diffusion decoder: draw a digit of a given class
 

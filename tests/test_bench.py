@@ -48,7 +48,7 @@ def test_every_way_to_run_measures_the_same_step(role, tmp_path):
 
     name, config = asked.config()
     torch.manual_seed(0)
-    model = getattr(fitformer, name)(**config)
+    model = getattr(fitformer, name).from_config(config)
     losses, gradients = [], []
     for way in (plain, checkpointed, Streamed(2)):
         model.set_execution(way)

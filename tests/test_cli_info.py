@@ -67,7 +67,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
     assert "--dim is for presets" in refusal(capsys, str(tmp_path), "--dim", "8")
     assert "there is no role" in refusal(capsys, str(tmp_path))
     (tmp_path / "config.json").write_text('{"role": "FITDecoder", "colour": 1}')
-    assert "FITDecoder has no argument colour" in refusal(capsys, str(tmp_path))
+    assert "FITDecoder has no arguments colour" in refusal(capsys, str(tmp_path))
     (tmp_path / "config.json").write_text('{"role": ')
     assert "is not the configuration of a model" in refusal(capsys, str(tmp_path))
 

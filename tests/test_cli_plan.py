@@ -70,7 +70,7 @@ def test_other_roles_are_planned_too(capsys, role):
 def test_bad_input_is_one_line(capsys):
     assert "--image-size" in refusal(capsys, "--preset", "tiny")
     assert "no preset 'smal'" in refusal(capsys, "--preset", "smal", "--image-size", "512")
-    assert "'much' is no amount of memory" in refusal(capsys, *TINY, "--memory", "much")
+    assert "'much'" in refusal(capsys, *TINY, "--memory", "much")
     assert "--slice is for streamed execution" in refusal(capsys, *TINY, "--execution", "plain", "--slice", "2")
     assert "does not divide" in refusal(capsys, *TINY, "--group-size", "100")
     assert "its patch size is 1" in refusal(capsys, *TINY, "--role", "decoder", "--patch-size", "4")

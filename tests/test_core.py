@@ -1,9 +1,9 @@
-"""The library and the models work with the core dependencies alone."""
+"""The library and the models work with only the core dependencies."""
 
 import subprocess
 import sys
 
-CORE_ALONE = """
+CORE_ONLY = """
 import importlib, pkgutil, sys
 
 EXTRAS = {"lightning", "torchmetrics", "tensorboard", "sklearn", "scipy", "datasets", "pandas", "pyarrow", "matplotlib",
@@ -19,8 +19,8 @@ import torch
 import fitformer
 
 for module in pkgutil.walk_packages(fitformer.__path__, "fitformer."):
-    alone = not module.name.startswith("fitformer.training.") or module.name.endswith("run_dir")
-    if alone and not module.name.endswith("__main__"):
+    core = not module.name.startswith("fitformer.training.") or module.name.endswith("run_dir")
+    if core and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 
 encoder = fitformer.FITImageEncoder.from_preset(
@@ -36,8 +36,8 @@ assert main(["train", "digits-classify"]) == 2
 """
 
 
-def test_without_any_extra(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CORE_ALONE, str(tmp_path)], capture_output=True, text=True)
+def test_without_extras(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CORE_ONLY, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "fitformer: error: this needs the package 'lightning': pip install 'fitformer[train]'\n"
     assert "FITImageEncoder" in done.stdout

@@ -1,4 +1,4 @@
-"""Files are whole or not there, readable by whom the umask allows, and errors name them."""
+"""Files are complete or absent, with the permissions of the umask; errors name them."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from fitformer._support.atomic_files import write_atomically
 
 
-def test_a_file_appears_whole_and_with_its_folder(tmp_path):
+def test_file_appears_complete_with_its_folder(tmp_path):
     path = tmp_path / "new/file.txt"
     with write_atomically(path) as scratch:
         scratch.write_text("all of it")
@@ -20,7 +20,7 @@ def test_a_file_appears_whole_and_with_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
-def test_what_stood_there_survives_a_failure(error, tmp_path):
+def test_failure_keeps_the_old_file(error, tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -35,7 +35,7 @@ def test_what_stood_there_survives_a_failure(error, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_of_the_disk_names_the_file(tmp_path):
+def test_disk_error_names_the_file(tmp_path):
     path = tmp_path / "file.txt"
     with pytest.raises(OSError, match=r"No space left on device: '.*/file\.txt'"), write_atomically(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -47,8 +47,8 @@ def test_an_error_of_the_disk_names_the_file(tmp_path):
         raise other
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
-def test_weights_are_as_readable_as_any_other_file(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_follow_the_umask(tmp_path):
     with write_atomically(tmp_path / "weights") as scratch:
         save_file({"a": torch.zeros(1)}, scratch)
     (tmp_path / "plain").touch()

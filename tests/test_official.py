@@ -153,3 +153,8 @@ def test_gradients_need_a_backward_pass_and_are_zero_where_nothing_flows():
 def test_other_modules_are_not_of_the_reference():
     with pytest.raises(InputError, match="Linear is none of the reference's models"):
         official.variables(nn.Linear(2, 2))
+
+
+def test_options_that_the_reference_lacks_are_refused():
+    with pytest.raises(InputError, match="qk_norm"):
+        make_variables(qk_norm=True)

@@ -265,3 +265,15 @@ def test_a_model_that_is_neither_here_nor_within_reach():
         FITEncoder.from_pretrained("nobody/nothing", local_files_only=True)
     with pytest.raises(FileNotFoundError, match="there is no folder runs/digits/model, and it cannot be a name"):
         FITEncoder.from_pretrained("runs/digits/model")
+
+
+def test_an_option_of_the_trunk_is_saved_and_is_a_default_where_a_folder_lacks_it(tmp_path):
+    numbers = {"num_groups": 2, "tokens_per_group": 4, "vocab_size": 5}
+    FITDecoder.from_preset("tiny", **numbers, qk_norm=True).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["qk_norm"] is True
+    again = FITDecoder.from_pretrained(tmp_path)
+    assert again.trunk.config.qk_norm
+    assert any("query_norm" in name for name in again.state_dict())
+    FITDecoder.from_preset("tiny", **numbers).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.pop("qk_norm"))
+    assert not FITDecoder.from_pretrained(tmp_path).trunk.config.qk_norm

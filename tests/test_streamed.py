@@ -126,7 +126,10 @@ def test_every_way_equals_plain_with_dropout_on(role, dtype, way):
     check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
 
 
-@pytest.mark.parametrize("options", [{"mask": "causal"}, {"y_channels": 3}, {"latent_position": "row_column"}], ids=str)
+OPTIONS = [{"mask": "causal"}, {"y_channels": 3}, {"latent_position": "row_column"}, {"qk_norm": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_of_the_encoder_stream(options):
     model = encoder(**options)
 

@@ -1,31 +1,31 @@
-"""What goes wrong for a reason the user can mend. Anything else that is raised is a bug of ours."""
+"""Exceptions for problems that the user can solve. Any other exception is a bug of ours."""
 
 import importlib
 from types import ModuleType
 
 
 class InputError(ValueError):
-    """Bad input: the message says what is wrong, with both numbers, and the way out."""
+    """Bad input. The message says what is wrong, with both numbers, and how to correct it."""
 
 
 class EmptyImageError(InputError):
-    """An image of which nothing is left to look at: all of it is background, or masked."""
+    """An image without foreground: all of it is background or masked."""
 
 
 class MissingDependencyError(ImportError):
-    """An optional package is not installed; the message says which extra brings it."""
+    """An optional package is missing. The message names the extra that installs it."""
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra installs it.
+    """Import an optional package.
 
     Raises:
-        MissingDependencyError: `package` is not installed.
+        MissingDependencyError: `package` is not installed; the message names `extra`.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        # A broken installation of the package itself must not be mistaken for an absent one.
+        # An installed package whose own imports fail is not missing.
         if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
             raise
         name = package.split(".")[0]

@@ -1,1 +1,1 @@
-"""What every room may use, each file named for what it does; nothing here knows of models or data."""
+"""Helpers that every room may use. They know neither models nor data."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place and renamed into it."""
+"""Files that are either complete or absent: written beside their destination, then renamed."""
 
 import os
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the place of `path` only if nothing was raised.
+    """Yield a scratch path beside `path`, and rename it to `path` if the block raises nothing.
 
-    A failure (a full disk, an interrupt) leaves whatever stood at `path` as it was and no scratch file behind.
+    A failure (a full disk, an interrupt) leaves `path` unchanged and removes the scratch file.
 
     Raises:
-        OSError: it could not be written; the error names `path`.
+        OSError: the file cannot be written; the error names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,11 +22,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.touch()
         mode = scratch.stat().st_mode
         yield scratch
-        # safetensors makes its files private, whatever the umask says.
+        # safetensors creates private files; the umask decides.
         scratch.chmod(mode)
         os.replace(scratch, path)
     except OSError as error:
-        # Writing to an open file fails without a name, and the scratch file's would not help anybody.
+        # An error of writing to an open file names no file, and the scratch file's name helps nobody.
         if error.errno is None or error.filename not in (None, str(scratch)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

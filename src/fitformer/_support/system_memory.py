@@ -1,4 +1,4 @@
-"""The memory of this machine or of its GPU: how much there is, the most this process has taken, what it gives back."""
+"""Memory of this machine or of its GPU: total, available, peak of this process; trimming of the heap."""
 
 import ctypes
 import os
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-# What the kernel lets the processes of a container have, in its second and its first version of control groups.
+# Memory limits of a container, in version 2 and version 1 of control groups.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _STATUS, _MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
 def total_memory(device: str = "cpu") -> int:
-    """Bytes of memory that this process may have: the device's, or on a CPU the machine's or its container's."""
+    """Bytes of memory of the device; on a CPU those of the machine or of its container."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     limits = [text for path in _LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
@@ -23,7 +23,7 @@ def total_memory(device: str = "cpu") -> int:
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes that may be filled unasked: three quarters of all, or what is free, if that is less."""
+    """Bytes to use without a given budget: three quarters of the total, or the free memory if that is less."""
     most = total_memory(device) * 3 // 4
     if device == "cuda":
         return min(most, torch.cuda.mem_get_info()[0])
@@ -31,28 +31,28 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def _field(path: Path, name: str) -> int | None:
-    """Bytes that Linux tells under a name, given in kB; None elsewhere."""
+    """Bytes of a field that Linux reports in kB; None on other systems."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: resident set of the process, or what torch allocated on a GPU."""
+    """Peak memory so far: the resident set of the process, or on a GPU what torch allocated."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux lets `ru_maxrss` of a process start from its parent's; this starts from nothing.
+    # On Linux `ru_maxrss` of a process starts at its parent's; VmHWM starts at 0.
     if (peak := _field(_STATUS, "VmHWM")) is not None:
         return peak
-    import resource  # not everywhere
+    import resource  # absent on Windows
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def trim_heap() -> None:
-    """Give memory that was freed, and that the C library keeps for itself, back to the system.
+    """Return freed memory, which the C library holds, to the system.
 
-    glibc keeps what is smaller than 32 MiB in a heap that it shortens from its end alone, however many holes there are.
+    glibc allocates below 32 MiB in a heap that it shrinks only from the end, however many holes it has.
     """
     if (trim := _trim()) is not None:
         trim(0)

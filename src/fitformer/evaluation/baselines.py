@@ -13,7 +13,7 @@ class IndependentPixels:
     """Each value drawn by itself, from how often each occurred at its place in training: no value tells of another.
 
     Args:
-        places: values in an example. levels: different values.
+        coords: values in an example. levels: different values.
         smoothing: added to every count, so that what never occurred is rare, not impossible; 1 is Laplace's rule.
     """
 

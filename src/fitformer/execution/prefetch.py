@@ -1,4 +1,4 @@
-"""Reading ahead: another thread fetches the next slice while the caller is busy with this one."""
+"""Prefetching: another thread fetches the next slice while the caller computes on this one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import torch
 
 
 def prefetch(fetch: Callable[[slice], Any], slices: Sequence[slice], device: torch.device) -> Iterator[Any]:
-    """What `fetch` gives for each slice, one slice ahead of the caller; closing it waits for what is being fetched."""
+    """Yield `fetch(slice)` for each slice, one slice ahead of the caller; closing waits for the fetch in progress."""
     streaming = _stream_of(device)
 
     @torch.no_grad()
@@ -27,8 +27,7 @@ def prefetch(fetch: Callable[[slice], Any], slices: Sequence[slice], device: tor
 
 
 def _stream_of(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """What makes another thread copy on the caller's device and in the order of the caller's stream: threads have
-    their own of both."""
+    """A context in which another thread copies on the caller's device and stream; a thread has its own of both."""
     if device.type != "cuda":
         return nullcontext
     stream = torch.cuda.current_stream(device)

@@ -1,8 +1,7 @@
-"""What the backward pass of a streamed step computes again, and what it remembers of the forward pass instead.
+"""Selective checkpointing of a streamed step: what the backward pass computes again, and what it remembers instead.
 
-Selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5): the numbers worth remembering are those
-that took many operations each. A number of a matrix product takes as many as the product sums over; one of attention
-takes as many as there are keys.
+Selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5) remembers the results that took many
+operations a number. A matrix product takes as many as it sums over, attention as many as there are keys.
 """
 
 from collections import deque
@@ -16,28 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["full", "local", "selective", "light"]
-Kind = Literal["attention", "narrowing", "square", "widening"]
+Kind = Literal["attention", "down", "square", "up"]
 
 
 class SavePolicy(NamedTuple):
-    """Kinds of results that are remembered of group phases and of global layers."""
+    """Kinds of results that are remembered, of group phases and of global layers."""
 
     groups: frozenset[Kind] = frozenset()
     latents: frozenset[Kind] = frozenset()
 
 
-# Of the sixteen widths of numbers a token that plain execution keeps of a layer, `selective` remembers two, for half of
-# its operations or more, and `light` six: only the widening map and what works number by number is computed again.
-# The last map of a layer is a narrowing one; a global layer is recomputed by itself, and does not need it again.
+# Plain execution keeps sixteen widths of numbers a token of a layer. `selective` remembers two, for half of the
+# operations or more, and `light` six: only the up projection and pointwise functions are computed again.
+# The last projection of a layer is a down projection; a global layer is recomputed by itself and does not need it.
 SAVE_POLICIES: dict[Recompute, SavePolicy] = {
     "full": SavePolicy(),
     "local": SavePolicy(latents=frozenset({"attention"})),
-    "selective": SavePolicy(frozenset({"attention", "narrowing"}), frozenset({"attention"})),
-    "light": SavePolicy(frozenset({"attention", "narrowing", "square"}), frozenset({"attention", "square"})),
+    "selective": SavePolicy(frozenset({"attention", "down"}), frozenset({"attention"})),
+    "light": SavePolicy(frozenset({"attention", "down", "square"}), frozenset({"attention", "square"})),
 }
 
 aten = torch.ops.aten
-# The products that linear maps are made of, each with the place of the weights among the arguments.
+# The products that linear projections are made of, each with the place of the weights among the arguments.
 MAPS = {aten.mm.default: 1, aten.addmm.default: 2}
 ATTENTIONS = {
     getattr(aten, name).default
@@ -47,14 +46,14 @@ ATTENTIONS = {
 
 
 def kind_of(inputs: int, outputs: int) -> Kind:
-    """The kind of a linear map, by its widths."""
-    return "narrowing" if inputs > outputs else "square" if inputs == outputs else "widening"
+    """The kind of a linear projection, by its widths."""
+    return "down" if inputs > outputs else "square" if inputs == outputs else "up"
 
 
 def contexts(kinds: frozenset[Kind]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """One to run some layers in, forward, and one to run the same again in, backward, both with a graph.
+    """A context for running some layers forward, and one for running them again backward, both with a graph.
 
-    The second takes what the first remembers, once each.
+    The second takes the results that the first remembers, each once.
     """
     results: deque[tuple[Any, Any]] = deque()
     return _RecordMode(kinds, results), _ReplayMode(kinds, results)

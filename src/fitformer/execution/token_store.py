@@ -21,11 +21,11 @@ Shape = tuple[int, int, int, int]
 
 
 class ScratchError(OSError):
-    """The folder for the scratch of data tokens is absent, too full or failing: no fault of the input."""
+    """The scratch folder for data tokens is absent, too full or failing: the input is not at fault."""
 
 
 class TokenStore(Protocol):
-    """Room for tokens `(b, t, n, c)`, written and read by slices of groups."""
+    """Space for tokens `(b, t, n, c)`, written and read by slices of groups."""
 
     def put(self, groups: slice, x: Tensor) -> None:
         """Keep `x (b, s, n, c)` as the tokens of a slice of groups."""
@@ -34,7 +34,7 @@ class TokenStore(Protocol):
         """The tokens `(b, s, n, c)` of a slice of groups."""
 
     def close(self) -> None:
-        """Give the room back."""
+        """Release the space."""
 
 
 class MemoryStore:
@@ -49,7 +49,7 @@ class MemoryStore:
     def put(self, groups: slice, x: Tensor) -> None:
         """Copy in."""
         assert self.tokens is not None
-        # Of the type kept before it travels: from or to pinned memory only a copy as it is needs no other one.
+        # Converted before it travels: a copy from or to pinned memory that converts makes another copy.
         self.tokens[:, groups].copy_(x.detach().to(self.tokens.dtype), non_blocking=True)
 
     def get(self, groups: slice) -> Tensor:
@@ -58,12 +58,12 @@ class MemoryStore:
         return self.tokens[:, groups].to(self.device, non_blocking=True).to(self.computed)
 
     def close(self) -> None:
-        """Let go of the tensor."""
+        """Release the tensor."""
         self.tokens = None
 
 
 class DiskStore:
-    """Tokens in a scratch file that has no name: whatever happens to the process, nothing of it is left behind.
+    """Tokens in a scratch file without a name: whatever happens to the process, nothing of it stays on the disk.
 
     Raises:
         ScratchError: the folder's disk failed or is full; names the folder. So do `put` and `get`.
@@ -77,13 +77,13 @@ class DiskStore:
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
             self.file = file.fileno()
             self.close = weakref.finalize(self, file.close)
-            # Taken now, so that no disk is found full in the middle of a step.
+            # Reserved now, so that no disk turns out full in the middle of a step.
             os.posix_fallocate(self.file, 0, groups * self.row)
 
     def put(self, groups: slice, x: Tensor) -> None:
         """Write."""
         first, _, _ = groups.indices(2**62)
-        # By groups first: a slice of them is one piece of the file.
+        # Groups first: a slice of groups is one piece of the file.
         rows = x.detach().to("cpu", self.dtype).transpose(0, 1).contiguous()
         left, place = rows.view(torch.uint8).numpy().reshape(-1).data, first * self.row
         with self._named():
@@ -107,7 +107,7 @@ class DiskStore:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Say of a failing disk what was on it, and in which folder."""
+        """Name the folder, and what it is for, in the error of a failing disk."""
         try:
             yield
         except OSError as error:
@@ -115,8 +115,8 @@ class DiskStore:
             raise ScratchError(error.errno, what, str(self.folder)) from error
 
 
-def need_room(folder: Path, size: int) -> None:
-    """Refuse scratch that a disk has no room for.
+def check_disk_space(folder: Path, size: int) -> None:
+    """Refuse scratch that a disk has no space for.
 
     Raises:
         ScratchError: there is no such folder, or it has less than `size` bytes free.
@@ -134,14 +134,14 @@ def need_room(folder: Path, size: int) -> None:
 def make_stores(
     count: int, keep: Keep, shape: Shape, dtype: torch.dtype, like: Tensor, folder: Path | None
 ) -> Sequence[TokenStore]:
-    """Rooms for tokens `shape` where `keep` says, held as `dtype`, given back as those of `like`: device and type.
+    """Stores for tokens `shape` where `keep` says, held as `dtype`, read with the device and type of `like`.
 
     Raises:
-        ScratchError: there is no such folder, its disk has no room for all of them (says how much is needed), or it
+        ScratchError: there is no such folder, its disk has no space for all of them (says how much is needed), or it
             failed.
     """
     if keep == "disk":
         folder = Path(tempfile.gettempdir()) if folder is None else folder
-        need_room(folder, count * prod(shape) * dtype.itemsize)
+        check_disk_space(folder, count * prod(shape) * dtype.itemsize)
         return [DiskStore(shape, dtype, like, folder) for _ in range(count)]
     return [MemoryStore(shape, dtype, like, keep == "host") for _ in range(count)]

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fitformer.errors import EmptyImageError, InputError
-from fitformer.patching import image_to_groups
+from fitformer.patching.image import image_to_groups
 from fitformer.patching.sizes import Size, axis_lengths, format_size, to_sides
 
 

@@ -33,7 +33,7 @@ def write_geojson(
 
     Args:
         path: of the new file.
-        looked, moved: maps of the same image.
+        attention, relevance: maps of the same image.
         label: the class decided for.
         probabilities: of all classes.
         y: rows count `down` from 0, as in QuPath, or `up` from below 0: where GIS viewers show an image that has no

@@ -1,0 +1,103 @@
+"""Sequences of tokens as groups, and back: of any tokens, of the pixel values of images, of bytes (spec section 6).
+
+Tokens are int64, sequences `(b, L)`, groups `(b, t, n)`.
+"""
+
+from math import prod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fitformer.errors import InputError
+from fitformer.patching.image import extract_patches, merge_patches
+from fitformer.patching.sizes import Size, check_axes, check_divisible, format_size, inverse_pattern, to_sides
+
+SEQUENCE = "b (t n) ... -> b t n ..."
+
+
+def sequence_to_groups(tokens: Tensor, n: int) -> Tensor:
+    """Cut a sequence `(b, L)` or `(b, L, c)` into groups of `n`: `(b, t, n)` or `(b, t, n, c)`.
+
+    Raises:
+        InputError: `n` does not divide L.
+    """
+    if tokens.ndim < 2:
+        raise InputError(f"a batch of sequences (b, L) is expected, not shape {tuple(tokens.shape)}; try tokens[None]")
+    if n < 1:
+        raise InputError(f"a group needs at least one token, not {n}")
+    check_divisible(tokens.shape[1], n, ("a sequence", "groups", "tokens"))
+    return rearrange(tokens, SEQUENCE, n=n)
+
+
+def groups_to_sequence(x: Tensor) -> Tensor:
+    """Join groups `(b, t, n)` or `(b, t, n, c)` into `(b, t * n)` or `(b, t * n, c)`.
+
+    Raises:
+        InputError: fewer than three axes.
+    """
+    if x.ndim < 3:
+        raise InputError(f"groups (b, t, n) are expected, not shape {tuple(x.shape)}")
+    return rearrange(x, inverse_pattern(SEQUENCE))
+
+
+def shift_right(tokens: Tensor) -> Tensor:
+    """Input `(b, t, n)` of an autoregressive decoder for targets `(b, t, n)`: position k holds target k-1, the first 0.
+
+    The shift runs through the whole sequence, across groups (spec section 5, autoregressive decoder).
+
+    Raises:
+        InputError: not three axes.
+    """
+    check_axes(tokens, "tokens (b, t, n)", 3)
+    return sequence_to_groups(F.pad(groups_to_sequence(tokens)[:, :-1], (1, 0)), tokens.shape[2])
+
+
+def image_to_pixels(images: Tensor, patch: Size, order: str = "snake") -> Tensor:
+    """Pixel values of uint8 images `(b, H, W, ch)` as int64 tokens `(b, t, n)`: a group is a patch, channel fastest.
+
+    These are an autoregressive decoder's targets; `shift_right` makes its input of them. n = ph * pw * ch.
+
+    Raises:
+        InputError: images that are not uint8, and what `extract_patches` raises.
+    """
+    if images.dtype != torch.uint8:
+        raise InputError(f"pixel tokens are made of uint8 images, not {images.dtype}; scale to 0..255 and convert")
+    return extract_patches(images, patch, order).long()
+
+
+def pixels_to_image(tokens: Tensor, image_size: Size, patch: Size, channels: int, order: str = "snake") -> Tensor:
+    """Images uint8 `(b, H, W, channels)` of pixel tokens `(b, t, n)`: the inverse of `image_to_pixels`.
+
+    Raises:
+        InputError: tokens outside 0..255, or of another shape than these sizes make.
+    """
+    check_axes(tokens, "tokens (b, t, n)", 3)
+    values = (*to_sides(patch, "hw"), channels)
+    if tokens.shape[-1] != prod(values):
+        raise InputError(f"a patch of {format_size(values)} values has {prod(values)} tokens, not {tokens.shape[-1]}")
+    return merge_patches(_as_bytes(tokens), image_size, patch, order)
+
+
+def bytes_to_tokens(data: bytes | bytearray | memoryview) -> Tensor:
+    """Bytes as int64 tokens `(L,)`, 0..255."""
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).astype(np.int64))
+
+
+def tokens_to_bytes(tokens: Tensor) -> bytes:
+    """Bytes of tokens of any shape, in their order: the inverse of `bytes_to_tokens`.
+
+    Raises:
+        InputError: tokens that are not whole numbers in 0..255.
+    """
+    return _as_bytes(tokens).cpu().numpy().tobytes()
+
+
+def _as_bytes(tokens: Tensor) -> Tensor:
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise InputError(f"tokens are whole numbers, not {tokens.dtype}")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= 255:
+        raise InputError(f"tokens from {int(tokens.min())} to {int(tokens.max())} are not all within 0..255")
+    return tokens.to(torch.uint8)
