@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +141,18 @@ def test_samples_are_the_same_at_any_count_and_batch_size(made, capsys, tmp_path
         assert np.abs(all_[name].astype(int) - image).max() <= 1
     about = json.loads((tmp_path / "all" / "samples.json").read_text())
     assert (about["seed"], about["steps"], len(about["samples"])) == (3, 2, 5)
+
+
+def test_a_model_folder_samples_as_its_run_does(made, capsys, tmp_path):
+    run, model = made("diffuse"), tmp_path / "model"
+    shutil.copytree(Path(run) / "model", model)
+    words = ["--steps", "2", "--classes", "3,7", "--count", "4"]
+    use(capsys, "sample", run, *words, "--output", str(tmp_path / "of-run"))
+    assert str(model / "samples" / "seed-0") in use(capsys, "sample", str(model), *words)
+    expected, found = images_in(tmp_path / "of-run"), images_in(model / "samples" / "seed-0")
+    assert sorted(found) == ["00000-3.png", "00001-7.png", "00002-3.png", "00003-7.png"]
+    assert all(np.array_equal(found[name], image) for name, image in expected.items())
+    assert "FITImageEncoder" in refusal(capsys, "sample", str(Path(made("classify")) / "model"))
 
 
 def test_sampling_refuses_what_is_not_there(made, capsys):

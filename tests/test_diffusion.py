@@ -1,17 +1,23 @@
-"""Schedules, predictions, transitions, sampling runs: against the reference's numbers, then by their properties.
+"""Schedules, predictions, samplers, sampling, denoisers of images: the reference's numbers, then properties.
 
 `conformance/diffusion.npz` was computed by the authors' TensorFlow release (see `spec/conformance.md` for its keys).
 """
 
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as for_all
+from hypothesis import strategies as st
 
-from fitformer import diffusion
+from fitformer import FITImageDenoiser, diffusion, profiling
+from fitformer.diffusion import samplers
 from fitformer.errors import InputError
+from fitformer.models.image_denoiser import one_hot
 
 FILE = dict(np.load(Path(__file__).parent / "conformance" / "diffusion.npz"))
 GOOD_SCHEDULES = ["cosine", "cosine@0,1,1", "cosine@0.2,1,0.7", "sigmoid@-3,3,0.9", "simple_linear", "log@1,100,t"]
@@ -115,14 +121,14 @@ def test_gamma_keeps_shape_and_widens_half_precision():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("cosin", "is not a schedule"),
-        ("", "is not a schedule"),
-        ("linear@0,1,1", "is not a schedule"),
-        ("sigmoid", "is not a schedule"),
-        ("sigmoid@-3,3", "is not a schedule"),
-        ("cosine@0,one,1", "has 'one' where a number"),
-        ("cosine@0,nan,1", "has 'nan' where a number"),
-        ("cosine@0,2,1", "must lie in"),
+        ("cosin", "'cosin'"),
+        ("", "''"),
+        ("linear@0,1,1", "'linear@0,1,1'"),
+        ("sigmoid", "'sigmoid'"),
+        ("sigmoid@-3,3", "'sigmoid@-3,3'"),
+        ("cosine@0,one,1", "'one'"),
+        ("cosine@0,nan,1", "'nan'"),
+        ("cosine@0,2,1", "0 to 2"),
         ("cosine@0.5,0.5,1", "does not fall"),
         ("sigmoid@-3,3,0", "tau 0"),
         ("log@0,100,f", "logarithm of 0"),
@@ -211,6 +217,23 @@ def test_pixels_come_back_from_their_signal(b_scale):
     assert torch.equal(diffusion.signal_to_pixels(3 * signal, b_scale)[0], torch.zeros(16, 1, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
+@for_all(level=st.tuples(*[st.floats(0.05, 3.0)] * 2), seed=st.integers(0, 2**32 - 1))
+def test_predictions_round_trip_at_any_alpha_and_sigma(kind, level, seed):
+    class Fixed:
+        def scales(self, _):
+            return diffusion.Level(*(torch.tensor(scale, dtype=torch.float64) for scale in level))
+
+    random = torch.Generator().manual_seed(seed)
+    x0, eps = torch.randn(2, 3, 4, dtype=torch.float64, generator=random)
+    unused = torch.zeros(3)
+    xt = diffusion.add_noise(x0, unused, eps, Fixed())
+    output = diffusion.target(kind, x0, eps, unused, Fixed())
+    found = diffusion.predict(kind, xt, output, unused, clip=None, process=Fixed())
+    close(torch.stack(found), torch.stack([x0, eps]), 1e-9)
+    assert diffusion.loss(kind, output, xt, x0, eps, unused, on="x", process=Fixed()).item() < 1e-18
+
+
 # ---- training ----
 
 
@@ -225,13 +248,28 @@ def counting(calls):
 
 
 def test_first_half_is_fed_its_own_latents():
-    calls, x, level, cond = [], torch.randn(5, 4, 2, requires_grad=True), torch.rand(5), torch.rand(5)
+    calls, x, level, cond = [], torch.randn(4, 4, 2, requires_grad=True), torch.rand(4), torch.rand(4)
+    before = torch.get_rng_state()
     latents = diffusion.self_condition_half(counting(calls), x, level, cond)
     assert calls == [2]
+    assert torch.equal(torch.get_rng_state(), before), "an even split draws no random number"
     assert not latents.requires_grad
     close(latents[:2], (x.mean(1, keepdim=True) + level.reshape(-1, 1, 1) + cond.reshape(-1, 1, 1))[:2].detach())
     assert not latents[2:].any()
-    assert diffusion.self_condition_half(counting(calls), x[:1], level, cond) is None
+    assert diffusion.self_condition_half(counting(calls), x, level, cond, rate=0.0) is None
+    assert calls == [2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "rate", "counts"), [(1, 0.5, {0, 1}), (5, 0.5, {2, 3}), (3, 0.9, {2, 3}), (10, 0.3, {3})]
+)
+def test_the_rate_of_self_conditioning_holds_at_any_batch_size(batch, rate, counts):
+    calls, ones, random = [], torch.ones(batch), torch.Generator().manual_seed(0)
+    x = torch.ones(batch, 4, 2)
+    for _ in range(2000):
+        diffusion.self_condition_half(counting(calls), x, ones, ones, rate, random)
+    assert set(calls) == counts - {0}
+    assert sum(calls) / 2000 == pytest.approx(batch * rate, abs=0.03)
 
 
 def test_masking_keeps_latents_at_the_given_rate():
@@ -287,6 +325,70 @@ def test_sampling_reaches_the_distribution_of_the_data(sampler, prediction):
     given = diffusion.sample(gaussian(prediction), init, 250, sampler=sampler, prediction=prediction, clip=None)
     assert abs(given.mean() - MEAN) < 0.02
     assert abs(given.std() - INIT_STD) < 0.02
+
+
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+def test_a_sampler_by_name_is_the_function(name):
+    init = diffusion.seeded_noise(0, range(3), (6,))
+    by_name, by_function = (
+        diffusion.sample(
+            gaussian("v"),
+            init,
+            4,
+            sampler=sampler,
+            prediction="v",
+            noise=lambda k: diffusion.seeded_noise(k, range(3), (6,)),
+        )
+        for sampler in (name, diffusion.SAMPLERS[name])
+    )
+    assert torch.equal(by_name, by_function)
+    level, noise = torch.tensor([0.2, 0.5, 0.8]), torch.randn(3, 6)
+    steps = [
+        diffusion.transition(sampler, init, init / 2, init / 3, level, level + 0.1, noise)
+        for sampler in (name, diffusion.SAMPLERS[name])
+    ]
+    assert torch.equal(*steps)
+
+
+def test_a_new_sampler_is_one_function(monkeypatch):
+    def halfway(xt, x0, eps, now, after, draw):
+        """Half the noise of ddim is drawn anew."""
+        return after.alpha * x0 + after.sigma * math.sqrt(0.5) * (eps + draw())
+
+    init = diffusion.seeded_noise(0, range(2), (1000,)).double()
+    torch.manual_seed(0)
+    found = diffusion.sample(gaussian("v"), init, 100, sampler=halfway, prediction="v", clip=None)
+    assert abs(found.mean() - MEAN) < 0.02
+    assert abs(found.std() - INIT_STD) < 0.03
+    with pytest.raises(InputError, match="halfway"):
+        diffusion.sample(gaussian("v"), init, 1, sampler="halfway")
+    monkeypatch.setitem(diffusion.SAMPLERS, "halfway", halfway)
+    torch.manual_seed(0)
+    assert torch.equal(diffusion.sample(gaussian("v"), init, 100, sampler="halfway", prediction="v", clip=None), found)
+
+
+@dataclass(frozen=True)
+class Straight:
+    """A process of straight paths: `x_t = level x0 + (1 - level) eps`."""
+
+    def scales(self, level):
+        return diffusion.Level(level, 1 - level)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddpm@small"])
+def test_another_process_is_one_class(sampler, prediction):
+    def denoise(x, level, cond, latents_prev):
+        signal, spread = (scale.reshape(-1, 1) for scale in Straight().scales(level))
+        x0 = MEAN + signal * INIT_STD**2 / (signal**2 * INIT_STD**2 + spread**2) * (x - signal * MEAN)
+        return diffusion.target(prediction, x0, (x - signal * x0) / spread, level, Straight()), None
+
+    init = diffusion.seeded_noise(0, range(4), (1000,)).double()
+    torch.manual_seed(0)
+    options = {"schedule": "simple_linear", "sampler": sampler, "prediction": prediction, "clip": None}
+    found = diffusion.sample(denoise, init, 250, process=Straight(), **options)
+    assert abs(found.mean() - MEAN) < 0.02
+    assert abs(found.std() - INIT_STD) < 0.02
 
 
 def test_sample_is_the_same_at_any_batch_size():
@@ -380,15 +482,15 @@ def test_sampling_drives_the_real_denoiser():
     ("options", "message"),
     [
         ({"steps": 0}, "0 steps"),
-        ({"sampler": "dpm"}, "no sampler 'dpm'.*ddpm@small"),
-        ({"prediction": "score"}, "no prediction 'score'"),
-        ({"schedule": "linear"}, "'linear' is not a schedule"),
-        ({"guidance": 2.0}, "guidance 2 needs a condition"),
-        ({"cond": torch.ones(3, 1)}, "3 conditions for 2 samples"),
+        ({"sampler": "dpm"}, "'dpm'.*ddpm@small"),
+        ({"prediction": "score"}, "'score'"),
+        ({"schedule": "linear"}, "'linear'"),
+        ({"guidance": 2.0}, "guidance 2"),
+        ({"cond": torch.ones(3, 1)}, "3 .* 2 samples"),
         ({"momentum": 1.0}, "momentum"),
         ({"td": math.nan}, "td is nan"),
         ({"td": -1.0}, "td is -1"),
-        ({"sampler": "ddpm", "noise": torch.ones(3, 2, 3)}, "noise for 3 steps, and 4"),
+        ({"sampler": "ddpm", "noise": torch.ones(3, 2, 3)}, "3 of 4 steps"),
         ({"sampler": "ddpm", "noise": torch.ones(4, 2, 1)}, r"\(2, 1\).*\(2, 3\)"),
     ],
 )
@@ -399,13 +501,130 @@ def test_bad_sampling(options, message):
 
 def test_other_bad_input():
     x, level = torch.randn(2, 3), torch.rand(2)
-    with pytest.raises(InputError, match=r"\(2, 1\) for an input of \(2, 3\)"):
+    with pytest.raises(InputError, match=r"\(2, 1\).*\(2, 3\)"):
         diffusion.predict("eps", x, x[:, :1], level)
-    with pytest.raises(InputError, match="no prediction 'y'"):
+    with pytest.raises(InputError, match="'y'"):
         diffusion.loss("eps", x, x, x, x, level, on="y")
-    with pytest.raises(InputError, match="adds noise"):
+    with pytest.raises(InputError, match=r"'ddpm' .*noise"):
         diffusion.transition("ddpm", x, x, x, level, level)
-    with pytest.raises(InputError, match=r"1\.5; it must lie in"):
+    with pytest.raises(InputError, match=r"1\.5"):
         diffusion.drop_condition(x, 1.5)
     with pytest.raises(InputError, match="rate"):
         diffusion.self_condition_half(lambda *_: None, x, level, rate=-0.1)
+
+
+# ---- denoisers of images ----
+
+CUT = {"image_size": (8, 16), "group_size": 8, "patch_size": 4, "channels": 3}
+
+
+def image_denoiser(**options):
+    torch.manual_seed(0)
+    model = FITImageDenoiser.from_preset("tiny", **{**CUT, "num_classes": 5, "sample_steps": 3, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_a_saved_model_samples_by_itself(tmp_path):
+    options = {"prediction": "v", "b_scale": 0.5, "normalize_input": True, "sampler": "ddpm", "self_cond": "latent"}
+    model = image_denoiser(**options, sample_schedule="simple_linear", condition_dropout=0.1, guidance=0.5)
+    model.save_pretrained(tmp_path)
+    again = FITImageDenoiser.from_pretrained(tmp_path)
+    assert again.diffusion == model.diffusion
+    images = model.sample(4, seed=3)
+    assert images.shape == (4, 8, 16, 3)
+    assert images.dtype == torch.uint8
+    assert torch.equal(again.sample(4, seed=3), images)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in options} == options
+    assert not any(isinstance(value, dict) for value in config.values()), "the configuration is flat"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction": "eps"},
+        {"b_scale": 0.5},
+        {"sample_schedule": "simple_linear"},
+        {"normalize_input": True},
+        {"sampler": "ddpm"},
+    ],
+    ids=str,
+)
+def test_what_training_fixed_changes_the_samples_of_the_same_weights(change, tmp_path):
+    image_denoiser(prediction="v").save_pretrained(tmp_path)
+    model, other = FITImageDenoiser.from_pretrained(tmp_path), FITImageDenoiser.from_pretrained(tmp_path, **change)
+    assert model.diffusion.prediction == "v"
+    assert not torch.equal(model.sample(4), other.sample(4))
+
+
+def test_a_sampler_of_a_model_is_a_name_or_a_function():
+    model = image_denoiser()
+    assert torch.equal(model.sample(2, sampler="ddpm"), model.sample(2, sampler=samplers.ddpm_large))
+    assert not torch.equal(model.sample(2, sampler="ddpm"), model.sample(2))
+    assert not torch.equal(model.sample(2, steps=1), model.sample(2))
+
+
+def test_images_of_a_model_depend_on_their_number_and_class_alone():
+    model, steps = image_denoiser(sampler="ddpm"), []
+    together = model.sample(7, seed=5, on_step=lambda k, x0: steps.append((k, tuple(x0.shape))))
+    assert steps == [(k, (7, 2, 4, 48)) for k in range(3)]
+    in_turn = torch.cat([model.sample(3, seed=5, batch_size=2), model.sample(4, seed=5, first=3)])
+    given = model.sample(7, [0, 1, 2, 3, 4, 0, 1], seed=5)
+    for other in (in_turn, given):
+        torch.testing.assert_close(other, together, atol=1, rtol=0)
+    assert not torch.equal(model.sample(1, [-1]), model.sample(1, [0]))
+
+
+def test_a_model_takes_and_returns_images_and_tokens():
+    model = image_denoiser(b_scale=0.5, self_cond="latent")
+    images = torch.randint(0, 256, (2, 8, 16, 3), dtype=torch.uint8)
+    tokens = model.tokens(images)
+    assert tokens.shape == (2, 2, 4, 48)
+    assert tokens.abs().max() <= 0.5
+    assert torch.equal(model.images(tokens), images)
+    cond = model.condition(torch.tensor([2, -1]))
+    assert cond.tolist() == one_hot(torch.tensor([2, -1]), 5).tolist() == [[0, 0, 1, 0, 0], [0] * 5]
+    x, latents = model(tokens, torch.rand(2), cond)
+    assert x.shape == tokens.shape
+    again, _ = model(tokens, torch.rand(2), cond, latents)
+    assert again.shape == tokens.shape
+    free = image_denoiser(num_classes=0)
+    assert free.condition(torch.tensor([1])) is None
+    assert free.sample(2).shape == (2, 8, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "message"),
+    [
+        ({"prediction": "score"}, {}, "'score'"),
+        ({"sampler": "dpm"}, {}, "'dpm'"),
+        ({"train_schedule": "linear"}, {}, "'linear'"),
+        ({"sample_schedule": "linear"}, {}, "'linear'"),
+        ({"b_scale": 0.0}, {}, "b_scale is 0"),
+        ({"sample_steps": 0}, {}, "sample_steps is 0"),
+        ({"condition_dropout": 2.0}, {}, "condition_dropout is 2"),
+        ({"num_classes": -1}, {}, "num_classes is -1"),
+        ({"patch_size": 3}, {}, "3"),
+        ({"score_scale": 1}, {}, "score_scale"),
+        ({}, {"guidance": 1.0}, "guidance 1"),
+        ({}, {"count": 0}, "count is 0"),
+        ({}, {"steps": 0}, "0 steps"),
+        ({}, {"sampler": "dpm"}, "'dpm'"),
+        ({}, {"classes": [5, 0]}, "class 5 .* 0 to 4"),
+        ({}, {"classes": [0]}, "1 classes .* 2"),
+        ({"num_classes": 0}, {"classes": [0, 0]}, "without classes"),
+    ],
+)
+def test_bad_image_denoisers_and_samples(options, asked, message):
+    with pytest.raises(InputError, match=message):
+        image_denoiser(**options).sample(**{"count": 2, **asked})
+
+
+def test_costs_of_a_model_are_those_of_its_denoiser():
+    model = image_denoiser()
+    on_meta = profiling.on_meta("FITImageDenoiser", model.config)
+    assert profiling.count_parameters(on_meta) == sum(parameter.numel() for parameter in model.parameters())
+    assert profiling.flops(on_meta) == profiling.flops(model.denoiser)

@@ -11,6 +11,7 @@ from fitformer.config import load as config
 from fitformer.config.schema import Optimizer
 from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
+from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
 from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of
 from fitformer.tasks.preview import Preview, grid, save
@@ -130,12 +131,21 @@ def test_every_way_to_diffuse_trains_and_samples(prediction, self_cond):
     assert images.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("loss_on", ["eps", "x", "v"])
+def test_the_error_is_measured_on_any_target(loss_on):
+    recipe = recipe_of("digits-diffuse", f"--objective.loss_on={loss_on}", "--objective.prediction=v")
+    torch.manual_seed(0)
+    loss, _ = diffuse.loss(build_model(recipe, Shapes()), batch_of(recipe), recipe)
+    loss.backward()
+    assert 0 < loss.item() < 1e4
+
+
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
     recipe = recipe_of("digits-diffuse", "--objective.sample_steps=3", "--objective.sampler=ddpm")
     network = build_model(recipe, Shapes()).eval()
-    together = diffuse.sample_images(network, recipe, [3, 1, 4, 1], 4, seed=5)
-    in_pairs = diffuse.sample_images(network, recipe, [3, 1, 4, 1], 4, seed=5, batch_size=2)
-    alone = diffuse.sample_images(network, recipe, [4], 1, seed=5, first=2)
+    together = network.sample(4, [3, 1, 4, 1], seed=5)
+    in_pairs = network.sample(4, [3, 1, 4, 1], seed=5, batch_size=2)
+    alone = network.sample(1, [4], seed=5, first=2)
     torch.testing.assert_close(in_pairs, together, atol=1, rtol=0)
     torch.testing.assert_close(alone, together[2:3], atol=1, rtol=0)
     assert not torch.equal(together[1], together[3])
@@ -145,25 +155,25 @@ def test_an_unconditional_denoiser_knows_no_classes():
     free = ["--objective.class_conditional=false", "--objective.condition_dropout=0", "--objective.guidance=0"]
     recipe = recipe_of("digits-diffuse", *free, "--objective.sample_steps=2")
     network = build_model(recipe, Shapes(0)).eval()
-    assert network.cond_dim is None
+    assert network.num_classes == 0
     assert diffuse.preview(network, recipe, 2).images.shape == (2, 16, 16, 1)
     with pytest.raises(InputError, match="without classes"):
-        diffuse.sample_images(network, recipe, [1], 1)
-    with pytest.raises(InputError, match="trained with condition_dropout 0"):
-        diffuse.sample_images(network, recipe, None, 1, guidance=1.0)
+        network.sample(1, [1])
+    with pytest.raises(InputError, match=r"guidance 1 .* condition_dropout"):
+        network.sample(1, guidance=1.0)
 
 
 def test_labels_are_checked_before_sampling():
     recipe = recipe_of("digits-diffuse")
     network = build_model(recipe, Shapes())
-    with pytest.raises(InputError, match="class 10 is out of range: the model knows classes 0 to 9"):
-        diffuse.sample_images(network, recipe, [3, 10], 2)
-    with pytest.raises(InputError, match="1 classes given for 2 images"):
-        diffuse.sample_images(network, recipe, [3], 2)
+    with pytest.raises(InputError, match=r"class 10 .* 0 to 9"):
+        network.sample(2, [3, 10])
+    with pytest.raises(InputError, match=r"1 classes .* 2 images"):
+        network.sample(2, [3])
 
 
 def test_one_hot_leaves_the_unknown_at_zero():
-    condition = diffuse.one_hot(torch.tensor([2, -1]), 3)
+    condition = one_hot(torch.tensor([2, -1]), 3)
     assert condition.tolist() == [[0, 0, 1], [0, 0, 0]]
 
 

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from fitformer.models.decoder import FITDecoder
     from fitformer.models.denoiser import FITDenoiser
     from fitformer.models.encoder import FITEncoder
+    from fitformer.models.image_denoiser import FITImageDenoiser
     from fitformer.models.image_encoder import FITImageEncoder
 
 __version__ = "0.1.0"
-__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageEncoder"]
+__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageDenoiser", "FITImageEncoder"]
 
 _HOMES = {
     "FITDecoder": "fitformer.models.decoder",
     "FITDenoiser": "fitformer.models.denoiser",
     "FITEncoder": "fitformer.models.encoder",
+    "FITImageDenoiser": "fitformer.models.image_denoiser",
     "FITImageEncoder": "fitformer.models.image_encoder",
 }
 _ROOMS = {"diffusion", "execution", "generation", "models", "patching"}

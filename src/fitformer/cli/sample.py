@@ -1,63 +1,83 @@
-"""Draw images from a diffusion run: a grid, each image by itself, and samples.json which says how they were drawn.
+"""Draw images from a diffusion model: a grid, each image by itself, and samples.json which says how they were drawn.
 
 fitformer sample runs/digits-diffuse --classes 3,7 --count 20 --steps 100 --guidance 1 --seed 0 --output drawn
+fitformer sample runs/digits-diffuse/model
 """
 
 import argparse
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fitformer.cli.options import add_device, add_drawing, device_of, open_run, positive, progress
 from fitformer.errors import InputError
 
+if TYPE_CHECKING:
+    from fitformer.models.image_denoiser import FITImageDenoiser
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer sample`."""
-    parser.add_argument("run", help="run directory of a diffuse recipe")
+    parser.add_argument("model", help="run directory of a diffuse recipe, or folder of a saved FITImageDenoiser")
     parser.add_argument("--classes", help="numbers or names with commas, taken in turn (default: all)")
     parser.add_argument("--count", type=positive, help="images in all (default: 10 of each class, or 16)")
     add_drawing(parser)
     parser.add_argument("--batch-size", type=positive, default=64, help="images at once; changes no image")
-    parser.add_argument("--output", type=Path, help="folder (default: RUN/samples/seed-SEED)")
+    parser.add_argument("--output", type=Path, help="folder (default: samples/seed-SEED in the run or model)")
     add_device(parser)
+
+
+def load(folder: Path) -> "tuple[FITImageDenoiser, tuple[str, ...]]":
+    """The model of a run or of a model folder, and the names of its classes; numbers where there is no run.
+
+    Raises:
+        InputError: neither a run of the task diffuse nor a saved `FITImageDenoiser`.
+    """
+    from fitformer.models.image_denoiser import FITImageDenoiser
+
+    if (folder / "config.json").is_file():
+        model = FITImageDenoiser.from_pretrained(folder)
+        return model, tuple(map(str, range(model.num_classes)))
+    run = open_run(str(folder), "diffuse")
+    loaded = run.model()
+    assert isinstance(loaded, FITImageDenoiser)
+    return loaded, run.classes if loaded.num_classes else ()
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw and write."""
-    from fitformer.config.schema import DiffuseRecipe
     from fitformer.inference.sample import class_numbers, write_samples
-    from fitformer.models.denoiser import FITDenoiser
-    from fitformer.tasks.diffuse import sample_images
 
-    of, device = open_run(arguments.run, "diffuse"), device_of(arguments)
-    network, recipe = of.model().to(device), of.recipe
-    assert isinstance(network, FITDenoiser)
-    assert isinstance(recipe, DiffuseRecipe)
-    classes = of.classes if network.cond_dim is not None else ()
+    folder, device = Path(arguments.model), device_of(arguments)
+    model, classes = load(folder)
     if arguments.classes is not None and not classes:
-        raise InputError(f"{of.path} was trained without classes and cannot draw one; leave --classes out")
+        raise InputError(f"{folder} was trained without classes; leave --classes out")
     asked = class_numbers(arguments.classes, classes)
     count = arguments.count or (10 * len(asked) if asked else 16)
     labels = [asked[k % len(asked)] for k in range(count)] if asked else None
-    drawing = {
-        "steps": arguments.steps or recipe.objective.sample_steps,
-        "sampler": arguments.sampler or recipe.objective.sampler,
-        "guidance": recipe.objective.guidance if arguments.guidance is None else arguments.guidance,
-        "seed": arguments.seed,
-    }
-    done, of_all = itertools.count(1), drawing["steps"] * -(-count // arguments.batch_size)
+    drawing = settings(arguments, model)
+    done, steps = itertools.count(1), drawing["steps"] * -(-count // arguments.batch_size)
     with progress("sample") as show:
-        images = sample_images(
-            network,
-            recipe,
-            labels,
+        images = model.to(device).sample(
             count,
+            labels,
             batch_size=arguments.batch_size,
-            on_step=lambda step, x0: show(next(done), of_all),
+            on_step=lambda step, x0: show(next(done), steps),
             **drawing,
         )
-    folder = arguments.output or of.samples / f"seed-{arguments.seed}"
+    output = arguments.output or folder / "samples" / f"seed-{arguments.seed}"
     names = None if labels is None else [classes[label] for label in labels]
     columns = len(asked) if 1 < len(asked) <= 20 else 0
-    print(write_samples(folder, images, names, {"run": str(of.path), **drawing}, columns))
+    print(write_samples(output, images, names, {"run": str(folder), **drawing}, columns))
     return 0
+
+
+def settings(arguments: argparse.Namespace, model: "FITImageDenoiser") -> dict[str, Any]:
+    """Options of `FITImageDenoiser.sample`: those of the command line, else the model's own."""
+    own = model.diffusion
+    return {
+        "steps": arguments.steps or own.sample_steps,
+        "sampler": arguments.sampler or own.sampler,
+        "guidance": own.guidance if arguments.guidance is None else arguments.guidance,
+        "seed": arguments.seed,
+    }

@@ -114,7 +114,7 @@ class DiffuseObjective:
     """
 
     prediction: Literal["eps", "x", "v"] = "eps"
-    loss_on: Literal["eps", "x"] = "eps"
+    loss_on: Literal["eps", "x", "v"] = "eps"
     train_schedule: str = "sigmoid@-3,3,0.9"
     sample_schedule: str = "cosine"
     self_cond: Literal["none", "half", "masking"] = "none"

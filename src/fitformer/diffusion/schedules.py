@@ -53,7 +53,7 @@ def _curve(schedule: str) -> Curve:
 def _cosine(schedule: str, start: float, end: float, tau: float) -> Curve:
     if not (0 <= start <= 1 and 0 <= end <= 1):
         raise _bad_schedule(schedule, f"runs from {start:g} to {end:g}; both must lie in [0, 1]")
-    # In float32 cos(pi/2) is slightly negative, and a fractional power of that is not a number.
+    # In float32 cos(pi/2) is slightly negative, and a fractional power of that is NaN.
     return _falling(schedule, lambda s: torch.cos(s * (math.pi / 2)).clamp_min(0) ** (2 * tau), start, end, lowest=1e-9)
 
 

@@ -18,9 +18,9 @@ from fitformer.evaluation.baselines import independent_bits
 from fitformer.evaluation.batches import batches, measured
 from fitformer.evaluation.classification import classification
 from fitformer.evaluation.sample_accuracy import sample_accuracy
-from fitformer.models.denoiser import FITDenoiser
+from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.tasks import autoregress, diffuse
+from fitformer.tasks import autoregress
 from fitformer.tasks.classify import logits
 from fitformer.training.run_dir import Run
 
@@ -124,7 +124,7 @@ def recognition(
 ) -> Iterator[tuple[str, Any]]:
     """Draw `count` samples of a class-conditional diffusion run, classes in turn, and have a classifier's run look.
 
-    `drawing` are the options of `tasks.diffuse.sample_images` (steps, sampler, guidance, seed).
+    `drawing` are the options of `FITImageDenoiser.sample` (steps, sampler, guidance, seed).
 
     Raises:
         InputError: a run of another task, or one that knows no classes, or other ones than the classifier.
@@ -135,12 +135,12 @@ def recognition(
             f"{classifier.path} a {classifier.recipe.task} run"
         )
     network, judge = run.model().to(device), classifier.model().to(device)
-    assert isinstance(network, FITDenoiser)
+    assert isinstance(network, FITImageDenoiser)
     assert isinstance(judge, FITImageEncoder)
-    if network.cond_dim is None:
+    if not network.num_classes:
         raise InputError(f"{run.path} was trained without classes, so its samples cannot be recognised as one")
     if run.classes != classifier.classes:
         raise InputError(f"{run.path} knows the classes {run.classes}, {classifier.path} {classifier.classes}")
     labels = [k % len(run.classes) for k in range(count)]
-    images = diffuse.sample_images(network, run.recipe, labels, count, batch_size=batch_size, **drawing)
+    images = network.sample(count, labels, batch_size=batch_size, **drawing)
     yield from sample_accuracy(judge, images, labels, run.classes)

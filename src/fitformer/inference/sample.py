@@ -1,4 +1,4 @@
-"""Drawn images on disk: a grid, single files, and what they are."""
+"""Classes by name or number, and drawn images on disk: a grid, single files, samples.json."""
 
 import json
 import re
@@ -15,18 +15,18 @@ from fitformer.tasks.preview import grid, write_picture
 
 
 def class_numbers(asked: str | None, classes: Sequence[str]) -> list[int]:
-    """Numbers of classes asked for by number or by name, with commas; of all if nothing is asked for.
+    """Numbers of classes given by number or name, separated by commas; all classes for None.
 
-    A name goes before a number: of classes named "1" and "0", `1` is the first.
+    Names take precedence over numbers: of classes named "1" and "0", `1` is the first.
 
     Raises:
-        InputError: a class that is not there.
+        InputError: an unknown class, or none given.
     """
     if asked is None:
         return list(range(len(classes)))
     words = [word.strip() for word in asked.split(",") if word.strip()]
     if not words:
-        raise InputError(f"{asked!r} names no class; write numbers or names with commas, such as 0,1,2")
+        raise InputError(f"{asked!r} names no class; write numbers or names separated by commas, such as 0,1,2")
     return [_class_number(word, classes) for word in words]
 
 
@@ -38,8 +38,8 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
             return int(word)
         raise InputError(f"class {word} is out of range: there are {len(classes)} classes, 0 to {len(classes) - 1}")
     near = get_close_matches(word, classes, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(classes[:20])}"
-    raise InputError(f"there is no class {word!r}; {hint}")
+    hint = f"did you mean {near[0]!r}?" if near else f"known classes are {', '.join(classes[:20])}"
+    raise InputError(f"unknown class {word!r}; {hint}")
 
 
 def write_samples(
@@ -48,9 +48,9 @@ def write_samples(
     """Write images uint8 `(k, H, W, ch)` into a folder: grid.png, one PNG each, and samples.json; returns the grid.
 
     Args:
-        folder: made if it is not there. images: the samples, numbered from 0.
-        classes: name of each one's class, which its file name carries, or None.
-        settings: how they were drawn, for samples.json. columns: of the grid, 0 for some ten.
+        folder: created if it does not exist. images: the samples, numbered from 0.
+        classes: name of the class of each image, part of its file name, or None.
+        settings: sampling options, for samples.json. columns: of the grid, 0 for at most ten.
     """
     folder = Path(folder)
     entries = []
@@ -66,5 +66,5 @@ def write_samples(
 
 
 def file_safe(name: str) -> str:
-    """A name without what file systems mind."""
+    """A name with every character that file systems may refuse replaced by `_`."""
     return re.sub(r"[^\w.-]+", "_", name).strip(".")[:60] or "_"

@@ -18,6 +18,7 @@ from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
+from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import Attention, CrossLayer, FeedForward, TransformerLayer
 from fitformer.models.positions import PositionTable
@@ -71,6 +72,9 @@ def on_meta(role: str, config: dict[str, Any]) -> Model:
     Raises:
         InputError: an unknown role, or arguments that the role refuses.
     """
+    if role == FITImageDenoiser.__name__:
+        with torch.device("meta"):
+            return FITImageDenoiser.from_config(config).denoiser
     if role not in ROLES:
         raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
     with torch.device("meta"):

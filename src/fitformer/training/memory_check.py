@@ -71,7 +71,7 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
     # Each process has its own GPU; all processes share the memory of a machine.
     sharing = training.devices if device == "cpu" and isinstance(training.devices, int) else 1
     budget = total_memory(device) // max(1, sharing) if training.memory is None else parse_bytes(training.memory)
-    model: Any = network
+    model: Any = getattr(network, "denoiser", network)
     if training.execution == "streamed":
         # Without a stated budget, only free memory is used. A compiled layer decides itself what it recomputes.
         room = budget if training.memory is not None else available_memory(device) // max(1, sharing)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fitformer.models.decoder import FITDecoder
-    from fitformer.models.denoiser import FITDenoiser
+    from fitformer.models.image_denoiser import FITImageDenoiser
     from fitformer.models.image_encoder import FITImageEncoder
 
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
@@ -112,7 +112,7 @@ class Run:
         if image is not None and trained is not None:
             check_pixels(image.path, image.dtype, trained)
 
-    def model(self) -> "FITImageEncoder | FITDenoiser | FITDecoder":
+    def model(self) -> "FITImageEncoder | FITImageDenoiser | FITDecoder":
         """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
 
         Raises:
@@ -126,7 +126,7 @@ class Run:
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
         roles: dict[str, Any] = {
             "classify": FITImageEncoder,
-            "diffuse": fitformer.FITDenoiser,
+            "diffuse": fitformer.FITImageDenoiser,
             "autoregress": fitformer.FITDecoder,
         }
         network = roles[self.recipe.task].from_pretrained(self.model_folder)

@@ -1,0 +1,211 @@
+"""FIT as a denoiser of images: a `FITDenoiser` and all that sampling needs, so that a saved model samples by itself."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitformer import diffusion as maths
+from fitformer.diffusion import DiffusionConfig
+from fitformer.diffusion.samplers import sampler_of
+from fitformer.errors import InputError
+from fitformer.execution.base import Score
+from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig
+from fitformer.models.denoiser import FITDenoiser
+from fitformer.models.layers import check_sizes
+from fitformer.models.trunk import Trunk
+from fitformer.patching import ImageGroups
+from fitformer.patching.sizes import Size
+
+OnStep = Callable[[int, Tensor], None]
+
+
+class FITImageDenoiser(FITModel):
+    """FIT denoiser of images of one size: the cut into groups of patches, a `FITDenoiser`, and how it was trained.
+
+    Args:
+        trunk: options of the trunk; its layer string ends in `)`.
+        diffusion: prediction, schedules, scale of the data, defaults of sampling.
+        image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
+        channels: of the images.
+        num_classes: classes that condition the model, one-hot; 0 for an unconditional model.
+        self_cond: `"latent"` passes latents from one sampling step to the next, `"none"` does not.
+        cond_proj: as in `FITDenoiser`.
+
+    Raises:
+        InputError: sizes that do not divide, an unknown schedule or sampler, or what `FITDenoiser` refuses.
+    """
+
+    nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig, "diffusion": DiffusionConfig}
+
+    def __init__(
+        self,
+        trunk: TrunkConfig,
+        diffusion: DiffusionConfig,
+        image_size: Size,
+        group_size: Size,
+        patch_size: Size,
+        *,
+        channels: int = 3,
+        num_classes: int = 0,
+        self_cond: str = "none",
+        cond_proj: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_classes=num_classes or 1)  # 0 is unconditional
+        sampler_of(diffusion.sampler)
+        for schedule in (diffusion.train_schedule, diffusion.sample_schedule):
+            maths.gamma(schedule, 0.5)
+        self.groups = ImageGroups(image_size, group_size, patch_size, channels)
+        self.diffusion, self.num_classes, self.self_cond = diffusion, num_classes, self_cond != "none"
+        self.denoiser = FITDenoiser(
+            trunk,
+            self.groups.num_groups,
+            self.groups.tokens_per_group,
+            self.groups.token_dim,
+            cond_dim=num_classes or None,
+            cond_proj=cond_proj,
+            self_cond=self_cond,
+        )
+
+    @property
+    def trunk(self) -> Trunk:  # type: ignore[override]
+        """The denoiser's trunk."""
+        return self.denoiser.trunk
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor | None = None,
+        latents_prev: Tensor | None = None,
+        score: Score | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Denoise grouped tokens.
+
+        Args:
+            x: noisy tokens `(b, t, n, ph * pw * channels)`, as `tokens` makes them.
+            time: noise level gamma in [0, 1], `(b,)`.
+            cond: `(b, num_classes)`, as `condition` makes it; None for an unconditional model.
+            latents_prev: latents of an earlier pass, `(b, t, m, d)`.
+            score: as in `FITDenoiser.forward`.
+
+        Returns:
+            the prediction, of the shape of `x`, or the score; and the latents `(b, t, m, d)`.
+        """
+        return self.denoiser(x, time, cond, latents_prev, score=score)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images uint8 `(b, H, W, channels)` as grouped tokens `(b, t, n, ph * pw * channels)` in [-b_scale, b_scale].
+
+        Raises:
+            InputError: images of another size or number of channels.
+        """
+        return self.groups.group(maths.pixels_to_signal(images, self.diffusion.b_scale))
+
+    def images(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`; values outside [-b_scale, b_scale] are clipped."""
+        return maths.signal_to_pixels(self.groups.ungroup(tokens), self.diffusion.b_scale)
+
+    def condition(self, labels: Tensor) -> Tensor | None:
+        """Condition `(b, num_classes)` of labels `(b,)`: one-hot, zeros for -1; None for an unconditional model."""
+        return one_hot(labels, self.num_classes) if self.num_classes else None
+
+    def sample(
+        self,
+        count: int,
+        classes: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        sampler: str | maths.Sampler | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        first: int = 0,
+        batch_size: int = 64,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images uint8 `(count, H, W, channels)` on the CPU, computed where the weights are.
+
+        Image k depends on (seed, first + k) and its class, up to rounding not on the batch it is computed in.
+
+        Args:
+            count: number of images.
+            classes: class of each image, -1 for none; None takes all classes in turn.
+            steps, sampler, guidance: see `fitformer.diffusion.sample`; None takes the model's own
+                `sample_steps`, `sampler` and `guidance`.
+            seed: of the noise. first: number of the first image. batch_size: images computed at once.
+            on_step: called as `on_step(k, tokens)` with each step's predicted tokens, batch after batch.
+
+        Raises:
+            InputError: a class out of range, classes for an unconditional model, another number of classes than of
+                images, guidance for a model that was trained with `condition_dropout` 0, an unknown sampler.
+        """
+        check_sizes(count=count, batch_size=batch_size)
+        labels, own = self._labels(classes, count, first), self.diffusion
+        options = {
+            "steps": own.sample_steps if steps is None else steps,
+            "sampler": own.sampler if sampler is None else sampler,
+            "guidance": own.guidance if guidance is None else guidance,
+            "on_step": on_step,
+        }
+        if options["guidance"] and not own.condition_dropout:
+            raise InputError(
+                f"guidance {options['guidance']:g} needs a model that was trained with condition_dropout above 0, and "
+                "this one was trained with 0; set guidance to 0"
+            )
+        batches = self._batches(count, first, labels, batch_size)
+        return torch.cat([self._sample(numbers, cond, seed, **options) for numbers, cond in batches])
+
+    def _batches(
+        self, count: int, first: int, labels: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[range, Tensor | None]]:
+        """Numbers and conditions of the images, batch by batch."""
+        for start in range(0, count, batch_size):
+            part = torch.tensor(labels[start : start + batch_size], dtype=torch.long, device=self._device)
+            numbers = range(first + start, first + min(start + batch_size, count))
+            yield numbers, self.condition(part)
+
+    def _sample(self, numbers: Sequence[int], cond: Tensor | None, seed: int, **options: Any) -> Tensor:
+        """The images of these numbers, uint8 `(b, H, W, channels)`; `options` of `fitformer.diffusion.sample`."""
+        own, groups = self.diffusion, self.groups
+        shape = (groups.num_groups, groups.tokens_per_group, groups.token_dim)
+        noise = partial(maths.seeded_noise, seed, numbers, shape)
+        tokens = maths.sample(
+            self,
+            noise().to(self._device),
+            schedule=own.sample_schedule,
+            prediction=own.prediction,
+            clip=(-own.b_scale, own.b_scale),
+            cond=cond,
+            self_cond=self.self_cond,
+            noise=lambda k: noise(k + 1),
+            normalize_input=own.normalize_input,
+            **options,
+        )
+        return self.images(tokens).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.denoiser.output.weight.device
+
+    def _labels(self, classes: Sequence[int] | None, count: int, first: int) -> Sequence[int]:
+        """The class of each image, checked; empty for an unconditional model."""
+        if not self.num_classes:
+            if classes is not None:
+                raise InputError("the model was trained without classes; leave classes out")
+            return []
+        labels = [(first + k) % self.num_classes for k in range(count)] if classes is None else classes
+        if len(labels) != count:
+            raise InputError(f"{len(labels)} classes given for {count} images; give one for each")
+        if wrong := [label for label in labels if not -1 <= label < self.num_classes]:
+            raise InputError(f"class {wrong[0]} is out of range: classes are 0 to {self.num_classes - 1}, -1 for none")
+        return labels
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """One-hot rows `(b, classes)` of labels `(b,)`; zeros, which mean no condition, where the label is -1."""
+    return F.one_hot(labels.clamp_min(0), classes).float() * (labels >= 0)[:, None]
