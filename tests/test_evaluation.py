@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fitformer.evaluation.baselines import IndependentPixels, independent_bits
 
 from fitformer import FITDecoder, FITImageEncoder
 from fitformer.config.schema import ByteRecipe
 from fitformer.errors import InputError
-from fitformer.evaluation.baselines import IndependentPixels, independent_bits
 from fitformer.evaluation.batches import batches, measured
 from fitformer.evaluation.classification import classification, confusion
 from fitformer.evaluation.sample_accuracy import classify, match_classifier_input, sample_accuracy

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.models.denoiser import FITDenoiser
     from fitformer.tasks.diffuse import sample_images
 
-    of, device = open_run(arguments.run, "diffuse"), device_of(arguments)
+    of, device = open_run(arguments.run, "sample"), device_of(arguments)
     network, recipe = of.model().to(device), of.recipe
     assert isinstance(network, FITDenoiser)
     assert isinstance(recipe, DiffuseRecipe)

@@ -16,6 +16,7 @@ from fitformer.models.denoiser import FITDenoiser
 from fitformer.patching import ImageGroups
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
 from fitformer.tasks.preview import Preview
+from fitformer.tasks.registry import TaskSpec
 
 _GOLDEN = 0.6180339887498949
 
@@ -225,6 +226,14 @@ def preview(network: FITDenoiser, recipe: DiffuseRecipe, count: int) -> Preview:
     return Preview(images=sample_images(network, recipe, None, count, seed=recipe.trainer.seed))
 
 
-def monitor(recipe: DiffuseRecipe) -> tuple[str, str]:
-    """The best checkpoint has the lowest held-out error."""
-    return "val/loss", "min"
+TASK = TaskSpec(
+    recipe=DiffuseRecipe,
+    model=FITDenoiser,
+    build=build,
+    loss=loss,
+    measure=measure,
+    monitor=("val/loss", "min"),
+    preview=preview,
+    verb="sample",
+    sample_images=sample_images,
+)
