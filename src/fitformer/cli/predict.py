@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.config.schema import ClassifyRecipe
     from fitformer.models.image_encoder import FITImageEncoder
 
-    of = open_run(arguments.run, "classify")
+    of = open_run(arguments.run, "predict")
     network = of.model().to(device_of(arguments))
     assert isinstance(network, FITImageEncoder)
     assert isinstance(of.recipe, ClassifyRecipe)

@@ -21,6 +21,7 @@ from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
 from fitformer.patching.sizes import Size
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
+from fitformer.tasks.registry import TaskSpec
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
@@ -182,15 +183,24 @@ def measure(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> t
     return {"loss": F.cross_entropy(predicted.float(), label), "accuracy": _accuracy(predicted, label)}, len(label)
 
 
-def preview(network: FITImageEncoder, recipe: ClassifyRecipe, count: int) -> None:
-    """A classifier has nothing to show."""
-    return None
-
-
-def monitor(recipe: ClassifyRecipe) -> tuple[str, str]:
-    """The best checkpoint has the highest held-out accuracy."""
-    return "val/accuracy", "max"
-
-
 def _accuracy(predicted: Tensor, label: Tensor) -> Tensor:
     return (predicted.detach().argmax(-1) == label).float().mean()
+
+
+def labelled_logits(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, Tensor]:
+    """Logits `(b, classes)` of a batch, and its labels `(b,)`."""
+    return logits(network, batch["image"], recipe.data), batch["label"]
+
+
+TASK = TaskSpec(
+    recipe=ClassifyRecipe,
+    model=FITImageEncoder,
+    build=build,
+    loss=loss,
+    measure=measure,
+    monitor=("val/accuracy", "max"),
+    logits=labelled_logits,
+    verb="predict",
+    # One of the encoder's two final norms is unused.
+    find_unused_parameters=True,
+)

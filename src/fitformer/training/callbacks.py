@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fitformer.config.schema import ClassifyRecipe, Recipe
+from fitformer.config.schema import Recipe
 from fitformer.data.settings import Background, ImageData
-from fitformer.tasks import Preview, task_of
+from fitformer.tasks import task_of
 from fitformer.tasks.classify import grouped
-from fitformer.tasks.preview import grid, save
+from fitformer.tasks.preview import Preview, grid, save
 from fitformer.training.run_dir import Run
 
 
@@ -115,9 +115,9 @@ class MetricsLogger(Callback):
         """Draw previews, while the averaged weights are in place."""
         recipe = self.run.recipe
         if trainer.is_global_zero and recipe.trainer.previews:
-            preview = task_of(recipe).preview(pl_module.network, recipe, recipe.trainer.previews)
+            preview = task_of(recipe).preview
             if preview is not None:
-                self._show(trainer, preview)
+                self._show(trainer, preview(pl_module.network, recipe, recipe.trainer.previews))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the held-out means."""
@@ -185,9 +185,9 @@ class ForegroundReport(Callback):
 
 def skipping(recipe: Recipe) -> list[Callback]:
     """What tells of skipped groups, of a recipe that skips some."""
-    if not isinstance(recipe, ClassifyRecipe):
-        return []
     data = recipe.data
+    if not isinstance(data, ImageData):
+        return []
     return [ForegroundReport(data)] if data.background != "none" or data.masks is not None else []
 
 

@@ -170,7 +170,7 @@ def _trainer(
 def _best(run: Run, validate: bool) -> list[Callback]:
     if not (run.recipe.trainer.keep_best and validate):
         return []
-    metric, mode = task_of(run.recipe).monitor(run.recipe)
+    metric, mode = task_of(run.recipe).monitor
     folder = run.last_checkpoint.parent
     return [ModelCheckpoint(folder, "best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)]
 
@@ -180,10 +180,11 @@ def _strategy(recipe: Recipe) -> str:
     count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
     if count < 2 if devices in ("auto", "-1", -1) else str(devices) in ("1", "[0]"):
         return "auto"
-    # An encoder leaves one of its two last norms unread, and so do other roles that end in global layers.
+    # A trunk that ends in global layers leaves one of its two final norms unused.
     layers = recipe.model.layers
     ends_local = layers is None or layers.endswith(")")
-    return "ddp" if ends_local and recipe.task != "classify" else "ddp_find_unused_parameters_true"
+    unused = not ends_local or task_of(recipe).find_unused_parameters
+    return "ddp_find_unused_parameters_true" if unused else "ddp"
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches
 from fitformer.models.base import FITModel
-from fitformer.tasks import Batch, optimizers, set_execution, task_of
+from fitformer.tasks import optimizers, set_execution, task_of
+from fitformer.tasks.batch import Batch
 
 
 def step_seed(seed: int, micro_step: int, rank: int) -> int:

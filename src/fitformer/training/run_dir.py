@@ -26,10 +26,6 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fitformer.models.decoder import FITDecoder
-    from fitformer.models.image_denoiser import FITImageDenoiser
-    from fitformer.models.image_encoder import FITImageEncoder
-
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
 
 
@@ -112,24 +108,17 @@ class Run:
         if image is not None and trained is not None:
             check_pixels(image.path, image.dtype, trained)
 
-    def model(self) -> "FITImageEncoder | FITImageDenoiser | FITDecoder":
-        """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
+    def model(self) -> Any:
+        """The exported model in eval mode, loaded strictly; its class is the `model` of the recipe's task.
 
         Raises:
-            InputError: nothing was exported yet; the folder holds another role or weights that do not fit.
+            InputError: no model was exported yet; the folder holds another role or weights that do not fit.
         """
-        import fitformer
-        from fitformer.models.image_encoder import FITImageEncoder
-        from fitformer.tasks import set_execution
+        from fitformer.tasks import set_execution, task_of
 
         if not (self.model_folder / "model.safetensors").is_file():
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
-        roles: dict[str, Any] = {
-            "classify": FITImageEncoder,
-            "diffuse": fitformer.FITImageDenoiser,
-            "autoregress": fitformer.FITDecoder,
-        }
-        network = roles[self.recipe.task].from_pretrained(self.model_folder)
+        network = task_of(self.recipe).model.from_pretrained(self.model_folder)
         set_execution(network, self.recipe.trainer)
         return network
 
