@@ -93,7 +93,7 @@ def test_classes_are_asked_for_by_number_or_name():
     assert class_numbers("1", ("1", "0")) == [0]
     with pytest.raises(InputError, match="class 3 is out of range: there are 3 classes, 0 to 2"):
         class_numbers("3", CLASSES)
-    with pytest.raises(InputError, match="no class 'bea'; did you mean 'bee'"):
+    with pytest.raises(InputError, match="'bea'; did you mean 'bee'"):
         class_numbers("bea", CLASSES)
     with pytest.raises(InputError, match="names no class"):
         class_numbers(" , ", CLASSES)
