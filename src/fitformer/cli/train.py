@@ -1,4 +1,5 @@
-"""Train a model from a recipe. The same command again continues where the run stopped.
+"""Train a model from a recipe. The same command again continues where the run stopped; with a larger --trainer.steps it
+continues a finished run. --init-from starts from the weights of another run or of a saved model.
 
 Any key of a recipe can be overridden: `fitformer train digits-classify --trainer.steps=200 --optimizer.lr 3e-4`.
 """
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of a packaged recipe (see --list), or path of a YAML file")
     parser.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<recipe>)")
     parser.add_argument("--list", action="store_true", help="show the packaged recipes")
+    parser.add_argument(
+        "--init-from", metavar="RUN_OR_MODEL", help="start from these weights, with a head of the recipe's"
+    )
     parser.add_argument("--memory", help="memory that a step may use, such as 8GB; the same as --trainer.memory")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.epilog = "--SECTION.KEY=VALUE overrides a key of the recipe; --dry-run prints all keys."
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.training.fit import train
 
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
-    return 0 if train(recipe, run_dir) else 130
+    return 0 if train(recipe, run_dir, arguments.init_from) else 130
 
 
 def _list() -> int:

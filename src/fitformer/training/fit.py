@@ -1,5 +1,7 @@
 """Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
 
+import hashlib
+import json
 import logging
 import sys
 import warnings
@@ -20,18 +22,20 @@ from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.workers import dead_worker
 from fitformer.errors import InputError, MissingDependencyError
+from fitformer.models.base import FITModel
+from fitformer.models.pretrained import file_of
 from fitformer.tasks import build_model, task_of
 from fitformer.training import checkpoint
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
 from fitformer.training.ema import EMACallback
 from fitformer.training.memory_check import fit_to_memory
 from fitformer.training.module import Data, FITModule
-from fitformer.training.run_dir import Run, is_first_process, start_run, truncate_metrics, write_data_card
+from fitformer.training.run_dir import Run, check_run, is_first_process, start_run, truncate_metrics, write_data_card
 
 __all__ = ["train"]
 
 
-def train(recipe: Recipe, run_dir: str | Path) -> bool:
+def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = None) -> bool:
     """Train a recipe in a run directory, from its last checkpoint if it has one.
 
     Stopped anywhere and given again, the same recipe ends with the same weights as if it had not been stopped
@@ -40,7 +44,9 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
 
     Args:
         recipe: what to train, see `fitformer.config.load`.
-        run_dir: made if it is not there, see `fitformer.training.run_dir`.
+        run_dir: made if it is not there, see `fitformer.training.run_dir`. A run that is complete goes on if the recipe
+            has more steps than it took.
+        init_from: a run or a saved model whose weights a new run starts from, see `FITModel.load_weights`.
 
     Returns:
         whether the run is complete; false if a signal stopped it, with everything saved.
@@ -56,8 +62,12 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
         torch.manual_seed(recipe.trainer.seed)
         network = build_model(recipe, examples)
     training = fit_to_memory(recipe, network, examples, masks)
-    run = start_run(run_dir, recipe)
+    check_run(run_dir, recipe)
+    run = Run(Path(run_dir), recipe)
     step = _resumed_step(run, network)
+    _check_steps(run, step)
+    note = None if init_from is None else _initialise(run, network, init_from, step)
+    run = start_run(run_dir, recipe, note)
     if step:
         run.check_pixels(examples)
     write_data_card(run, examples, held_out)
@@ -90,6 +100,40 @@ def _resumed_step(run: Run, network: torch.nn.Module) -> int:
     saved = checkpoint.load(run.last_checkpoint, lazily=True)
     checkpoint.check_fits(saved, network, run.last_checkpoint)
     return int(saved["global_step"])
+
+
+def _check_steps(run: Run, step: int) -> None:
+    """Say what another number of steps means to a run.
+
+    Raises:
+        InputError: the run took more steps already.
+    """
+    steps = run.recipe.trainer.steps
+    if not step:
+        return
+    if steps < step:
+        raise InputError(f"{run.path} took {step} steps already, and trainer.steps is {steps}; ask for more")
+    before = Run.open(run.path).recipe.trainer.steps
+    if before != steps and run.recipe.optimizer.schedule != "constant":
+        _say(f"the {run.recipe.optimizer.schedule} schedule runs over {steps} steps from here on, instead of {before}")
+
+
+def _initialise(run: Run, network: FITModel, source: str | Path, step: int) -> dict[str, str] | None:
+    """Give a new run the weights of a saved model; returns where they came from, None if the run had begun before.
+
+    Raises:
+        InputError: weights that do not fit; a run that has begun from others.
+    """
+    digest = hashlib.sha256(file_of(source, "model.safetensors").read_bytes()).hexdigest()
+    if step:
+        begun = json.loads(run.initial_weights.read_text()) if run.initial_weights.is_file() else {}
+        if begun.get("sha256") != digest:
+            there = begun.get("source", "random weights")
+            raise InputError(f"{run.path} began from {there}, not from {source}; give another --run-dir")
+        return None
+    report = network.load_weights(source)
+    _say(f"weights of {source}: {report}")
+    return {"source": str(source), "sha256": digest, "weights": str(report)}
 
 
 def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:

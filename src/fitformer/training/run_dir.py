@@ -62,6 +62,11 @@ class Run:
         return self.path / "model"
 
     @property
+    def initial_weights(self) -> Path:
+        """Where a run began that did not begin from random weights: source, digest, what was resized."""
+        return self.path / "initial_weights.json"
+
+    @property
     def metrics_file(self) -> Path:
         """One JSON object a line, each with `step`."""
         return self.path / "metrics.jsonl"
@@ -129,8 +134,8 @@ class Run:
         return data.build_dataset(self.recipe.data, split, seed=self.recipe.trainer.seed)
 
 
-def start_run(path: str | Path, recipe: Recipe) -> Run:
-    """Make a run directory for a recipe, or take up the one that is there.
+def check_run(path: str | Path, recipe: Recipe) -> None:
+    """Refuse a directory that a recipe's run cannot use; the number of steps may change.
 
     Raises:
         InputError: the directory holds the run of another recipe (names the keys and both values), or something else.
@@ -138,6 +143,7 @@ def start_run(path: str | Path, recipe: Recipe) -> Run:
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
         differing = config.differences(Run.open(path).recipe, recipe)
+        differing.pop("trainer.steps", None)
         if differing:
             pairs = ((key, _brief(old), _brief(new)) for key, (old, new) in differing.items())
             listed = "; ".join(f"{key} is {old} there, {new} here" for key, old, new in pairs)
@@ -146,9 +152,21 @@ def start_run(path: str | Path, recipe: Recipe) -> Run:
             )
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a run needs a directory")
+
+
+def start_run(path: str | Path, recipe: Recipe, initial_weights: dict[str, str] | None = None) -> Run:
+    """Make a run directory for a recipe, or go on with the one that is there; `initial_weights` is noted if given.
+
+    Raises:
+        InputError: as `check_run`.
+    """
+    check_run(path, recipe)
+    path = Path(path)
     if is_first_process():
         _write(path / "recipe.yaml", config.dump(recipe))
         _note_start(path / "environment.json")
+        if initial_weights is not None:
+            _write(path / "initial_weights.json", json.dumps(initial_weights, indent=2) + "\n")
     return Run(path, recipe)
 
 
