@@ -13,7 +13,8 @@ from fitformer.config.schema import ByteRecipe
 from fitformer.errors import InputError
 from fitformer.evaluation.batches import batches, mean_metrics
 from fitformer.evaluation.classification import classification, confusion
-from fitformer.evaluation.sample_accuracy import classify, match_classifier_input, sample_accuracy
+from fitformer.evaluation.sample_accuracy import sample_accuracy
+from fitformer.inference.predict import classify, match_classifier_input
 from fitformer.tasks._independent_pixels import IndependentPixels, independent_bits
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")

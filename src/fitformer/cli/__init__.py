@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from fitformer import __version__
 from fitformer._support.suggest import suggest
+from fitformer.data.workers import message_of
 from fitformer.errors import InputError, MissingDependencyError
 
 VERBS = {
@@ -40,17 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except (InputError, MissingDependencyError, OSError) as error:
-        print(f"fitformer: error: {_one_line(error)}", file=sys.stderr)
+        print(f"fitformer: error: {message_of(error)}", file=sys.stderr)
         return 2
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error on one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Caught "):
-        # From a worker process of a loader, torch makes the traceback the message; the error is in the last line.
-        return lines[-1].partition(": ")[2]
-    return " ".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

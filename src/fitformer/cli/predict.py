@@ -21,6 +21,7 @@ from fitformer.errors import InputError
 
 if TYPE_CHECKING:
     from fitformer.config.schema import ClassifyRecipe, Training
+    from fitformer.data.grouping import Grouping
     from fitformer.data.masks import Masks
     from fitformer.data.settings import ImageData
     from fitformer.execution.token_store import Keep
@@ -100,21 +101,26 @@ def _masks(data: "ImageData", files: Sequence[Path]) -> "Masks | None":
     return masks
 
 
+def grouping(of: "Run", network: "FITImageEncoder", data: "ImageData") -> "Grouping":
+    """How images are cut for the network of a run, without the groups that its data call empty."""
+    from fitformer.data.grouping import Grouping
+
+    return Grouping(network.tiling, network.glimpses, data, trained=of.pixels)
+
+
 def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
     from fitformer.inference.explain.batch import find
     from fitformer.inference.predict import as_text, expand, predict
-    from fitformer.tasks.classify import grouped
 
     files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
     _masks(data, files)
-    trained = of.pixels
     found = predict(
         network,
         files,
         of.classes,
         resize=data.resize,
         batch_size=arguments.batch_size,
-        group=lambda image: grouped(network, image, data, trained),
+        group=grouping(of, network, data),
         on_unreadable=lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr),
     )
     by_ending = "json" if arguments.output is not None and arguments.output.suffix == ".json" else "csv"
@@ -129,7 +135,6 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder",
 
 def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
     from fitformer.inference.explain.batch import Slides, find, identity
-    from fitformer.tasks.classify import grouped
 
     if arguments.format is not None:
         raise InputError(
@@ -139,7 +144,7 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
     slides = find(arguments.files, arguments.output)
-    masks, trained = _masks(data, [slide.path for slide in slides]), of.pixels
+    masks = _masks(data, [slide.path for slide in slides])
     # As JSON gives it back.
     background = list(data.background) if isinstance(data.background, tuple) else data.background
     skipped = {
@@ -154,7 +159,7 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
             of.classes,
             arguments.output,
             {"model": identity(of.model_folder), **skipped},
-            group=lambda image: grouped(network, image, data, trained),
+            group=grouping(of, network, data),
             beside=None if masks is None else masks.state,
             y=arguments.y,
             show=lambda done, of: show(round(1000 * done), 1000 * of),
@@ -169,7 +174,7 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
 
 def _counted(broken: "Mapping[str, Failure]") -> str:
     """How many images could not be labelled, for each of the reasons there are."""
-    said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with pixels that are no numbers"}
+    said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with NaN or infinite pixels"}
     found = [each.what for each in broken.values()]
     parts = [f", {found.count(what)} {words}" for what, words in said.items() if what in found]
     return "".join(parts) + (" (broken.csv)" if parts else "")

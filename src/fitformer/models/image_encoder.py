@@ -176,9 +176,9 @@ class FITImageEncoder(FITModel):
                 f"an image cut as {image.tiling} with {image.glimpses} glimpses, given to an encoder of {self.tiling} "
                 f"with {self.glimpses}"
             )
-        if self.groups is not None and image.source.shape[:2] != self.groups.image_size:
+        if self.groups is not None and image.shape[:2] != self.groups.image_size:
             raise InputError(
-                f"an image of {format_size(image.source.shape[:2])} given to an encoder of "
+                f"an image of {format_size(image.shape[:2])} given to an encoder of "
                 f"{format_size(self.groups.image_size)} pixels; "  # type: ignore[arg-type]
                 "build it with image_size=None and latent_position='row_column' for any size"
             )

@@ -13,7 +13,7 @@ from fitformer.tasks.registry import TaskSpec, task_of
 if TYPE_CHECKING:
     from fitformer.models.base import FITModel
 
-__all__ = ["TaskSpec", "build_model", "set_execution", "task_of"]
+__all__ = ["TaskSpec", "build_model", "group_images", "set_execution", "task_of"]
 
 
 def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
@@ -24,6 +24,13 @@ def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
     """
     model: FITModel = task_of(recipe).build(recipe, dataset)
     return model
+
+
+def group_images(network: "FITModel", dataset: Any, recipe: Recipe) -> None:
+    """Have a dataset hand images out as a model of any size cuts them; nothing for other models."""
+    tiling = getattr(network, "tiling", None)
+    if tiling is not None and getattr(network, "groups", None) is None and dataset is not None:
+        dataset.group_for(tiling, getattr(network, "glimpses", 0), recipe.data)
 
 
 def set_execution(network: "FITModel", training: Training) -> None:

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from fitformer.config.schema import Recipe
 from fitformer.data.settings import Background, ImageData
 from fitformer.tasks import task_of
-from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import Preview, grid, save
 from fitformer.training.run_dir import Run
 
@@ -157,10 +156,9 @@ class ForegroundReport(Callback):
         """Count the groups of a batch, and tell once there are enough images."""
         if self.images < self.IMAGES and trainer.is_global_zero:
             for image in batch["image"]:
-                found = grouped(pl_module.network, image, self.data)
                 self.images += 1
-                self.kept += found.num_groups - found.glimpses
-                self.groups += prod(found.grid)
+                self.kept += image.num_groups - image.glimpses
+                self.groups += prod(image.grid)
             if self.images >= self.IMAGES:
                 self._tell()
 

@@ -20,11 +20,11 @@ from fitformer import data
 from fitformer.config.schema import Recipe
 from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import Masks, masks_of
-from fitformer.data.workers import dead_worker
+from fitformer.data.workers import dead_worker, message_of
 from fitformer.errors import InputError, MissingDependencyError
 from fitformer.models.base import FITModel
 from fitformer.models.pretrained import file_of
-from fitformer.tasks import build_model, task_of
+from fitformer.tasks import build_model, group_images, task_of
 from fitformer.training import checkpoint
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
 from fitformer.training.ema import EMACallback
@@ -74,6 +74,8 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
     if step >= recipe.trainer.steps:
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
+    for dataset in (examples, held_out):
+        group_images(network, dataset, recipe)
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
     return _fit(run, FITModule(network, replace(recipe, trainer=training)), Data(recipe, examples, held_out), step)
@@ -168,11 +170,11 @@ def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
 def _mendable(error: Exception, resume_hint: str) -> Exception | None:
     """The error with the way on, if it is one that the user can mend; None if it is any other."""
     if isinstance(error, InputError):
-        return InputError(f"{error}{resume_hint}")
+        return InputError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, MissingDependencyError):
-        return MissingDependencyError(f"{error}{resume_hint}")
+        return MissingDependencyError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        return OSError(f"{error}{resume_hint}")
+        return OSError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, RuntimeError) and (said := dead_worker(error)):
         return ChildProcessError(f"{said}; --data.num_workers=0 takes least memory{resume_hint}")
     return None
