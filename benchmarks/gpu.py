@@ -39,9 +39,10 @@ def child(name: str, device: str, tiny: bool) -> int:
     """Run one part in this process; each row is one line of JSON as soon as it is known."""
     sys.path.insert(0, str(ROOT / "src"))
     try:
-        import gpu_parts
+        from gpu_parts import PARTS as FUNCTIONS
+        from gpu_shared import Scale
 
-        for row in gpu_parts.PARTS[name](gpu_parts.Scale(device, tiny)):
+        for row in FUNCTIONS[name](Scale(device, tiny)):
             print(json.dumps(row), flush=True)
     except ModuleNotFoundError as error:
         print(json.dumps({"failed": f"package {error.name} is missing"}))

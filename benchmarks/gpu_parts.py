@@ -7,202 +7,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from gpu_exact import bf16, equality, error
+from gpu_shared import Row, Scale, guarded, mixed, seconds, stepper, synchronize
+from torch import Tensor
 
-from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
+from fitformer import FITDecoder, FITEncoder, FITImageEncoder
 from fitformer.execution import Streamed
 from fitformer.generation import generate
-from fitformer.models.base import FITModel
 from fitformer.profiling import Geometry, flops
 from fitformer.profiling.geometry import grouped
 
 ROOT = Path(__file__).resolve().parents[1]
-Row = dict[str, str]
 # Dense bf16 operations per second, from NVIDIA's data sheets for the SXM modules.
 PEAKS = {"H100": 989e12, "H200": 989e12}
 SLICE_TOKENS = 65536
 DEVICE_LIMIT = 16 * 10**9
-DROPS = {"drop_path": 0.3, "drop_units": 0.2, "drop_att": 0.25}
-TINY = {"latents_per_group": 2, "dim": 16, "latent_dim": 32, "heads": 2, "latent_heads": 4}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Where and how large: `tiny` is for testing this script."""
-
-    device: str
-    tiny: bool
-
-    def ways(self) -> dict[str, Any]:
-        """Every execution, by name."""
-        size = 2 if self.tiny else 16
-        keeps = {f"streamed, {keep}": Streamed(size, keep=keep) for keep in ("memory", "host", "disk")}
-        again = ("local", "selective", "light")
-        recomputes = {f"streamed, {level}": Streamed(size, recompute=level) for level in again}
-        return {"plain": "plain", "checkpointed": "checkpointed", **keeps, **recomputes}
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Mean seconds of `work` after one run to warm up."""
-    work()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def mixed(device: str, on: bool = True) -> Any:
-    """bf16 autocast."""
-    return torch.autocast(device, torch.bfloat16) if on else nullcontext()
-
-
-def guarded(name: str, work: Callable[[], Row]) -> Row:
-    """A row under its name; a failure of it leaves the other rows of the part."""
-    try:
-        return {"run": name, **work()}
-    except Exception as error:
-        return {"run": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")}
-
-
-# ------------------------------------------------------------------------------------------------------ the roles
-
-
-def role(name: str, scale: Scale, dropout: bool = False) -> FITModel:
-    """A model on the CPU, the same each time."""
-    torch.manual_seed(0)
-    shape = {"num_groups": 5, "tokens_per_group": 6} if scale.tiny else {"num_groups": 64, "tokens_per_group": 64}
-    size = TINY if scale.tiny else {"latents_per_group": 8, "dim": 128, "latent_dim": 256}
-    layers = "(1)2(2)1" if name == "encoder" else "(1)2(2)1(1)"
-    options: dict[str, Any] = {"layers": layers, **shape, **size, **(DROPS if dropout else {})}
-    if name == "encoder":
-        return FITEncoder.from_config(in_channels=12, **options)
-    if name == "denoiser":
-        return FITDenoiser.from_config(out_dim=12, cond_dim=8, **options)
-    return FITDecoder.from_config(vocab_size=64, **options)
-
-
-def example(model: FITModel) -> tuple[Tensor, ...]:
-    """Float64 inputs of a role, on the CPU."""
-    made = torch.Generator().manual_seed(1)
-    groups, tokens = model.num_groups, model.tokens_per_group
-    if isinstance(model, FITDecoder):
-        return (torch.randint(64, (2, groups, tokens), generator=made),)
-    x = torch.randn(2, groups, tokens, 12, generator=made, dtype=torch.float64)
-    if isinstance(model, FITDenoiser):
-        cond = torch.randn(2, 8, generator=made, dtype=torch.float64)
-        return x, torch.tensor([0.2, 0.9], dtype=torch.float64), cond
-    return (x,)
-
-
-def outcome(model: FITModel, way: Any, inputs: tuple[Tensor, ...], bf16: bool = False) -> tuple[list[Tensor], ...]:
-    """Outputs and gradients of parameters and inputs, as float64 on the CPU."""
-    weight = next(model.parameters())
-    model.set_execution(way)
-    model.zero_grad()
-    given = [each.to(weight.device, weight.dtype if each.is_floating_point() else None, copy=True) for each in inputs]
-    if given[0].is_floating_point():
-        given[0].requires_grad_()
-    torch.manual_seed(3)
-    with mixed(weight.device.type, bf16):
-        found = model(*given)
-    outputs = list(found) if isinstance(found, tuple) else [found]
-    sum((out.double() * weights_of(out)).sum() for out in outputs).backward()
-    gradients = [each.grad for each in (*model.parameters(), given[0]) if each.grad is not None]
-    return [each.detach().cpu().double() for each in outputs], [each.cpu().double() for each in gradients]
-
-
-def weights_of(out: Tensor) -> Tensor:
-    """A fixed direction that the outputs are summed along."""
-    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.device).view(out.shape)
-
-
-def error(ours: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """The largest difference over the largest value of all tensors together."""
-    pairs = list(zip(ours, wanted, strict=True))
-    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)
-
-
-def compared(found: Any, wanted: Any, bound: float) -> Row:
-    """Errors of outputs and gradients; a failure above the bound."""
-    errors = [error(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
-    row = {"outputs": f"{errors[0]:.1e}", "gradients": f"{errors[1]:.1e}"}
-    # A NaN is above every bound.
-    return row if max(errors) <= bound and errors[0] == errors[0] else {**row, "failed": f"above {bound:.0e}"}
-
-
-def equality(scale: Scale) -> Iterator[Row]:
-    """Every way against float64; with dropout, every way against the plain one."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for name in ("encoder", "denoiser", "decoder"):
-        exact, inputs = role(name, scale).double(), example(role(name, scale))
-        reference = outcome(exact, "plain", inputs)
-        model, dropping = role(name, scale).to(scale.device), role(name, scale, dropout=True).to(scale.device)
-        dropped = outcome(dropping, "plain", inputs)
-        for way, execution in scale.ways().items():
-            yield guarded(f"{name}, {way}", lambda e=execution: compared(outcome(model, e, inputs), reference, 1e-3))
-            yield guarded(
-                f"{name}, {way}, dropout, against plain",
-                lambda e=execution: compared(outcome(dropping, e, inputs), dropped, 1e-4),
-            )
-
-
-def bf16(scale: Scale) -> Iterator[Row]:
-    """Every way under autocast against float32, and a short training."""
-    for name in ("encoder", "denoiser", "decoder"):
-        model = role(name, scale).to(scale.device)
-        inputs = example(model)
-        wanted = outcome(model, "plain", inputs)
-        for way, execution in scale.ways().items():
-            yield guarded(
-                f"{name}, {way}", lambda e=execution: compared(outcome(model, e, inputs, bf16=True), wanted, 0.2)
-            )
-    yield guarded("decoder, 20 steps, streamed, host", lambda: trained(scale))
-
-
-def trained(scale: Scale) -> Row:
-    """The loss before and after 20 steps on one batch."""
-    model = role("decoder", scale).to(scale.device)
-    model.set_execution(Streamed(2 if scale.tiny else 16, keep="host"))
-    tokens = example(model)[0].to(scale.device)
-    step, losses = stepper(model, lambda: F.cross_entropy(model(tokens).flatten(0, 2), tokens.flatten())), []
-    for _ in range(20):
-        losses.append(step())
-    row = {"first loss": f"{float(losses[0]):.3f}", "last loss": f"{float(losses[-1]):.3f}"}
-    return row if losses[-1] < losses[0] else {**row, "failed": "the loss did not decrease"}
-
-
-def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A training step in bf16 autocast with AdamW, which gives its loss."""
-    device = next(model.parameters()).device.type
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> Tensor:
-        with mixed(device):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
-
-    return step
-
-
-# ---------------------------------------------------------------------------------------------- speed and memory
 
 
 def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], Tensor]]:

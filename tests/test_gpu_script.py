@@ -62,7 +62,7 @@ def test_every_part_has_rows_and_none_fails(gpu):
 
 
 def test_a_part_that_hangs_keeps_the_rows_it_had(gpu):
-    code = "import time; print('{\"run\": \"first\"}', flush=True); time.sleep(600)"
+    code = 'import time; print(\'{"run": "first"}\', flush=True); time.sleep(600)'
     first, failed = gpu.run_part(python(code), 2)
     assert first == {"run": "first"}
     assert "limit" in failed["failed"]
