@@ -1,305 +1,239 @@
-"""The parts of `gpu.py`: each measures on a device, or at tiny sizes, and returns rows of a table."""
+"""The parts of `gpu.py`: each yields rows of a table as soon as they are measured."""
 
-import copy
+import importlib.util
+import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu_exact import bf16, equality, error
+from gpu_shared import Row, Scale, guarded, mixed, seconds, stepper, synchronize
 from torch import Tensor
 
-import fitformer
-from fitformer.execution import Execution, Streamed, checkpointed, plain
+from fitformer import FITDecoder, FITEncoder, FITImageEncoder
+from fitformer.execution import Streamed
 from fitformer.generation import generate
-from fitformer.models.base import FITModel
-from fitformer.patching.any_size import GroupedImage
-from fitformer.profiling import Geometry, PlanRequest, choose
+from fitformer.profiling import Geometry, flops
+from fitformer.profiling.geometry import grouped
 
-Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+# Dense bf16 operations per second, from NVIDIA's data sheets for the SXM modules.
+PEAKS = {"H100": 989e12, "H200": 989e12}
+SLICE_TOKENS = 65536
+DEVICE_LIMIT = 16 * 10**9
 
-# Dense bf16 operations a second of an H100 or H200 (SXM), as their maker states them.
-PEAK = 989e12
-RECOMPUTES = ("full", "local", "selective", "light")
+
+def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], Tensor]]:
+    """An encoder of a 6,400 x 6,400 image in patches of 16, and its training step on tokens on the device."""
+    side, preset = (128, "tiny") if scale.tiny else (6400, preset)
+    geometry = next(grouped(Geometry.of_preset("encoder", preset, (side, side))))
+    torch.manual_seed(0)
+    shape = {"num_groups": geometry.groups, "tokens_per_group": geometry.tokens_per_group}
+    model = FITEncoder.from_preset(preset, in_channels=geometry.tiling.token_dim, **shape).to(scale.device)
+    x = torch.randn(1, *shape.values(), geometry.tiling.token_dim, device=scale.device)
+    # The answer of an encoder that ends in global layers is its latents: no data tokens are asked for.
+    return model, stepper(model, lambda: model.latent_norm(model.execute(model.inputs(x)).latents).square().mean())
+
+
+def slices(model: FITEncoder, keep: str) -> Streamed:
+    return Streamed(max(1, SLICE_TOKENS // model.tokens_per_group), keep=keep)
+
+
+def mfu(scale: Scale) -> Iterator[Row]:
+    """Seconds, operations per second, share of the peak and memory of a base step."""
+    model, step = large_encoder(scale, "base")
+    for name, way in {"plain": "plain", "streamed, memory": slices(model, "memory")}.items():
+        model.set_execution(way)
+        yield guarded(name, lambda: utilization(scale, model, step))
+
+
+def utilization(scale: Scale, model: FITEncoder, step: Callable[[], Tensor]) -> Row:
+    """A step's row; operations are three forward passes, what is computed again not counted."""
+    if scale.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = seconds(step, scale.device, 1 if scale.tiny else 5)
+    rate, card = 3 * flops(model).total / took, card_of(scale)
+    peak = next((value for name, value in PEAKS.items() if name in card), None)
+    return {
+        "tokens": str(model.num_groups * model.tokens_per_group),
+        "seconds": f"{took:.3f}",
+        "TFLOP/s": f"{rate / 1e12:.1f}",
+        "peak TFLOP/s": f"{peak / 1e12:.0f}" if peak else "unknown",
+        "MFU (goal 50%)": f"{rate / peak:.1%}" if peak else "unknown",
+        **device_memory(scale),
+    }
+
+
+def card_of(scale: Scale) -> str:
+    return torch.cuda.get_device_name() if scale.device == "cuda" else "cpu"
+
+
+def device_memory(scale: Scale) -> Row:
+    found = torch.cuda.max_memory_allocated() / 1e9 if scale.device == "cuda" else None
+    return {"device peak, GB": "none" if found is None else f"{found:.2f}"}
 
 
 class Generated:
-    """An image that is made window by window, the same every time: no file holds it."""
+    """A uint8 image that is made window by window, the same each time: a slope with grain."""
 
     dtype = np.dtype(np.uint8)
 
     def __init__(self, side: int) -> None:
         self.shape = (side, side, 3)
-        self.grain = np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), dtype=np.uint8)
+        self.grain = np.random.default_rng(0).integers(0, 96, (2048, 2048, 3), dtype=np.uint8)
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """Pixels of a window, from a grain that repeats."""
-        rows, columns = (np.arange(first, first + count) % 2048 for first, count in ((top, height), (left, width)))
-        return self.grain[rows[:, None], columns]
+        down, right = top * 37 % 1024, left * 53 % 1024
+        level = np.uint8(80 * (top + left) / sum(self.shape[:2]))
+        return self.grain[down : down + height, right : right + width] + level
 
     def thumbnail(self, rows: int, columns: int) -> np.ndarray:
-        """A grey picture: the mean of the grain."""
-        return np.full((rows, columns, 3), 127, dtype=np.uint8)
+        return self.window(0, 0, rows, columns)
 
 
-def ways(device: str) -> dict[str, Execution]:
-    """Every way to run, by what to call it."""
-    keeps = ("memory", "host", "disk")
-    return {
-        "plain": plain,
-        "checkpointed": checkpointed,
-        **{f"streamed, {keep}": Streamed(2, keep) for keep in keeps},
-        **{f"streamed, recompute {level}": Streamed(2, recompute=level) for level in RECOMPUTES[1:]},
-    }
-
-
-def roles(**options: Any) -> dict[str, tuple[FITModel, Callable[[FITModel, Tensor], tuple[Tensor, ...]]]]:
-    """The three roles, small, and a call of each on tokens `(2, 8, 64, 32)`."""
+def huge(scale: Scale) -> Iterator[Row]:
+    """One training step on an image that no memory holds."""
+    side, preset = (256, "tiny") if scale.tiny else (64000, "small")
+    if scale.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(DEVICE_LIMIT / torch.cuda.get_device_properties(0).total_memory)
+    geometry = next(grouped(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
-    numbers: dict[str, Any] = {"num_groups": 8, "tokens_per_group": 64, **options}
-    time_of = torch.tensor([0.2, 0.9])
-    return {
-        "encoder": (fitformer.FITEncoder.from_preset("tiny", in_channels=32, **numbers), lambda model, x: model(x)),
-        "denoiser": (
-            fitformer.FITDenoiser.from_preset("tiny", out_dim=32, self_cond="latent", **numbers),
-            lambda model, x: model(x, time_of.to(x)),
-        ),
-        "decoder": (
-            fitformer.FITDecoder.from_preset("tiny", vocab_size=97, **numbers),
-            lambda model, x: (model((x[..., 0].detach().abs() * 40).long() % 97),),
-        ),
-    }
+    model = FITImageEncoder.from_config(geometry.config()[1]).to(scale.device)
+    slice_groups = max(1, SLICE_TOKENS // geometry.tokens_per_group)
+    model.set_execution(Streamed(slice_groups, keep="host", precision="bf16"))
+    target = torch.tensor([1], device=scale.device)
+    step = stepper(model, lambda: F.cross_entropy(model([Generated(side)]), target))
+    yield guarded(f"{side} x {side}", lambda: huge_step(scale, geometry, step))
 
 
-def outcome(model: FITModel, call: Any, way: Execution, x: Tensor) -> list[Tensor]:
-    """Outputs and gradients, in float64 on the CPU, of one pass under a fixed random state."""
-    model.set_execution(way)
-    model.zero_grad()
-    torch.manual_seed(3)
-    outputs = call(model, x)
-    loss = sum(
-        (out * torch.linspace(-1, 1, out.numel(), device=x.device).to(out).view(out.shape)).sum() for out in outputs
-    )
-    loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return [each.detach().double().cpu() for each in (*outputs, *gradients)]
-
-
-def error(ours: list[Tensor], wanted: list[Tensor]) -> str:
-    """The largest difference over the largest number, of all outputs and gradients."""
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, wanted, strict=True))
-    return f"{difference / max(float(b.abs().max()) for b in wanted):.1e}"
-
-
-def equality(device: str, tiny: bool) -> list[Row]:
-    """Outputs and gradients of every role, in every way, against float64; with dropout, against plain."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    x, rows = torch.randn(2, 8, 64, 32, generator=torch.Generator().manual_seed(1)), []
-    for drops in ({}, {"drop_path": 0.1, "drop_units": 0.1, "drop_att": 0.1}):
-        found: dict[str, Row] = {name: {"way": name, "dropout": bool(drops)} for name in ways(device)}
-        for role, (model, call) in roles(**drops).items():
-            exact = outcome(copy.deepcopy(model).double(), call, plain, x.double()) if not drops else None
-            model, given = model.to(device), x.to(device)
-            wanted = exact or outcome(model, call, plain, given)
-            for name, way in ways(device).items():
-                found[name][role] = error(outcome(model, call, way, given), wanted)
-        rows += found.values()
-    return rows
-
-
-def bf16(device: str, tiny: bool) -> list[Row]:
-    """Mixed precision beside float32, and twenty steps of training in it."""
-    x, rows = torch.randn(2, 8, 64, 32, generator=torch.Generator().manual_seed(1)).to(device), []
-    for role, (model, call) in roles().items():
-        model = model.to(device)
-        wanted = outcome(model, call, plain, x)
-        for name, way in {"plain": plain, "streamed, host": Streamed(2, "host")}.items():
-            with torch.autocast(device, torch.bfloat16):
-                rows.append({"role": role, "way": name, "error": error(outcome(model, call, way, x), wanted)})
-        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-        for _ in range(20):
-            with torch.autocast(device, torch.bfloat16):
-                loss = (call(model, x)[0].float() - 0.5).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss))
-        rows[-1] |= {"loss, first": f"{losses[0]:.3f}", "loss, twentieth": f"{losses[-1]:.3f}"}
-    return rows
-
-
-def classifier(preset: str, side: int, device: str, execution: str = "streamed", **asked: Any) -> tuple[FITModel, Any]:
-    """An encoder of images of this size with a group size of the fewest operations, and its plan."""
-    geometry = Geometry.of_preset(
-        "encoder", preset, side, **{name: asked.pop(name) for name in ("patch_size", "layers") if name in asked}
-    )
-    plan = choose(geometry, PlanRequest(execution=execution, device=device, precision="bf16", **asked))
-    _, config = plan.geometry.config()
-    torch.manual_seed(0)
-    return fitformer.FITImageEncoder.from_config(config).to(device), plan
-
-
-def train_step(model: Any, images: list[GroupedImage], optimizer: torch.optim.Optimizer, device: str) -> float:
-    """Seconds of one step: forward, backward, AdamW."""
+def huge_step(scale: Scale, geometry: Geometry, step: Callable[[], Tensor]) -> Row:
     start = time.perf_counter()
-    mixed: AbstractContextManager = torch.autocast(device, torch.bfloat16)
-    with mixed:
-        loss = F.cross_entropy(model(images).float(), torch.zeros(len(images), dtype=torch.long, device=device))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    synchronize(device)
-    return time.perf_counter() - start
+    loss = float(step())
+    took, resident = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {"tokens": str(geometry.length), "groups": str(geometry.groups), "seconds": f"{took:.1f}"}
+    row |= {**device_memory(scale), "host peak, GB": f"{resident / 1e9:.1f}", "loss": f"{loss:.3f}"}
+    if loss != loss:
+        row["failed"] = "the loss is NaN"
+    return row if resident < 64e9 else {**row, "failed": "more than 64 GB on the host"}
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
+def overlap(scale: Scale) -> Iterator[Row]:
+    """A step with tokens on the host against one with tokens in memory, and the copies that kernels hide."""
+    model, step = large_encoder(scale, "small")
+    took = {}
+    for keep in ("memory", "host"):
+        model.set_execution(slices(model, keep))
+        took[keep] = seconds(step, scale.device, 1 if scale.tiny else 5)
+    row = {"memory, s": f"{took['memory']:.3f}", "host, s": f"{took['host']:.3f}"}
+    yield {**row, "ratio": f"{took['host'] / took['memory']:.2f}", **hidden_copies(scale, step)}
+
+
+def hidden_copies(scale: Scale, step: Callable[[], Tensor]) -> Row:
+    """Seconds of copies in a step, and the share of them during which a kernel ran."""
+    if scale.device != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        step()
         torch.cuda.synchronize()
+    events = [each for each in profiled.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(each.name.startswith("Memcpy"), each.time_range.start, each.time_range.end) for each in events]
+    copies = [(start, end) for copy, start, end in spans if copy]
+    kernels = [(start, end) for copy, start, end in spans if not copy]
+    total = sum(end - start for start, end in copies)
+    share = covered(copies, kernels) / total if total else 0.0
+    return {"copies, s": f"{total / 1e6:.3f}", "hidden behind kernels": f"{share:.0%}"}
 
 
-def peak_gb(device: str) -> float:
-    """Most memory so far: torch's on a GPU, else of the process."""
-    most = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return round(most / 1e9, 2)
+def covered(spans: Iterable[tuple[float, float]], by: Iterable[tuple[float, float]]) -> float:
+    """How much of spans lies within the union of others; the spans themselves are counted one by one."""
+    union: list[list[float]] = []
+    for start, end in sorted(by):
+        if union and start <= union[-1][1]:
+            union[-1][1] = max(union[-1][1], end)
+        else:
+            union.append([start, end])
+    return sum(max(0.0, min(end, b) - max(start, a)) for start, end in spans for a, b in union)
 
 
-def timed(model: Any, side: int, device: str, way: Execution, steps: int) -> float:
-    """Seconds of the median step on an image of this side, after one that warms up."""
-    image = [GroupedImage(Generated(side), model.tiling)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
-    model.set_execution(way)
-    train_step(model, image, optimizer, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    return sorted(train_step(model, image, optimizer, device) for _ in range(steps))[steps // 2]
+def compiled(scale: Scale) -> Iterator[Row]:
+    """A plain step before and after its layers are compiled, as training compiles them."""
+    model, step = large_encoder(scale, "tiny" if scale.tiny else "small")
+    x = torch.randn(1, model.num_groups, model.tokens_per_group, model.stem.projection.in_features, device=scale.device)
+    before = seconds(step, scale.device, 1 if scale.tiny else 5)
+    start, wanted = {key: value.clone() for key, value in model.state_dict().items()}, latents_of(model, x)
+    # Layers of one class share their compiled variants.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.trunk.layers():
+        layer.compile(backend="aot_eager" if scale.tiny else "inductor")
+    begun = time.perf_counter()
+    after = seconds(step, scale.device, 1 if scale.tiny else 5)
+    spent = time.perf_counter() - begun
+    model.load_state_dict(start)
+    apart = error([latents_of(model, x)], [wanted])
+    row = {"plain, s": f"{before:.3f}", "compiled, s": f"{after:.3f}", "speedup": f"{before / after:.2f}"}
+    row |= {"compiling and steps, s": f"{spent:.0f}", "outputs": f"{apart:.1e}"}
+    yield row if apart <= 0.05 else {**row, "failed": "outputs differ by more than 5e-02"}
 
 
-def step(device: str, tiny: bool) -> list[Row]:
-    """A base step at 6400 x 6400: time, operations, share of the peak, memory."""
-    preset, side, rows = ("tiny", 256, []) if tiny else ("base", 6400, [])
-    model, plan = classifier(preset, side, device)
-    for name, way in {
-        "streamed, memory": Streamed(recompute="light"),
-        "streamed, full": Streamed(),
-        "plain": plain,
-    }.items():
-        seconds = timed(model, side, device, way, 1 if tiny else 5)
-        rate = plan.flops.total / seconds
-        row = {"way": name, "group": str(plan.geometry.group_size), "s a step": round(seconds, 3)}
-        rows.append(
-            row | {"TFLOP/s": round(rate / 1e12, 1), "share of peak": f"{rate / PEAK:.1%}", "peak, GB": peak_gb(device)}
-        )
-    return rows
+def latents_of(model: FITEncoder, x: Tensor) -> Tensor:
+    """Latents in bf16 autocast, as float64 on the CPU."""
+    with torch.no_grad(), mixed(x.device.type):
+        return model(x)[1].double().cpu()
 
 
-def huge(device: str, tiny: bool) -> list[Row]:
-    """One step on an image of 4.1 gigapixels in 16 GB of device memory."""
-    side, limit = (512, 16e9) if tiny else (64_000, 16e9)
-    if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
-    model, plan = classifier(
-        "tiny" if tiny else "small", side, device, keep="host" if device == "cuda" else None, budget=int(limit)
-    )
-    setup = plan.setup
-    model.set_execution(Streamed(setup.slice_groups, "host", setup.kept_precision, None, setup.recompute))
-    image = [GroupedImage(Generated(side), model.tiling)]
-    seconds = train_step(model, image, torch.optim.AdamW(model.parameters(), lr=1e-4), device)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    about = {"pixels": f"{side} x {side}", "groups": image[0].num_groups, "slice": setup.slice_groups}
-    return [
-        about | {"s a step": round(seconds, 1), "device peak, GB": peak_gb(device), "host peak, GB": round(host, 1)}
-    ]
-
-
-def overlap(device: str, tiny: bool) -> list[Row]:
-    """Streaming with data tokens on the host, beside streaming in device memory."""
-    side = 256 if tiny else 6400
-    model, _ = classifier("tiny" if tiny else "small", side, device)
-    kept = {keep: timed(model, side, device, Streamed(keep=keep), 1 if tiny else 3) for keep in ("memory", "host")}
-    rows = [{"keep": keep, "s a step": round(seconds, 3)} for keep, seconds in kept.items()]
-    return [*rows, {"keep": "host over memory", "s a step": f"{kept['host'] / kept['memory']:.2f} times"}]
-
-
-def compiled(device: str, tiny: bool) -> list[Row]:
-    """A step of the encoder with its layers compiled one by one, as training does it, and without."""
+def generation(scale: Scale) -> Iterator[Row]:
+    """Tokens per second, from nothing."""
+    n, groups = (8, 4) if scale.tiny else (64, 16)
     torch.manual_seed(0)
-    preset, groups, n, width = ("tiny", 4, 16, 32) if tiny else ("small", 64, 256, 768)
-    model = fitformer.FITEncoder.from_preset(preset, num_groups=groups, tokens_per_group=n, in_channels=width).to(
-        device
-    )
-    x, rows, kept = torch.randn(1, groups, n, width, device=device), [], None
-    for name in ("as it is", "compiled"):
-        if name == "compiled":
-            for layer in model.trunk.layers():
-                layer.compile()
-        for k in range(2 if tiny else 6):
-            start = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext():
-                loss = model(x)[1].float().square().mean()
-            loss.backward()
-            synchronize(device)
-            if k == 0:
-                first = time.perf_counter() - start
-        seconds, kept = time.perf_counter() - start, loss.item() if kept is None else kept
-        row = {"layers": name, "s, first": round(first, 2), "s, later": round(seconds, 4)}
-        rows.append(row | {"loss over that as it is": f"{loss.item() / kept:.5f}"})
-    return rows
+    preset = "tiny" if scale.tiny else "small"
+    model = FITDecoder.from_preset(preset, num_groups=groups, tokens_per_group=n, vocab_size=256)
+    model = model.to(scale.device).eval()
+    for length in (n * groups // 4, n * groups):
+        for batch in (1, 4 if scale.tiny else 32):
+            yield guarded(f"length {length}, batch {batch}", lambda L=length, b=batch: rate(scale, model, L, b))
 
 
-def generation(device: str, tiny: bool) -> list[Row]:
-    """Tokens a second of `generate`, which runs the decoder on all groups begun so far."""
-    torch.manual_seed(0)
-    preset, groups, n, length = ("tiny", 4, 8, 20) if tiny else ("small", 64, 64, 256)
-    decoder = fitformer.FITDecoder.from_preset(preset, num_groups=groups, tokens_per_group=n, vocab_size=256)
-    decoder, rows = decoder.to(device).eval(), []
-    for batch in (1, 32):
-        generate(decoder, None, 2, count=batch)
-        synchronize(device)
+def rate(scale: Scale, model: FITDecoder, length: int, batch: int) -> Row:
+    prompt = torch.zeros(batch, 1, dtype=torch.long, device=scale.device)
+    with mixed(scale.device):
+        generate(model, prompt, 4)
+        synchronize(scale.device)
         start = time.perf_counter()
-        generate(decoder, None, length, count=batch)
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        rows.append({"batch": batch, "tokens of each": length, "tokens/s": round(batch * length / seconds, 1)})
-    return rows
+        generate(model, prompt, length)
+        synchronize(scale.device)
+    took = time.perf_counter() - start
+    return {"seconds": f"{took:.2f}", "tokens per second": f"{batch * (length - 1) / took:.0f}"}
 
 
-def tests(device: str, tiny: bool) -> list[Row]:
-    """The tests that are skipped without CUDA, where pytest is installed."""
-    folder = Path(__file__).resolve().parent.parent
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_streamed.py",
-        "-k",
-        "gpu or cuda",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()[-1:]
-    return [{"tests/test_streamed.py -k 'gpu or cuda'": said[-1] if said else "no word"}]
+def tests(scale: Scale) -> Iterator[Row]:
+    """The tests that need a GPU."""
+    for package in ("pytest", "hypothesis"):
+        if importlib.util.find_spec(package) is None:
+            yield {"failed": f"package {package} is missing"}
+            return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_streamed.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    found = subprocess.run([*command, "-k", "on_a_gpu"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line for line in (found.stdout + found.stderr).splitlines() if line.strip()]
+    row = {"tests": "on_a_gpu", "result": lines[-1].strip("= ") if lines else "no output"}
+    yield row if found.returncode == 0 else {**row, "failed": f"exit status {found.returncode}"}
 
 
-PARTS: dict[str, Callable[[str, bool], list[Row]]] = {
+PARTS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "equality": equality,
-    "bf16": bf16,
-    "compile": compiled,
-    "step": step,
+    "mfu": mfu,
     "huge": huge,
     "overlap": overlap,
+    "compile": compiled,
     "generation": generation,
+    "bf16": bf16,
     "tests": tests,
 }
