@@ -20,14 +20,14 @@ from fitformer.profiling import (
     flops,
     group_plan,
     memory,
-    need_room,
+    check_fits,
     on_meta,
     parts,
     slice_for,
     streaming_for,
 )
 from fitformer.profiling.activations import AttentionShape, DtypeSizes, of_cross, of_layer
-from fitformer.profiling.geometry import grouped
+from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.memory import _Step
 from fitformer.profiling.planner import RECOMPUTES
 
@@ -258,18 +258,18 @@ def test_what_is_remembered_is_asked_for_or_needs_a_budget():
 
 def test_what_has_no_room_says_what_it_needs_and_what_would_do():
     model, setup = small(execution="plain")
-    assert need_room(model, setup, 10**11).total < 10**11
+    assert check_fits(model, setup, 10**11).total < 10**11
     with pytest.raises(InputError, match=r"needs .* GB of memory and the budget is 1.2 GB.*streamed .* fits, from"):
-        need_room(model, setup, 12 * 10**8)
+        check_fits(model, setup, 12 * 10**8)
     with pytest.raises(InputError, match=r"take a smaller model"):
-        need_room(model, setup, 10**7)
+        check_fits(model, setup, 10**7)
     with pytest.raises(InputError, match="execution is 'fast'; known are plain"):
         StepConfig(execution="fast")
 
 
 def test_groups_of_the_fewest_operations_are_chosen_and_their_attention_grows_as_the_paper_says():
     def attention(side):
-        best, *others = grouped(Geometry.of_preset("encoder", "small", side))
+        best, *others = candidate_group_sizes(Geometry.of_preset("encoder", "small", side))
         assert all(best.flops().total <= other.flops().total for other in others)
         return best.flops().attention
 
@@ -284,7 +284,7 @@ def test_groups_of_images_that_are_no_strips_are_squares(size, role):
     largest = max(-(-side // 16) for side in geometry.image_size)
     sides = [side for side in range(4, 65) if side <= largest] or [largest]
     squares = [replace(geometry, group_size=16 * side) for side in sides]
-    assert list(grouped(geometry)) == sorted(squares, key=lambda candidate: candidate.flops().total)
+    assert list(candidate_group_sizes(geometry)) == sorted(squares, key=lambda candidate: candidate.flops().total)
 
 
 @given(sides=st.tuples(st.integers(1, 3000), st.integers(1, 100000)), upright=st.booleans())
@@ -292,7 +292,7 @@ def test_groups_of_images_that_are_no_strips_are_squares(size, role):
 def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
     geometry = Geometry.of_preset("encoder", "tiny", sides if upright else sides[::-1])
     extent = [-(-side // 16) for side in geometry.image_size]
-    for candidate in grouped(geometry):
+    for candidate in candidate_group_sizes(geometry):
         high, wide = candidate.tiling.patches
         assert high == wide or (high <= extent[0] and wide <= extent[1])
         assert high * wide <= 64 * 65 or high == wide
@@ -300,7 +300,7 @@ def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
 
 
 def test_a_strip_is_hardly_filled_up():
-    best = next(grouped(Geometry.of_preset("encoder", "small", (3, 100000))))
+    best = next(candidate_group_sizes(Geometry.of_preset("encoder", "small", (3, 100000))))
     assert best.tiling.patches[0] == 1
     assert best.groups * best.tokens_per_group < 1.05 * best.length
 

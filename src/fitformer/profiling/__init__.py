@@ -11,11 +11,11 @@ from fitformer.profiling.flops import (
     group_plan,
     on_meta,
     parts,
-    total,
+    sum_flops,
 )
 from fitformer.profiling.geometry import Geometry
 from fitformer.profiling.memory import Memory, StepConfig, memory
-from fitformer.profiling.planner import Plan, PlanRequest, choose, need_room, slice_for, streaming_for
+from fitformer.profiling.planner import Plan, PlanRequest, choose, check_fits, slice_for, streaming_for
 
 __all__ = [
     "ROLES",
@@ -33,10 +33,10 @@ __all__ = [
     "flops",
     "group_plan",
     "memory",
-    "need_room",
+    "check_fits",
     "on_meta",
     "parts",
     "slice_for",
     "streaming_for",
-    "total",
+    "sum_flops",
 ]
