@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
 from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer.errors import InputError
-from fitformer.models.config import preset
-from fitformer.models.layers import CrossLayer, TransformerLayer
+from fitformer.models.config import TrunkConfig, preset
 from fitformer.profiling import (
     Geometry,
     StepConfig,
@@ -26,7 +25,8 @@ from fitformer.profiling import (
     slice_for,
     streaming_for,
 )
-from fitformer.profiling.activations import AttentionShape, DtypeSizes, of_cross, of_layer
+from fitformer.profiling.activations import Numerics, layer_stage
+from fitformer.profiling.probes import build_layer
 from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.memory import _Step
 from fitformer.profiling.planner import RECOMPUTES
@@ -176,16 +176,17 @@ def test_activations_are_those_that_autograd_keeps(name, precision):
     assert kept - copies == pytest.approx(predicted, rel=0.06)
 
 
-def test_a_layer_is_counted_to_the_byte():
-    layer = TransformerLayer(32, 4)
-    x = torch.randn(3, 10, 32, requires_grad=True)
-    kept, _ = kept_by_autograd(layer, lambda: layer(x))
-    # What came in is counted by what made it, and what goes out is kept by what takes it.
-    assert of_layer(layer, AttentionShape(3, 10, 10), DtypeSizes()).kept == kept
-    cross = CrossLayer(48, 32, 32, 4)
-    latents = torch.randn(3, 4, 48, requires_grad=True)
-    kept, _ = kept_by_autograd(cross, lambda: cross(latents, x))
-    assert of_cross(cross, AttentionShape(3, 4, 10), DtypeSizes()).kept == kept - x.nbytes
+@pytest.mark.parametrize("options", [{}, {"drop_units": 0.1}, {"qk_norm": True, "xattn_enc_ln": False}], ids=str)
+def test_a_layer_is_counted_to_the_byte(options):
+    config = TrunkConfig(dim=32, latent_dim=48, heads=4, latent_heads=4, **options)
+    x, latents = torch.randn(3, 10, 32, requires_grad=True), torch.randn(3, 4, 48, requires_grad=True)
+    layer = build_layer(config, "global")
+    kept, _ = kept_by_autograd(layer, lambda: layer(latents))
+    # The input is counted by the layer that made it; the output, as large, is kept by the layer that takes it.
+    assert layer_stage(config, "global", 3, 4, 0, Numerics()).kept == kept
+    read = build_layer(config, "read")
+    kept, _ = kept_by_autograd(read, lambda: read(latents, x))
+    assert layer_stage(config, "read", 3, 4, 10, Numerics()).kept == kept - x.nbytes
 
 
 def small(**setup):
