@@ -7,7 +7,7 @@ what `selective_checkpoint` records in the same run.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from fitformer.profiling.flops import count_parameters
 from fitformer.profiling.probes import GROUP_LAYERS, build_layer, fake_mode, layer_inputs, run_layer, without_trunk
 
 FLOAT = 4
+# Tensors as large as a prediction that the computation of a loss holds beside the kept ones: prediction, target, gradient.
+LOSS_TENSORS = 3
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ def head_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
         x = torch.empty(1, 1, tokens, model.trunk.config.dim, requires_grad=True)
         if isinstance(model, FITDecoder):
             targets = torch.zeros(tokens, dtype=torch.int64)
-            return _measure(ends.norm, lambda: F.cross_entropy(ends.head(x).flatten(0, 2), targets), numerics)
-        noise = torch.empty(1, 1, tokens, ends.output.out_features)
-        return _measure(ends.output, lambda: (ends.head(x) - noise).square().mean(), numerics)
+            stage = _measure(ends.norm, lambda: F.cross_entropy(ends.head(x).flatten(0, 2), targets), numerics)
+        else:
+            noise = torch.empty(1, 1, tokens, ends.output.out_features)
+            stage = _measure(ends.output, lambda: (ends.head(x) - noise).square().mean(), numerics)
+    return replace(stage, moment=LOSS_TENSORS * stage.moment)
 
 
 def self_conditioning_stage(model: FITDenoiser, batch: int, latents: int, numerics: Numerics) -> Stage:

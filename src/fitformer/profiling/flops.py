@@ -137,7 +137,12 @@ def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups
     conditions = 1 + (condition_tokens if isinstance(model, FITDenoiser) and model.cond_dim is not None else 0)
     trunk = model.trunk
     table = count_parameters(trunk.position) + count_parameters(trunk.latent_position)
-    positions = Part("positions", f"{plan.tokens_per_group - extra_tokens} + {plan.groups} x {plan.latents_per_group}", table, Flops())
+    positions = Part(
+        "positions",
+        f"{plan.tokens_per_group - extra_tokens} + {plan.groups} x {plan.latents_per_group}",
+        table,
+        Flops(),
+    )
     return [*before, positions, *_trunk_parts(trunk, plan, conditions), *after]
 
 
