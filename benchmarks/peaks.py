@@ -54,9 +54,8 @@ def main() -> int:
     arguments = parser.parse_args()
     print("# Predicted and measured peak memory of a training step\n")
     print(f"`OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/peaks.py`\n")
-    print(
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, CPU\n"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{platform.system()} {platform.machine()}, {versions}, CPU\n")
     print("| options of `fitformer bench step` | group, pixels | predicted, GB | measured, GB | ratio |")
     print("|---|---|---|---|---|")
     ratios = []

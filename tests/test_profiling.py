@@ -15,21 +15,21 @@ from fitformer.models.config import TrunkConfig, preset
 from fitformer.profiling import (
     Geometry,
     StepConfig,
+    check_fits,
     count_parameters,
     flops,
     group_plan,
     memory,
-    check_fits,
     on_meta,
     parts,
     slice_for,
     streaming_for,
 )
 from fitformer.profiling.activations import Numerics, layer_stage
-from fitformer.profiling.probes import build_layer
 from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.memory import _Step
 from fitformer.profiling.planner import RECOMPUTES
+from fitformer.profiling.probes import build_layer
 
 SIZE = {"dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 3, "latents_per_group": 3}
 GROUPS = {"num_groups": 4, "tokens_per_group": 6}

@@ -15,7 +15,7 @@ from fitformer.profiling.flops import (
 )
 from fitformer.profiling.geometry import Geometry
 from fitformer.profiling.memory import Memory, StepConfig, memory
-from fitformer.profiling.planner import Plan, PlanRequest, choose, check_fits, slice_for, streaming_for
+from fitformer.profiling.planner import Plan, PlanRequest, check_fits, choose, slice_for, streaming_for
 
 __all__ = [
     "ROLES",
@@ -28,12 +28,12 @@ __all__ = [
     "Plan",
     "PlanRequest",
     "StepConfig",
+    "check_fits",
     "choose",
     "count_parameters",
     "flops",
     "group_plan",
     "memory",
-    "check_fits",
     "on_meta",
     "parts",
     "slice_for",

@@ -26,7 +26,7 @@ from fitformer.profiling.flops import count_parameters
 from fitformer.profiling.probes import GROUP_LAYERS, build_layer, fake_mode, layer_inputs, run_layer, without_trunk
 
 FLOAT = 4
-# Tensors as large as a prediction that the computation of a loss holds beside the kept ones: prediction, target, gradient.
+# Tensors of the size of a prediction that a loss holds beside the kept ones: prediction, target, gradient.
 LOSS_TENSORS = 3
 
 

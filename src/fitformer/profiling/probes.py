@@ -1,8 +1,8 @@
 """Single layers, and a model without its trunk, to run on tensors that hold no numbers.
 
-FLOPs are counted on torch's meta device, saved tensors on fake CPU tensors: those dispatch to the kernels of a CPU, whose
-attention saves other tensors than the decomposition that meta tensors go through. Nothing here allocates memory for
-weights or activations.
+FLOPs are counted on torch's meta device, saved tensors on fake CPU tensors: those dispatch to the kernels of a CPU,
+whose attention saves other tensors than the decomposition that meta tensors go through. Nothing here allocates memory
+for weights or activations.
 """
 
 import copy

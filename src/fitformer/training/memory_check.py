@@ -21,7 +21,7 @@ from fitformer.data.readers.levels import RETILE
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.profiling import StepConfig, memory, check_fits, streaming_for
+from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
 
 @dataclass
