@@ -1,5 +1,6 @@
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
+from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder, profiling
 from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig, preset
@@ -160,20 +161,45 @@ def run_of(model):
     return lambda: model(x)[1].mean()
 
 
-@pytest.mark.parametrize("precision", [32, "bf16"])
-@pytest.mark.parametrize("name", KEPT)
-def test_activations_are_those_that_autograd_keeps(name, precision):
-    role, own = KEPT[name]
+def kept_and_predicted(role, precision=32, **own):
+    """Bytes that autograd keeps of a pass, copies of weights left out, and those that are predicted."""
     layers = "(2)2(1)1" if role is FITEncoder else "(2)2(1)"
     model = role.from_config(layers=layers, num_groups=6, tokens_per_group=32, **WIDE, **own)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         kept, _ = kept_by_autograd(model, run_of(model))
     step = _Step(model, StepConfig(batch=2, precision=precision))
-    # The last norm, and copies of weights in mixed precision, are not activations of the layers.
+    # The last norm is no activation of the layers.
     copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2) if precision == "bf16" else 0
     stages = [step.stem(step.tokens), *(s for i in range(2) for s in (*step.grouped(i, 12), *step.globals(i)))]
     predicted = sum(stage.kept for stage in [*stages, *step.ends(step.tokens)]) + step.start_of_latents()
-    assert kept - copies == pytest.approx(predicted, rel=0.06)
+    return kept - copies, predicted
+
+
+@pytest.mark.parametrize("precision", [32, "bf16"])
+@pytest.mark.parametrize("name", KEPT)
+def test_activations_are_those_that_autograd_keeps(name, precision):
+    role, own = KEPT[name]
+    kept, predicted = kept_and_predicted(role, precision, **own)
+    assert kept == pytest.approx(predicted, rel=0.06)
+
+
+OPTIONS = [{"qk_norm": True}, {"xattn_with_mlp": True}, {"drop_units": 0.2}, {"mlp_ratio": 2}, {"drop_att": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_option_of_the_trunk_is_priced_without_a_formula_of_its_own(options):
+    with_option, without = (kept_and_predicted(FITEncoder, in_channels=24, **each) for each in (options, {}))
+    kept, predicted = (now - before for now, before in zip(with_option, without, strict=True))
+    assert kept != 0
+    assert predicted == pytest.approx(kept, rel=0.03)
+    model = FITEncoder.from_config(
+        layers="(2)2(1)1", num_groups=6, tokens_per_group=32, in_channels=24, **WIDE, **options
+    )
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.requires_grad_(False).eval()(torch.rand(1, 6, 32, 24))
+    assert flops(model).total == counter.get_total_flops()
+    files = (Path(profiling.__file__).parent / f"{name}.py" for name in ("flops", "probes", "activations", "memory"))
+    assert not any(option in file.read_text() for file in files for option in options)
 
 
 @pytest.mark.parametrize("options", [{}, {"drop_units": 0.1}, {"qk_norm": True, "xattn_enc_ln": False}], ids=str)

@@ -96,8 +96,8 @@ def _layer_stage(
 ) -> Stage:
     with fake_mode():
         layer, inputs = _fake_layer(config, name), layer_inputs(config, name, rows, queries, keys)
-        drops_out = name in GROUP_LAYERS and max(config.drop_path, config.drop_units, config.drop_att) > 0
-        random = GroupRandom(torch.zeros(rows, dtype=torch.int64), 0) if drops_out else None
+        # Layers of a group phase draw what they drop from their groups' keys; without dropout they do not read them.
+        random = GroupRandom(torch.zeros(rows, dtype=torch.int64), 0) if name in GROUP_LAYERS else None
         return _measure(layer, lambda: run_layer(layer, inputs, causal, random), numerics)
 
 

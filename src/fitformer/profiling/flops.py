@@ -7,7 +7,7 @@ The model may be on any device, also `meta`: its weights are not read.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from operator import add
 from typing import Any
 
@@ -112,15 +112,14 @@ def group_plan(model: Model, extra_tokens: int = 0, groups: int | None = None) -
     Raises:
         InputError: no number of groups for a model that takes any.
     """
-    trunk = model.trunk
-    (coords, c), latent = trunk.position.weight.shape, trunk.latent_position
-    m, d = trunk.latents_per_group, (latent.weight if isinstance(latent, PositionTable) else latent.slots).shape[-1]
+    trunk, config = model.trunk, model.trunk.config
     if groups is None:
-        if not isinstance(latent, PositionTable):
+        if not isinstance(trunk.latent_position, PositionTable):
             raise InputError("the model takes any number of groups; say how many the input has")
-        groups = latent.weight.shape[0] // m
+        groups = trunk.latent_position.weight.shape[0] // config.latents_per_group
     layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.block_depths)
-    return GroupPlan(groups, coords + extra_tokens, m, c, d, layers)
+    tokens = trunk.tokens_per_group + extra_tokens
+    return GroupPlan(groups, tokens, config.latents_per_group, config.dim, config.latent_dim, layers)
 
 
 def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> list[Part]:
@@ -183,7 +182,7 @@ def _maps(model: nn.Module, **runs: tuple[str, int, int]) -> list[Part]:
     found, copied = [], without_trunk(model, "meta")
     for name, (tokens, count, width) in runs.items():
         if (module := getattr(copied, name)) is not None:
-            cost = count * count_flops(lambda run=module, width=width: run(torch.empty(1, width, device="meta")))
+            cost = count * count_flops(partial(module, torch.empty(1, width, device="meta")))
             found.append(Part(PART_NAMES.get(name, name), tokens, count_parameters(module), cost))
     return found
 
