@@ -26,7 +26,7 @@ from fitformer._support.atomic_files import write_atomically
 from fitformer.models.encoder import Stem
 from fitformer.models.layers import TransformerLayer, layer_norm
 from fitformer.profiling import Geometry
-from fitformer.profiling.geometry import grouped
+from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.scaling import exponent
 
 PATCH = 16
@@ -77,7 +77,7 @@ def step(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], tuple[
 
 def compare(tokens: int, preset: str, few: int | None, repeats: int) -> Row:
     side = math.isqrt(tokens) * PATCH
-    planned = grouped(Geometry.of_preset("encoder", preset, side, patch_size=PATCH))
+    planned = candidate_group_sizes(Geometry.of_preset("encoder", preset, side, patch_size=PATCH))
     # The best of those that need no filling up at the edges.
     geometry = next(each for each in planned if each.groups * each.tokens_per_group == tokens)
     size, n, groups = geometry.sizes, geometry.tokens_per_group, geometry.groups

@@ -1,5 +1,6 @@
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,28 +9,28 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
+from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder, profiling
 from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer.errors import InputError
-from fitformer.models.config import preset
-from fitformer.models.layers import CrossLayer, TransformerLayer
+from fitformer.models.config import TrunkConfig, preset
 from fitformer.profiling import (
     Geometry,
     StepConfig,
+    check_fits,
     count_parameters,
     flops,
     group_plan,
     memory,
-    need_room,
     on_meta,
     parts,
     slice_for,
     streaming_for,
 )
-from fitformer.profiling.activations import AttentionShape, DtypeSizes, of_cross, of_layer
-from fitformer.profiling.geometry import grouped
+from fitformer.profiling.activations import Numerics, layer_stage
+from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.memory import _Step
 from fitformer.profiling.planner import RECOMPUTES
+from fitformer.profiling.probes import build_layer
 
 SIZE = {"dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 3, "latents_per_group": 3}
 GROUPS = {"num_groups": 4, "tokens_per_group": 6}
@@ -160,32 +161,58 @@ def run_of(model):
     return lambda: model(x)[1].mean()
 
 
-@pytest.mark.parametrize("precision", [32, "bf16"])
-@pytest.mark.parametrize("name", KEPT)
-def test_activations_are_those_that_autograd_keeps(name, precision):
-    role, own = KEPT[name]
+def kept_and_predicted(role, precision=32, **own):
+    """Bytes that autograd keeps of a pass, copies of weights left out, and those that are predicted."""
     layers = "(2)2(1)1" if role is FITEncoder else "(2)2(1)"
     model = role.from_config(layers=layers, num_groups=6, tokens_per_group=32, **WIDE, **own)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         kept, _ = kept_by_autograd(model, run_of(model))
     step = _Step(model, StepConfig(batch=2, precision=precision))
-    # The last norm, and copies of weights in mixed precision, are not activations of the layers.
+    # The last norm is no activation of the layers.
     copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2) if precision == "bf16" else 0
     stages = [step.stem(step.tokens), *(s for i in range(2) for s in (*step.grouped(i, 12), *step.globals(i)))]
     predicted = sum(stage.kept for stage in [*stages, *step.ends(step.tokens)]) + step.start_of_latents()
-    assert kept - copies == pytest.approx(predicted, rel=0.06)
+    return kept - copies, predicted
 
 
-def test_a_layer_is_counted_to_the_byte():
-    layer = TransformerLayer(32, 4)
-    x = torch.randn(3, 10, 32, requires_grad=True)
-    kept, _ = kept_by_autograd(layer, lambda: layer(x))
-    # What came in is counted by what made it, and what goes out is kept by what takes it.
-    assert of_layer(layer, AttentionShape(3, 10, 10), DtypeSizes()).kept == kept
-    cross = CrossLayer(48, 32, 32, 4)
-    latents = torch.randn(3, 4, 48, requires_grad=True)
-    kept, _ = kept_by_autograd(cross, lambda: cross(latents, x))
-    assert of_cross(cross, AttentionShape(3, 4, 10), DtypeSizes()).kept == kept - x.nbytes
+@pytest.mark.parametrize("precision", [32, "bf16"])
+@pytest.mark.parametrize("name", KEPT)
+def test_activations_are_those_that_autograd_keeps(name, precision):
+    role, own = KEPT[name]
+    kept, predicted = kept_and_predicted(role, precision, **own)
+    assert kept == pytest.approx(predicted, rel=0.06)
+
+
+OPTIONS = [{"qk_norm": True}, {"xattn_with_mlp": True}, {"drop_units": 0.2}, {"mlp_ratio": 2}, {"drop_att": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_option_of_the_trunk_is_priced_without_a_formula_of_its_own(options):
+    with_option, without = (kept_and_predicted(FITEncoder, in_channels=24, **each) for each in (options, {}))
+    kept, predicted = (now - before for now, before in zip(with_option, without, strict=True))
+    assert kept != 0
+    assert predicted == pytest.approx(kept, rel=0.03)
+    model = FITEncoder.from_config(
+        layers="(2)2(1)1", num_groups=6, tokens_per_group=32, in_channels=24, **WIDE, **options
+    )
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.requires_grad_(False).eval()(torch.rand(1, 6, 32, 24))
+    assert flops(model).total == counter.get_total_flops()
+    files = (Path(profiling.__file__).parent / f"{name}.py" for name in ("flops", "probes", "activations", "memory"))
+    assert not any(option in file.read_text() for file in files for option in options)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_units": 0.1}, {"qk_norm": True, "xattn_enc_ln": False}], ids=str)
+def test_a_layer_is_counted_to_the_byte(options):
+    config = TrunkConfig(dim=32, latent_dim=48, heads=4, latent_heads=4, **options)
+    x, latents = torch.randn(3, 10, 32, requires_grad=True), torch.randn(3, 4, 48, requires_grad=True)
+    layer = build_layer(config, "global")
+    kept, _ = kept_by_autograd(layer, lambda: layer(latents))
+    # The input is counted by the layer that made it; the output, as large, is kept by the layer that takes it.
+    assert layer_stage(config, "global", 3, 4, 0, Numerics()).kept == kept
+    read = build_layer(config, "read")
+    kept, _ = kept_by_autograd(read, lambda: read(latents, x))
+    assert layer_stage(config, "read", 3, 4, 10, Numerics()).kept == kept - x.nbytes
 
 
 def small(**setup):
@@ -258,18 +285,18 @@ def test_what_is_remembered_is_asked_for_or_needs_a_budget():
 
 def test_what_has_no_room_says_what_it_needs_and_what_would_do():
     model, setup = small(execution="plain")
-    assert need_room(model, setup, 10**11).total < 10**11
+    assert check_fits(model, setup, 10**11).total < 10**11
     with pytest.raises(InputError, match=r"needs .* GB of memory and the budget is 1.2 GB.*streamed .* fits, from"):
-        need_room(model, setup, 12 * 10**8)
+        check_fits(model, setup, 12 * 10**8)
     with pytest.raises(InputError, match=r"take a smaller model"):
-        need_room(model, setup, 10**7)
+        check_fits(model, setup, 10**7)
     with pytest.raises(InputError, match="execution is 'fast'; known are plain"):
         StepConfig(execution="fast")
 
 
 def test_groups_of_the_fewest_operations_are_chosen_and_their_attention_grows_as_the_paper_says():
     def attention(side):
-        best, *others = grouped(Geometry.of_preset("encoder", "small", side))
+        best, *others = candidate_group_sizes(Geometry.of_preset("encoder", "small", side))
         assert all(best.flops().total <= other.flops().total for other in others)
         return best.flops().attention
 
@@ -284,7 +311,7 @@ def test_groups_of_images_that_are_no_strips_are_squares(size, role):
     largest = max(-(-side // 16) for side in geometry.image_size)
     sides = [side for side in range(4, 65) if side <= largest] or [largest]
     squares = [replace(geometry, group_size=16 * side) for side in sides]
-    assert list(grouped(geometry)) == sorted(squares, key=lambda candidate: candidate.flops().total)
+    assert list(candidate_group_sizes(geometry)) == sorted(squares, key=lambda candidate: candidate.flops().total)
 
 
 @given(sides=st.tuples(st.integers(1, 3000), st.integers(1, 100000)), upright=st.booleans())
@@ -292,7 +319,7 @@ def test_groups_of_images_that_are_no_strips_are_squares(size, role):
 def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
     geometry = Geometry.of_preset("encoder", "tiny", sides if upright else sides[::-1])
     extent = [-(-side // 16) for side in geometry.image_size]
-    for candidate in grouped(geometry):
+    for candidate in candidate_group_sizes(geometry):
         high, wide = candidate.tiling.patches
         assert high == wide or (high <= extent[0] and wide <= extent[1])
         assert high * wide <= 64 * 65 or high == wide
@@ -300,7 +327,7 @@ def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
 
 
 def test_a_strip_is_hardly_filled_up():
-    best = next(grouped(Geometry.of_preset("encoder", "small", (3, 100000))))
+    best = next(candidate_group_sizes(Geometry.of_preset("encoder", "small", (3, 100000))))
     assert best.tiling.patches[0] == 1
     assert best.groups * best.tokens_per_group < 1.05 * best.length
 

@@ -173,7 +173,7 @@ def tables(model: "Model", title: str) -> "list[Table]":
     from rich import box
     from rich.table import Table
 
-    from fitformer.profiling import count_parameters, group_plan, parts, total
+    from fitformer.profiling import count_parameters, group_plan, parts, sum_flops
 
     plan, look = group_plan(model), {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     headings = ("groups t", "tokens n", "latents m", "width c", "width d", "layers")
@@ -185,7 +185,7 @@ def tables(model: "Model", title: str) -> "list[Table]":
     costs.add_column("part", no_wrap=True, footer="all")
     costs.add_column("tokens", no_wrap=True)
     rows = parts(model)
-    whole = total([part.flops for part in rows])
+    whole = sum_flops([part.flops for part in rows])
     columns = ("parameters", count_parameters(model)), ("attention", whole.attention)
     for name, value in (*columns, ("FLOPs", whole.total)):
         costs.add_column(name, footer=short(value), justify="right")

@@ -11,11 +11,11 @@ from fitformer.profiling.flops import (
     group_plan,
     on_meta,
     parts,
-    total,
+    sum_flops,
 )
 from fitformer.profiling.geometry import Geometry
 from fitformer.profiling.memory import Memory, StepConfig, memory
-from fitformer.profiling.planner import Plan, PlanRequest, choose, need_room, slice_for, streaming_for
+from fitformer.profiling.planner import Plan, PlanRequest, check_fits, choose, slice_for, streaming_for
 
 __all__ = [
     "ROLES",
@@ -28,15 +28,15 @@ __all__ = [
     "Plan",
     "PlanRequest",
     "StepConfig",
+    "check_fits",
     "choose",
     "count_parameters",
     "flops",
     "group_plan",
     "memory",
-    "need_room",
     "on_meta",
     "parts",
     "slice_for",
     "streaming_for",
-    "total",
+    "sum_flops",
 ]

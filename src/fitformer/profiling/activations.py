@@ -1,32 +1,41 @@
-"""What autograd keeps of each layer for the backward pass, in bytes, and what the backward pass adds for a moment.
+"""Bytes that autograd keeps of each layer for the backward pass, measured on fake tensors.
 
-Beside it, what streamed execution remembers of a layer, where it does not compute all of it again.
-
-A layer counts what it makes, not what it was given: the tokens between two layers are kept once, by the one that made
-them. Matrix products keep their inputs, norms their inputs and two numbers a token, attention its queries, keys,
-values, results and one number a query and head; GELU keeps its input.
+A layer runs once on one row and once on two, with hooks on the tensors that autograd saves; bytes grow linearly with
+rows. A layer's own input counts as kept by the layer that made it, its output as kept by itself. bf16 copies of weights
+are not activations (`memory` counts them with the weights). What a streamed step remembers instead of recomputing is
+what `selective_checkpoint` records in the same run.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from fitformer.execution.selective_checkpoint import Kind, kind_of
-from fitformer.models.layers import Attention, CrossLayer, FeedForward, TransformerLayer
+from fitformer.execution.selective_checkpoint import Kind, contexts
+from fitformer.models.config import TrunkConfig
+from fitformer.models.decoder import FITDecoder
+from fitformer.models.denoiser import FITDenoiser
+from fitformer.models.dropout import GroupRandom
 from fitformer.models.trunk import Block, Trunk
 from fitformer.profiling.flops import count_parameters
+from fitformer.profiling.probes import GROUP_LAYERS, build_layer, fake_mode, layer_inputs, run_layer, without_trunk
 
 FLOAT = 4
-STATISTICS = 2 * FLOAT
+# Tensors of the size of a prediction that a loss holds beside the kept ones: prediction, target, gradient.
+LOSS_TENSORS = 3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer on some tokens: bytes kept for its backward pass, bytes for a moment there, and its parameters.
+    """A layer on some tokens: bytes kept for its backward pass, momentary bytes there, and its number of parameters.
 
-    `moment` is beside the gradients that come in from the layer after; `remembered` is what is not computed again.
+    `moment` is the gradient of its largest kept tensor: it exists beside the kept tensors and the incoming gradients.
+    `remembered` counts the bytes that a streamed step does not compute again.
     """
 
     kept: int
@@ -36,145 +45,129 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class DtypeSizes:
-    """Bytes of a number that enters or leaves a matrix product: 4, or 2 in mixed precision, where norms stay at 4.
+class Numerics:
+    """Precision of matrix products (32 or `bf16`, mixed), and kinds of results that a streamed step remembers."""
 
-    `kinds` are those of the results that are remembered (`fitformer.execution.selective_checkpoint`).
-    """
-
-    product: int = FLOAT
+    precision: Any = 32
     kinds: frozenset[Kind] = frozenset()
 
-    def inputs(self, numbers: int, products: int) -> int:
-        """Bytes of what `products` products are given: autograd keeps one, or in mixed precision a copy for each."""
-        return numbers * self.product * (1 if self.product == FLOAT else products)
 
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Rows of an attention, and queries and keys in each; `mask` counts the numbers of a mask that is not causal."""
-
-    rows: int
-    queries: int
-    keys: int
-    mask: int = 0
-
-
-def of_attention(attention: Attention, at: AttentionShape, numbers: DtypeSizes, itself: bool) -> int:
-    """Bytes kept of attention, from what it is given (its own tokens alone if `itself`) to what its output map is."""
-    queries, keys = at.rows * at.queries, at.rows * at.keys
-    width = attention.query.out_features
-    if itself:
-        given = numbers.inputs(queries * attention.query.in_features, 3)
-    else:
-        context = numbers.inputs(keys * attention.key.in_features, 2)
-        given = queries * attention.query.in_features * numbers.product + context
-    looked = (2 * queries + 2 * keys) * width * numbers.product + queries * attention.heads * FLOAT
-    return given + looked + at.mask * FLOAT + _weights(attention, at, numbers)
-
-
-def _weights(attention: Attention, at: AttentionShape, numbers: DtypeSizes) -> int:
-    """Weights, weights after dropout and what was dropped: only with dropout does attention write them down."""
-    if not attention.dropout:
-        return 0
-    return at.rows * attention.heads * at.queries * at.keys * (2 * numbers.product + 1)
-
-
-def remembered_of_attention(attention: Attention, at: AttentionShape, numbers: DtypeSizes) -> int:
-    """Bytes remembered of attention: of its linear maps, and of what the queries found."""
-    queries, keys = at.rows * at.queries, at.rows * at.keys
-    maps = ((queries, attention.query), (keys, attention.key), (keys, attention.value), (queries, attention.output))
-    return sum(remembered_of_map(*each, numbers) for each in maps) + _found(attention, at, numbers)
-
-
-def _found(attention: Attention, at: AttentionShape, numbers: DtypeSizes) -> int:
-    width, queries = attention.query.out_features, at.rows * at.queries
-    if "attention" not in numbers.kinds:
-        return 0
-    if not attention.dropout:
-        return queries * width * numbers.product + queries * attention.heads * FLOAT
-    # With dropout it is products, of queries by keys, and of weights by values.
-    head = width // attention.heads
-    pairs = queries * attention.heads * at.keys if head > at.keys else 0
-    return (pairs + (queries * width if at.keys > head else 0)) * numbers.product
-
-
-def remembered_of_map(tokens: int, layer: nn.Linear, numbers: DtypeSizes) -> int:
-    """Bytes remembered of what a linear map makes of some tokens."""
-    worth = kind_of(layer.in_features, layer.out_features) in numbers.kinds
-    return tokens * layer.out_features * numbers.product if worth else 0
-
-
-def remembered_of_ffn(ffn: FeedForward | None, tokens: int, numbers: DtypeSizes) -> int:
-    """Bytes remembered of a feed-forward branch."""
-    return 0 if ffn is None else sum(remembered_of_map(tokens, each, numbers) for each in (ffn.inner, ffn.outer))
-
-
-def of_ffn(ffn: FeedForward | None, tokens: int, numbers: DtypeSizes) -> int:
-    """Bytes kept of a feed-forward branch: normalised input, units before GELU and after dropout, what it dropped."""
-    if ffn is None:
-        return 0
-    dim, units = ffn.inner.in_features, ffn.inner.out_features
-    dropped = units if ffn.dropout else 0
-    return tokens * (dim * numbers.product + 2 * units * numbers.product + dropped + STATISTICS)
-
-
-def of_layer(layer: TransformerLayer, at: AttentionShape, numbers: DtypeSizes) -> Stage:
-    """A local or global layer: its branches, and the tokens after each."""
-    tokens, ffn = at.rows * at.queries, layer.ffn
-    dim = ffn.inner.in_features
-    kept = of_ffn(ffn, tokens, numbers) + tokens * dim * FLOAT
-    remembered = remembered_of_ffn(ffn, tokens, numbers)
-    if layer.attention is not None:
-        kept += of_attention(layer.attention, at, numbers, itself=True) + tokens * (dim * FLOAT + STATISTICS)
-        remembered += remembered_of_attention(layer.attention, at, numbers)
-    return Stage(kept, _ffn_moment(ffn, tokens, numbers), count_parameters(layer), remembered)
-
-
-def of_cross(layer: CrossLayer, at: AttentionShape, numbers: DtypeSizes) -> Stage:
-    """Read, write or the look at the condition: norms, attention, the tokens after it."""
-    attention, queries, keys = layer.attention, at.rows * at.queries, at.rows * at.keys
-    dim, width = attention.query.in_features, attention.query.out_features
-    kept = of_attention(attention, at, numbers, itself=False) + queries * (dim * FLOAT + STATISTICS)
-    if layer.context_norm is not None:
-        kept += keys * STATISTICS
-    if layer.ffn is not None:
-        kept += of_ffn(layer.ffn, queries, numbers) + queries * dim * FLOAT
-    looking = (2 * queries + 2 * keys) * width * numbers.product
-    moment = max(looking, _ffn_moment(layer.ffn, queries, numbers))
-    remembered = remembered_of_attention(attention, at, numbers) + remembered_of_ffn(layer.ffn, queries, numbers)
-    return Stage(kept, moment, count_parameters(layer), remembered)
-
-
-def _ffn_moment(ffn: FeedForward | None, tokens: int, numbers: DtypeSizes) -> int:
-    """The gradient of the units, and in mixed precision a copy of the incoming one."""
-    if ffn is None:
-        return 0
-    copy = ffn.inner.in_features * numbers.product if numbers.product != FLOAT else 0
-    return tokens * (ffn.inner.out_features * numbers.product + copy)
-
-
-def group_stages(trunk: Trunk, i: int, groups: int, tokens_per_group: int, numbers: DtypeSizes) -> Iterator[Stage]:
+def group_stages(trunk: Trunk, i: int, groups: int, tokens_per_group: int, numerics: Numerics) -> Iterator[Stage]:
     """The group phase of block i on a number of groups, of all examples together."""
-    block, m = _block(trunk, i), trunk.latents_per_group
+    block, m, n = trunk.blocks[i], trunk.latents_per_group, tokens_per_group
+    causal = int(block.causal_local)
     if block.write is not None:
-        yield of_cross(block.write, AttentionShape(groups, tokens_per_group, m), numbers)
-    for layer in block.local_layers:
-        yield of_layer(_layer(layer), AttentionShape(groups, tokens_per_group, tokens_per_group), numbers)
+        yield layer_stage(trunk.config, "write", groups, n, m, numerics)
+    for _ in block.local_layers:
+        yield layer_stage(trunk.config, "local", groups, n, 0, numerics, causal)
     if block.read is not None:
-        yield of_cross(block.read, AttentionShape(groups, m, tokens_per_group), numbers)
+        yield layer_stage(trunk.config, "read", groups, m, n, numerics)
 
 
 def global_stages(
-    trunk: Trunk, i: int, batch: int, latents: int, conditions: int, numbers: DtypeSizes
+    trunk: Trunk, i: int, batch: int, latents: int, conditions: int, numerics: Numerics
 ) -> Iterator[Stage]:
     """The global phase of block i on `latents` latents of each of `batch` examples."""
-    block = _block(trunk, i)
+    block: Block = trunk.blocks[i]
+    # One causal block of all latents keeps what blocks of groups keep; attention to many of those runs in many chunks.
+    causal = latents if block.causal_global > 1 else block.causal_global
     if block.condition is not None:
-        yield of_cross(block.condition, AttentionShape(batch, latents, conditions), numbers)
-    mask = latents**2 if trunk.blocks[i].causal_global else 0
-    for layer in block.global_layers:
-        yield of_layer(_layer(layer), AttentionShape(batch, latents, latents, mask), numbers)
+        yield layer_stage(trunk.config, "condition", batch, latents, conditions, numerics)
+    for _ in block.global_layers:
+        yield layer_stage(trunk.config, "global", batch, latents, 0, numerics, causal)
+
+
+def layer_stage(
+    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int = 0
+) -> Stage:
+    """A layer of a block on rows of queries that attend to keys; `keys` is 0 in self-attention."""
+    one, two = (_layer_stage(config, name, count, queries, keys, numerics, causal) for count in (1, 2))
+    return Stage(
+        one.kept + (rows - 1) * (two.kept - one.kept),
+        one.moment + (rows - 1) * (two.moment - one.moment),
+        one.parameters,
+        one.remembered + (rows - 1) * (two.remembered - one.remembered),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _layer_stage(
+    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int
+) -> Stage:
+    with fake_mode():
+        layer, inputs = _fake_layer(config, name), layer_inputs(config, name, rows, queries, keys)
+        # Layers of a group phase draw what they drop from their groups' keys; without dropout they do not read them.
+        random = GroupRandom(torch.zeros(rows, dtype=torch.int64), 0) if name in GROUP_LAYERS else None
+        return _measure(layer, lambda: run_layer(layer, inputs, causal, random), numerics)
+
+
+@lru_cache(maxsize=256)
+def _fake_layer(config: TrunkConfig, name: str) -> Any:
+    return build_layer(config, name)
+
+
+def stem_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
+    """From raw tokens, which are kept as the stem takes them, to data tokens."""
+    with fake_mode():
+        ends = without_trunk(model, "cpu")
+        if isinstance(model, FITDecoder):
+            return _measure(ends.embedding, lambda: ends.embedding(torch.zeros(tokens, dtype=torch.int64)), numerics)
+        channels = ends.stem.projection.in_features
+        return _measure(ends.stem, lambda: ends.stem(torch.empty(tokens, channels)), numerics)
+
+
+def head_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
+    """From data tokens to a loss: squared errors of a denoiser, cross-entropies of a decoder."""
+    with fake_mode():
+        ends = without_trunk(model, "cpu")
+        x = torch.empty(1, 1, tokens, model.trunk.config.dim, requires_grad=True)
+        if isinstance(model, FITDecoder):
+            targets = torch.zeros(tokens, dtype=torch.int64)
+            stage = _measure(ends.norm, lambda: F.cross_entropy(ends.head(x).flatten(0, 2), targets), numerics)
+        else:
+            noise = torch.empty(1, 1, tokens, ends.output.out_features)
+            stage = _measure(ends.output, lambda: (ends.head(x) - noise).square().mean(), numerics)
+    return replace(stage, moment=LOSS_TENSORS * stage.moment)
+
+
+def self_conditioning_stage(model: FITDenoiser, batch: int, latents: int, numerics: Numerics) -> Stage:
+    """From the latents of an earlier pass to what they add to the initial ones."""
+    with fake_mode():
+        module = without_trunk(model, "cpu").self_conditioning
+        before = torch.empty(batch, latents, model.trunk.config.latent_dim)
+        return _measure(module, lambda: module(before), numerics)
+
+
+def _measure(module: nn.Module, run: Callable[[], Tensor], numerics: Numerics) -> Stage:
+    """What `run()` keeps and makes; `module` is the part of a model that it passes through.
+
+    It runs twice: what both runs keep is there before them, inputs and weights, or a cached bf16 copy of a weight.
+    """
+    before: dict[int, Any] = {}
+    kept: dict[int, Any] = {}
+    recording: Any = contexts(numerics.kinds)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=numerics.precision == "bf16"):
+        with saved_tensors_hooks(partial(_note, before), _same):
+            run()
+        with saved_tensors_hooks(partial(_note, kept), _same), recording:
+            _note(kept, run())
+    sizes = [storage.nbytes() for address, storage in kept.items() if address not in before]
+    return Stage(sum(sizes), max(sizes), count_parameters(module), sum(map(_bytes, recording.results)))
+
+
+def _note(found: dict[int, Any], tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    found[storage._cdata] = storage  # held, so that no address is used twice
+    return tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _bytes(recorded: tuple[Any, Any]) -> int:
+    results = recorded[1] if isinstance(recorded[1], tuple) else recorded[1:]
+    return sum(each.nbytes for each in results if isinstance(each, Tensor))
 
 
 def peak(stages: list[Stage], held: int = 0) -> tuple[int, int]:
@@ -182,7 +175,7 @@ def peak(stages: list[Stage], held: int = 0) -> tuple[int, int]:
 
     Args:
         stages: in forward order.
-        held: bytes of gradients of parameters that are there from the start.
+        held: bytes of gradients of parameters that exist from the start.
 
     Returns:
         bytes of activations, bytes of gradients of parameters, where their sum is largest.
@@ -194,14 +187,3 @@ def peak(stages: list[Stage], held: int = 0) -> tuple[int, int]:
         most = max(most, (activations + stage.moment, gradients), key=sum)
         activations -= stage.kept
     return most
-
-
-def _block(trunk: Trunk, i: int) -> Block:
-    block = trunk.blocks[i]
-    assert isinstance(block, Block)
-    return block
-
-
-def _layer(layer: nn.Module) -> Any:
-    assert isinstance(layer, TransformerLayer)
-    return layer

@@ -99,7 +99,7 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
     torch.manual_seed(0)
     role, config = plan.geometry.config()
     model = getattr(fitformer, role).from_config(config).to(device)
-    model.set_execution(way_of(plan.setup))
+    model.set_execution(execution_of(plan.setup))
     optimizer = _optimizer(model)
     # An image for each example, though of one file: a batch reads as many.
     sources: list[PixelSource] = [open_image(path) for _ in range(plan.setup.batch)]
@@ -116,7 +116,7 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
     return Measured(plan, seconds, cpu_seconds, peak_bytes(device), value, name, torch.get_num_threads())
 
 
-def way_of(setup: StepConfig, folder: str | Path | None = None) -> Execution:
+def execution_of(setup: StepConfig, folder: str | Path | None = None) -> Execution:
     """The way to run that a setup means; `folder` for scratch on disk."""
     if setup.execution == "plain":
         return plain

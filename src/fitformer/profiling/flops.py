@@ -1,28 +1,30 @@
-"""Parameters and floating-point operations, part by part.
+"""Parameters and floating-point operations (FLOPs), part by part.
 
-Operations are those of one example's forward pass, two for each multiply-add, of matrix products alone (norms, GELU and
-softmax are left out, as is usual). Attention counts every pair of tokens, also those that a mask hides.
-Models built under `torch.device("meta")` do: nothing here looks at a weight.
+FLOPs are those of one example's forward pass, counted by torch on meta tensors: two for each multiply-add of a matrix
+product (norms, GELU and softmax are left out, as is usual). Attention counts every pair of tokens, also masked ones.
+The model may be on any device, also `meta`: its weights are not read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, partial, reduce
 from operator import add
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fitformer.errors import InputError
+from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.models.layers import Attention, CrossLayer, FeedForward, TransformerLayer
 from fitformer.models.positions import PositionTable
-from fitformer.models.trunk import Block, Trunk
+from fitformer.models.trunk import Trunk
+from fitformer.profiling.probes import build_layer, layer_inputs, run_layer, without_trunk
 
 Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
 ROLES: dict[str, type[Model]] = {role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITDecoder)}
@@ -30,13 +32,16 @@ ROLES: dict[str, type[Model]] = {role.__name__: role for role in (FITEncoder, FI
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations in linear maps, and in attention itself (query by key, weights by value)."""
+    """FLOPs of linear maps, and of attention itself (query by key, weights by value)."""
 
     linear: int = 0
     attention: int = 0
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.linear + other.linear, self.attention + other.attention)
+
+    def __rmul__(self, times: int) -> "Flops":
+        return Flops(times * self.linear, times * self.attention)
 
     @property
     def total(self) -> int:
@@ -46,7 +51,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: where it stands, what tokens it runs on, what it holds and costs."""
+    """A part of a model: its name, the tokens it runs on, its number of parameters, its FLOPs."""
 
     name: str
     tokens: str
@@ -87,11 +92,11 @@ def count_parameters(module: nn.Module | None) -> int:
 
 
 def flops(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> Flops:
-    """Operations of one example's forward pass; arguments as in `parts`."""
-    return total([part.flops for part in parts(model, extra_tokens, condition_tokens, groups)])
+    """FLOPs of one example's forward pass; arguments as in `parts`."""
+    return sum_flops([part.flops for part in parts(model, extra_tokens, condition_tokens, groups)])
 
 
-def total(counts: Sequence[Flops]) -> Flops:
+def sum_flops(counts: Sequence[Flops]) -> Flops:
     """The sum of counts."""
     return reduce(add, counts, Flops())
 
@@ -107,19 +112,18 @@ def group_plan(model: Model, extra_tokens: int = 0, groups: int | None = None) -
     Raises:
         InputError: no number of groups for a model that takes any.
     """
-    trunk = model.trunk
-    (coords, c), latent = trunk.position.weight.shape, trunk.latent_position
-    m, d = trunk.latents_per_group, (latent.weight if isinstance(latent, PositionTable) else latent.slots).shape[-1]
+    trunk, config = model.trunk, model.trunk.config
     if groups is None:
-        if not isinstance(latent, PositionTable):
+        if not isinstance(trunk.latent_position, PositionTable):
             raise InputError("the model takes any number of groups; say how many the input has")
-        groups = latent.weight.shape[0] // m
+        groups = trunk.latent_position.weight.shape[0] // config.latents_per_group
     layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.block_depths)
-    return GroupPlan(groups, coords + extra_tokens, m, c, d, layers)
+    tokens = trunk.tokens_per_group + extra_tokens
+    return GroupPlan(groups, tokens, config.latents_per_group, config.dim, config.latent_dim, layers)
 
 
 def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> list[Part]:
-    """The model part by part, in the order they run; their parameters and operations add up to the whole's.
+    """The model part by part, in the order of execution; their parameters and FLOPs add up to those of the model.
 
     Args:
         model: any of the roles, on any device.
@@ -132,7 +136,12 @@ def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups
     conditions = 1 + (condition_tokens if isinstance(model, FITDenoiser) and model.cond_dim is not None else 0)
     trunk = model.trunk
     table = count_parameters(trunk.position) + count_parameters(trunk.latent_position)
-    positions = Part("positions", f"{plan.tokens_per_group - extra_tokens} + {_times(plan, 'm')}", table, Flops())
+    positions = Part(
+        "positions",
+        f"{plan.tokens_per_group - extra_tokens} + {plan.groups} x {plan.latents_per_group}",
+        table,
+        Flops(),
+    )
     return [*before, positions, *_trunk_parts(trunk, plan, conditions), *after]
 
 
@@ -140,103 +149,89 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
     """The parts before and after the trunk."""
     if isinstance(model, FITImageEncoder):
         before, after = _ends(model.encoder, plan, extra, condition_tokens)
-        return before, [*after, _linears("head", "1", model.head, 1)] if model.head is not None else after
-    length, own = plan.groups * plan.tokens_per_group, plan.groups * (plan.tokens_per_group - extra)
+        return before, [*after, *_maps(model, head=("1", 1, model.num_features))]
+    t, n, m = plan.groups, plan.tokens_per_group, plan.latents_per_group
+    data, latents = f"{t} x {n}", f"{t} x {m}"
     if isinstance(model, FITEncoder):
-        norms = count_parameters(model.norm) + count_parameters(model.latent_norm)
-        stems = [_linears("stem", _times(plan, "n"), model.stem, own)]
-        if model.stem_y is not None:
-            stems.append(_linears("stem of y", f"{plan.groups} x {extra}", model.stem_y, plan.groups * extra))
-        return stems, [Part("norms", _times(plan, "n"), norms, Flops())]
+        norms = Part("norms", data, count_parameters(model.norm) + count_parameters(model.latent_norm), Flops())
+        own = t * (n - extra), model.stem.projection.in_features
+        of_y = 0 if model.stem_y is None else model.stem_y.projection.in_features
+        return _maps(model, stem=(data, *own), stem_y=(f"{t} x {extra}", t * extra, of_y)), [norms]
     if isinstance(model, FITDenoiser):
-        return _denoiser_stem(model, plan, condition_tokens), [
-            Part("norm", _times(plan, "n"), count_parameters(model.norm), Flops()),
-            _linears("output", _times(plan, "n"), model.output, length),
-        ]
-    untied = count_parameters(model.output_embedding)
+        stem = data, t * n, model.output.out_features
+        time = "1", 1, 1 + model.time.outer.in_features - model.time.outer.out_features
+        condition = str(condition_tokens), condition_tokens, model.cond_dim or 0
+        before = _maps(
+            model, stem=stem, time=time, cond_proj=condition, self_conditioning=(latents, t * m, plan.latent_dim)
+        )
+        norm = Part("norm", data, count_parameters(model.norm), Flops())
+        return before, [norm, *_maps(model, output=(data, t * n, plan.dim))]
+    untied = count_parameters(model.output_embedding) + count_parameters(model.norm)
     bias = 0 if model.output_bias is None else model.output_bias.numel()
-    logits = Flops(2 * length * plan.dim * model.vocab_size)
-    return [Part("embedding", _times(plan, "n"), count_parameters(model.embedding), Flops())], [
-        Part("norm and logits", _times(plan, "n"), count_parameters(model.norm) + untied + bias, logits)
-    ]
+    head = without_trunk(model, "meta").head
+    logits = t * n * count_flops(lambda: head(torch.empty(1, 1, 1, plan.dim, device="meta")))
+    embedding = Part("embedding", data, count_parameters(model.embedding), Flops())
+    return [embedding], [Part("norm and logits", data, untied + bias, logits)]
 
 
-def _denoiser_stem(model: FITDenoiser, plan: GroupPlan, condition_tokens: int) -> list[Part]:
-    stems = [
-        _linears("stem", _times(plan, "n"), model.stem, plan.groups * plan.tokens_per_group),
-        _linears("time", "1", model.time, 1),
-    ]
-    if model.cond_proj is not None:
-        stems.append(_linears("condition", f"{condition_tokens}", model.cond_proj, condition_tokens))
-    if model.self_conditioning is not None:
-        latents = plan.groups * plan.latents_per_group
-        stems.append(_linears("self-conditioning", _times(plan, "m"), model.self_conditioning, latents))
-    return stems
+PART_NAMES = {"stem_y": "stem of y", "cond_proj": "condition", "self_conditioning": "self-conditioning"}
+
+
+def _maps(model: nn.Module, **runs: tuple[str, int, int]) -> list[Part]:
+    """Parts of a model by attribute, those that there are: on which tokens, how many of them, of what width."""
+    found, copied = [], without_trunk(model, "meta")
+    for name, (tokens, count, width) in runs.items():
+        if (module := getattr(copied, name)) is not None:
+            cost = count * count_flops(partial(module, torch.empty(1, width, device="meta")))
+            found.append(Part(PART_NAMES.get(name, name), tokens, count_parameters(module), cost))
+    return found
 
 
 def _trunk_parts(trunk: Trunk, plan: GroupPlan, conditions: int) -> Iterator[Part]:
     t, n, m = plan.groups, plan.tokens_per_group, plan.latents_per_group
+    shapes = {"write": (t, n, m), "local": (t, n, 0), "read": (t, m, n), "condition": (1, t * m, conditions)}
+    shapes["global"] = (1, t * m, 0)
     for i, block in enumerate(trunk.blocks, start=1):
-        assert isinstance(block, Block)
-        local, glob = len(block.local_layers), len(block.global_layers)
-        yield from _cross(f"block {i} write", block.write, t, n, m)
-        if local:
-            yield _stack(f"block {i} local x {local}", block.local_layers, t, n)
-        yield from _cross(f"block {i} read", block.read, t, m, n)
-        yield from _cross(f"block {i} condition", block.condition, 1, t * m, conditions)
-        if glob:
-            yield _stack(f"block {i} global x {glob}", block.global_layers, 1, t * m)
+        stacks = {"write": block.write, "local": block.local_layers, "read": block.read, "condition": block.condition}
+        for name, layers in (stacks | {"global": block.global_layers}).items():
+            depth = len(layers) if isinstance(layers, nn.ModuleList) else int(layers is not None)
+            if not depth:
+                continue
+            rows, queries, keys = shapes[name]
+            times = f" x {depth}" if isinstance(layers, nn.ModuleList) else ""
+            tokens = f"{rows} x {queries}" + (f" to {keys}" if keys else "")
+            cost = depth * rows * layer_flops(trunk.config, name, queries, keys)
+            yield Part(f"block {i} {name}{times}", tokens, count_parameters(layers), cost)
 
 
-def _stack(name: str, layers: nn.ModuleList, rows: int, tokens: int) -> Part:
-    cost = total([layer_flops(layer, rows, tokens) for layer in layers])  # type: ignore[arg-type]
-    return Part(name, f"{rows} x {tokens}", count_parameters(layers), cost)
+def layer_flops(config: TrunkConfig, name: str, queries: int, keys: int) -> Flops:
+    """FLOPs of a layer of a block on one row of queries that attend to keys; `keys` is 0 in self-attention."""
+    query, key, pair = _layer_rates(config, name)
+    return queries * query + keys * key + queries * (keys or queries) * pair
 
 
-def _cross(name: str, layer: CrossLayer | None, rows: int, queries: int, keys: int) -> list[Part]:
-    if layer is None:
-        return []
-    cost = cross_flops(layer, rows, queries, keys)
-    return [Part(name, f"{rows} x {queries} to {keys}", count_parameters(layer), cost)]
+@lru_cache(maxsize=1024)
+def _layer_rates(config: TrunkConfig, name: str) -> tuple[Flops, Flops, Flops]:
+    """FLOPs of a layer for each query, each key and each pair of a query and a key, counted on one or two of each."""
+    with torch.device("meta"):
+        layer = build_layer(config, name).eval()
+
+        def count(queries: int, keys: int) -> Flops:
+            inputs = layer_inputs(config, name, 1, queries, keys)
+            return count_flops(lambda: run_layer(layer, inputs))
+
+        one, more_queries = count(1, 1), count(2, 1)
+    query = more_queries.linear - one.linear
+    return Flops(query), Flops(one.linear - query), Flops(attention=one.attention)
 
 
-def _linears(name: str, tokens: str, module: nn.Module, count: int) -> Part:
-    """A part whose linear maps each run once on each of `count` tokens."""
-    maps = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return Part(name, tokens, count_parameters(module), total([linear_flops(layer, count) for layer in maps]))
+def count_flops(run: Callable[[], object]) -> Flops:
+    """FLOPs of matrix products in `run()`, by torch's counter; of linear maps, and of all other products.
 
-
-def _times(plan: GroupPlan, letter: str) -> str:
-    return f"{plan.groups} x {plan.tokens_per_group if letter == 'n' else plan.latents_per_group}"
-
-
-def linear_flops(layer: nn.Linear, tokens: int) -> Flops:
-    """Operations of a linear map on `tokens` tokens."""
-    return Flops(linear=2 * tokens * layer.in_features * layer.out_features)
-
-
-def attention_flops(attention: Attention, rows: int, queries: int, keys: int) -> Flops:
-    """Operations of attention from `queries` to `keys` tokens in each of `rows` rows, projections included."""
-    maps = (
-        linear_flops(attention.query, rows * queries),
-        linear_flops(attention.key, rows * keys),
-        linear_flops(attention.value, rows * keys),
-        linear_flops(attention.output, rows * queries),
-    )
-    return total(maps) + Flops(attention=4 * rows * queries * keys * attention.query.out_features)
-
-
-def ffn_flops(ffn: FeedForward | None, tokens: int) -> Flops:
-    """Operations of a feed-forward branch on `tokens` tokens; none of none."""
-    return Flops() if ffn is None else linear_flops(ffn.inner, tokens) + linear_flops(ffn.outer, tokens)
-
-
-def layer_flops(layer: TransformerLayer, rows: int, tokens: int) -> Flops:
-    """Operations of a transformer layer on `rows` rows of `tokens` tokens."""
-    looking = Flops() if layer.attention is None else attention_flops(layer.attention, rows, tokens, tokens)
-    return looking + ffn_flops(layer.ffn, rows * tokens)
-
-
-def cross_flops(layer: CrossLayer, rows: int, queries: int, keys: int) -> Flops:
-    """Operations of a cross-attention layer from `queries` to `keys` tokens in each of `rows` rows."""
-    return attention_flops(layer.attention, rows, queries, keys) + ffn_flops(layer.ffn, rows * queries)
+    Run it on meta tensors: their attention is decomposed into the products that the counter knows.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    counts = counter.get_flop_counts().get("Global", {})
+    linear = sum(counts.get(operation, 0) for operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return Flops(linear, sum(counts.values()) - linear)

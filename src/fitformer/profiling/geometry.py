@@ -10,7 +10,7 @@ from fitformer.errors import InputError
 from fitformer.models.config import preset
 from fitformer.patching.any_size import Tiling
 from fitformer.patching.sizes import Size, format_size, to_sides
-from fitformer.profiling.flops import Flops, Model, on_meta, parts, total
+from fitformer.profiling.flops import Flops, Model, on_meta, parts, sum_flops
 
 ROLE_NAMES = ("encoder", "denoiser", "decoder")
 # Patches along the side of a square group that are tried; of another shape, groups of as many patches.
@@ -133,10 +133,10 @@ class Geometry:
 
 @lru_cache(maxsize=4096)
 def _flops(role: str, config: tuple[tuple[str, Any], ...], groups: int) -> Flops:
-    return total([part.flops for part in parts(on_meta(role, dict(config)), groups=groups)])
+    return sum_flops([part.flops for part in parts(on_meta(role, dict(config)), groups=groups)])
 
 
-def grouped(geometry: Geometry) -> Iterator[Geometry]:
+def candidate_group_sizes(geometry: Geometry) -> Iterator[Geometry]:
     """The geometry with a group size: its own, or those that are worth trying, the one of fewest operations first."""
     if geometry.group_size is not None:
         yield geometry

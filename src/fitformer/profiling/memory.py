@@ -20,13 +20,14 @@ from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.trunk import Trunk
 from fitformer.profiling.activations import (
     FLOAT,
-    STATISTICS,
-    DtypeSizes,
+    Numerics,
     Stage,
     global_stages,
     group_stages,
-    of_ffn,
+    head_stage,
     peak,
+    self_conditioning_stage,
+    stem_stage,
 )
 from fitformer.profiling.flops import GroupPlan, Model, count_parameters, group_plan
 
@@ -191,7 +192,7 @@ class _Step:
         self.trunk: Trunk = model.trunk
         self.setup = setup
         self.plan: GroupPlan = group_plan(model, groups=setup.groups)
-        self.numbers = DtypeSizes(2 if setup.precision == "bf16" else FLOAT)
+        self.numerics = Numerics(setup.precision)
         self.remembered = SAVE_POLICIES[setup.recompute if setup.execution == "streamed" else "full"]
         self.parameters = count_parameters(model)
         self.rows = setup.batch * self.plan.groups
@@ -218,39 +219,28 @@ class _Step:
 
     def stem(self, tokens: int) -> Stage:
         """From raw tokens to data tokens."""
-        if isinstance(self.model, FITDecoder):
-            return Stage(tokens * (self.x + 8), 0, count_parameters(self.model.embedding))
-        given = self._raw_numbers() * (FLOAT + (2 if self.numbers.product != FLOAT else 0))
-        return Stage(tokens * (given + 2 * self.x + STATISTICS), tokens * self.x, count_parameters(self.model.stem))
+        return stem_stage(self.model, tokens, self.numerics)
 
     def ends(self, tokens: int) -> list[Stage]:
         """From data tokens to the loss; nothing in an encoder, which pools."""
-        if isinstance(self.model, FITDenoiser):
-            out = self.model.output.out_features * FLOAT
-            kept = self.plan.dim * self.numbers.product + STATISTICS + 3 * out
-            return [Stage(tokens * kept, 2 * tokens * out, count_parameters(self.model.output))]
-        if isinstance(self.model, FITDecoder):
-            logits = self.model.vocab_size * FLOAT
-            kept = self.plan.dim * self.numbers.product + STATISTICS + 2 * logits
-            return [Stage(tokens * kept, 2 * tokens * logits, 0)]
-        return []
+        return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.numerics)]
 
     def start_of_latents(self) -> int:
-        """Bytes kept of what the initial latents are made with."""
+        """Bytes kept of the computation of the initial latents, these included."""
         if isinstance(self.model, FITDenoiser) and self.model.self_conditioning is not None:
-            count = self.setup.batch * self.latents
-            return of_ffn(self.model.self_conditioning.ffn, count, self.numbers) + 2 * self.of_latents
+            stage = self_conditioning_stage(self.model, self.setup.batch, self.latents, self.numerics)
+            return stage.kept + self.of_latents
         return self.of_latents
 
     def grouped(self, i: int, rows: int) -> list[Stage]:
         """The group phase of block i on `rows` groups."""
-        numbers = replace(self.numbers, kinds=self.remembered.groups)
-        return list(group_stages(self.trunk, i, rows, self.plan.tokens_per_group, numbers))
+        numerics = replace(self.numerics, kinds=self.remembered.groups)
+        return list(group_stages(self.trunk, i, rows, self.plan.tokens_per_group, numerics))
 
     def globals(self, i: int) -> list[Stage]:
         """The global phase of block i."""
-        numbers = replace(self.numbers, kinds=self.remembered.latents)
-        return list(global_stages(self.trunk, i, self.setup.batch, self.latents, self.conditions, numbers))
+        numerics = replace(self.numerics, kinds=self.remembered.latents)
+        return list(global_stages(self.trunk, i, self.setup.batch, self.latents, self.conditions, numerics))
 
     def optimizing(self) -> _Snapshot:
         """When the optimizer steps, all gradients are there and nothing else is."""

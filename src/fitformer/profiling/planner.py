@@ -12,7 +12,7 @@ from fitformer.execution.streamed import SLICE_TOKENS
 from fitformer.models.config import PRESETS, preset
 from fitformer.patching.sizes import format_size
 from fitformer.profiling.flops import Flops, Model, count_parameters, group_plan
-from fitformer.profiling.geometry import Geometry, grouped
+from fitformer.profiling.geometry import Geometry, candidate_group_sizes
 from fitformer.profiling.memory import Execution, Keep, Memory, StepConfig, memory
 
 # Tokens of a slice that are worth having: a processor's cache holds no more; a GPU is idle with fewer.
@@ -77,7 +77,7 @@ def choose(geometry: Geometry, wish: PlanRequest) -> Plan:
         InputError: sizes that do not fit together.
     """
     least: Plan | None = None
-    for candidate in islice(grouped(geometry), TRIED):
+    for candidate in islice(candidate_group_sizes(geometry), TRIED):
         for plan in _plans(candidate, wish):
             if _fits(plan, wish):
                 return replace(plan, fits=True, verdict=_fitting(plan, wish))
@@ -158,7 +158,7 @@ def slice_for(model: Model, setup: StepConfig, budget: int | None = None) -> int
     return size
 
 
-def need_room(model: Model, setup: StepConfig, budget: int) -> Memory:
+def check_fits(model: Model, setup: StepConfig, budget: int) -> Memory:
     """The memory of a setup, if it fits a budget.
 
     Raises:
@@ -198,7 +198,7 @@ def _advice(plan: Plan, geometry: Geometry, wish: PlanRequest) -> str:
     assert wish.budget is not None
     short = f"{_way(plan.setup)} needs {format_bytes(plan.memory.total)} of {format_bytes(wish.budget)}"
     for words, better, loosened in _looser(geometry, wish):
-        for candidate in islice(grouped(better), TRIED):
+        for candidate in islice(candidate_group_sizes(better), TRIED):
             for found in _plans(candidate, loosened):
                 if _fits(found, loosened):
                     return f"does not fit: {short}; {words(found)}"

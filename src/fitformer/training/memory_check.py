@@ -21,7 +21,7 @@ from fitformer.data.readers.levels import RETILE
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.profiling import StepConfig, memory, need_room, streaming_for
+from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
 
 @dataclass
@@ -79,7 +79,7 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
         setup = streaming_for(model, setup, room, recompute, training.slice_groups)
     _check_decoding(model, setup, budget, headers.largest)
     if training.memory is not None or memory(model, setup).total > budget:
-        need_room(model, setup, budget)
+        check_fits(model, setup, budget)
     _check_scratch(recipe, memory(model, setup).scratch)
     return replace(training, slice_groups=setup.slice_groups, recompute=setup.recompute)
 
