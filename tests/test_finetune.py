@@ -98,12 +98,22 @@ def test_a_decoder_of_more_groups_has_interpolated_latents(tmp_path):
         ({"dim": 64}, "dim is 32 there and 64 here"),
         ({"patch_size": 2}, "patch_size is 4 there and 2 here"),
         ({"qk_norm": True}, "qk_norm is False there and True here"),
+        ({"patch_size": (4, 2)}, r"patch_size is 4 there and \(4, 2\) here"),
         ({"num_clases": 3}, "no arguments num_clases"),
     ],
 )
 def test_what_weights_cannot_be_adapted_to_is_refused(folder, options, words):
     with pytest.raises(InputError, match=words):
         FITImageEncoder.from_pretrained(folder, **options)
+
+
+def test_a_default_left_out_of_the_configuration_is_compared_too(folder):
+    config = json.loads((folder / "config.json").read_text())
+    default = config.pop("qk_norm")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="qk_norm"):
+        FITImageEncoder.from_pretrained(folder, qk_norm=not default)
+    assert str(FITImageEncoder.from_pretrained(folder, patch_size=(4, 4)).loading_report).startswith("all weights")
 
 
 def test_a_denoiser_keeps_the_meaning_of_its_output(tmp_path):
@@ -158,10 +168,18 @@ def test_a_recipe_starts_from_another_run_and_says_what_is_new(tmp_path, capsys)
     ours, theirs = weights(second), weights(first)
     torch.testing.assert_close(ours["head.weight"], theirs["head.weight"], rtol=0, atol=1e-6)
     assert main([*words, "--init-from", first]) == 0  # the same command goes on
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main([*words, "--init-from", first]) == 0  # also where its source has gone
+    assert main([*words, "--init-from", str(tmp_path / "moved")]) == 0  # or is found elsewhere
+    assert main(words) == 0
+    (tmp_path / "moved").rename(tmp_path / "first")
     other = str(tmp_path / "other")
     assert main(["train", "digits-classify", *WORDS, "--trainer.steps=1", "--run-dir", other]) == 0
     assert main([*words, "--init-from", other]) == 2
     assert f"began from {first}, not from {other}" in capsys.readouterr().err
+    (tmp_path / "second" / "checkpoints" / "last.ckpt").unlink()
+    assert main(words) == 2  # nothing is left of the weights that it began from
+    assert f"--init-from {first}" in capsys.readouterr().err
     words[-1] = str(tmp_path / "third")
     assert main([*words, "--model.heads=1", "--init-from", first]) == 2
     assert "heads is 4 there and 1 here" in capsys.readouterr().err
@@ -185,7 +203,11 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_never_ended(tmp_pat
 
 
 def test_a_stretched_schedule_is_said(tmp_path, capsys):
-    words = ["train", "digits-classify", *WORDS, "--run-dir", str(tmp_path / "run")]
+    words = ["train", "digits-classify", *WORDS, "--optimizer.warmup_steps=0", "--trainer.ema=0"]
+    words += ["--run-dir", str(tmp_path / "run")]
     assert main([*words, "--trainer.steps=2"]) == 0
+    before = weights(tmp_path / "run")
     assert main([*words, "--trainer.steps=3"]) == 0
+    # The first step more has the rate of the longer schedule; the shorter one had come down to nothing.
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "run").items())
     assert "cosine schedule runs over 3 steps from here on, instead of 2" in capsys.readouterr().out

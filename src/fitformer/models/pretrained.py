@@ -182,20 +182,18 @@ class Pretrained(
                 values); files that are not whole.
             FileNotFoundError: as `from_pretrained`.
         """
-        config, own = read_config(source, **hub), {"role": type(self).__name__, **self.config}
-        pairs = {name: (config.get(name, own[name]), own[name]) for name in own if name not in self.free}
-        if differing := {name: both for name, both in pairs.items() if _plain(both[0]) != _plain(both[1])}:
-            listed = "; ".join(
-                f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differing.items()
-            )
-            raise InputError(f"the weights of {source} do not fit: {listed}")
+        config = read_config(source, **hub)
+        if config["role"] != type(self).__name__:
+            raise InputError(f"the weights of {source} are of a {config['role']}, not of a {type(self).__name__}")
+        with torch.device("meta"):
+            old = _built(type(self), without_role(config), str(source))
+        if differing := _differing(old, self):
+            raise InputError(f"the weights of {source} do not fit: {differing}")
         path = file_of(source, constants.SAFETENSORS_SINGLE_FILE, **hub)
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
-        with torch.device("meta"):
-            old = _built(type(self), without_role(config), str(source))
         state, self.loading_report = adapt(self, old, state)
         load_strictly(self, state, str(path))  # type: ignore[arg-type]
         logging.getLogger("fitformer").info("%s: %s", source, self.loading_report)
@@ -226,9 +224,19 @@ def without_role(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "role"}
 
 
+def _differing(old: Pretrained, new: Pretrained) -> str:
+    """The options on which two models of a role differ and weights cannot be adapted, each with both values."""
+    pairs = {name: (value, new.config[name]) for name, value in old.config.items() if name not in new.free}
+    return "; ".join(
+        f"{name} is {there!r} there and {here!r} here"
+        for name, (there, here) in pairs.items()
+        if _plain(there) != _plain(here)
+    )
+
+
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+    """As JSON gives it back; a size of one number as both its sides."""
+    return list(value) if isinstance(value, tuple) else [value, value] if isinstance(value, int) else value
 
 
 def _built(role: type[Pretrained], config: dict[str, Any], source: str) -> Any:

@@ -66,7 +66,8 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
     run = Run(Path(run_dir), recipe)
     step = _resumed_step(run, network)
     _check_steps(run, step)
-    note = None if init_from is None else _initialise(run, network, init_from, step)
+    _check_source(run, init_from, step)
+    note = None if init_from is None or step else _initialise(network, init_from)
     run = start_run(run_dir, recipe, note)
     if step:
         run.check_pixels(examples)
@@ -120,22 +121,35 @@ def _check_steps(run: Run, step: int) -> None:
         _say(f"the {run.recipe.optimizer.schedule} schedule runs over {steps} steps from here on, instead of {before}")
 
 
-def _initialise(run: Run, network: FITModel, source: str | Path, step: int) -> dict[str, str] | None:
-    """Give a new run the weights of a saved model; returns where they came from, None if the run had begun before.
+def _check_source(run: Run, source: str | Path | None, step: int) -> None:
+    """Refuse a run that has begun from other weights; the source itself need not be there any more.
 
     Raises:
-        InputError: weights that do not fit; a run that has begun from others.
+        InputError: names both sources.
     """
-    digest = hashlib.sha256(file_of(source, "model.safetensors").read_bytes()).hexdigest()
-    if step:
-        begun = json.loads(run.initial_weights.read_text()) if run.initial_weights.is_file() else {}
-        if begun.get("sha256") != digest:
-            there = begun.get("source", "random weights")
-            raise InputError(f"{run.path} began from {there}, not from {source}; give another --run-dir")
-        return None
+    begun = json.loads(run.initial_weights.read_text()) if run.initial_weights.is_file() else {}
+    there = begun.get("source", "random weights")
+    if source is None:
+        if begun and not step:
+            raise InputError(f"{run.path} begins from {there} and has no checkpoint yet; give --init-from {there}")
+    elif step and str(source) != there and _digest(source) != begun.get("sha256"):
+        raise InputError(f"{run.path} began from {there}, not from {source}; give another --run-dir")
+
+
+def _initialise(network: FITModel, source: str | Path) -> dict[str, str]:
+    """Give the network of a new run the weights of a saved model; returns where they came from.
+
+    Raises:
+        InputError: weights that do not fit.
+    """
     report = network.load_weights(source)
     _say(f"weights of {source}: {report}")
-    return {"source": str(source), "sha256": digest, "weights": str(report)}
+    return {"source": str(source), "sha256": _digest(source), "weights": str(report)}
+
+
+def _digest(source: str | Path) -> str:
+    with file_of(source, "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:

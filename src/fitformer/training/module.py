@@ -73,6 +73,13 @@ class FITModule(pl.LightningModule):
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    def on_train_start(self) -> None:
+        """Set the learning rate by the recipe: a checkpoint holds that of its own schedule, which may be shorter."""
+        settings = self.recipe.optimizer
+        share = optimizers.rate(self.global_step, settings, self.recipe.trainer.steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = settings.lr * share
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped with the optimizer."""
         adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
