@@ -20,7 +20,7 @@ from fitformer import FITDecoder, FITEncoder, FITImageEncoder
 from fitformer.execution import Streamed
 from fitformer.generation import generate
 from fitformer.profiling import Geometry, flops
-from fitformer.profiling.geometry import grouped
+from fitformer.profiling.geometry import candidate_group_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Dense bf16 operations per second, from NVIDIA's data sheets for the SXM modules.
@@ -32,7 +32,7 @@ DEVICE_LIMIT = 16 * 10**9
 def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], Tensor]]:
     """An encoder of a 6,400 x 6,400 image in patches of 16, and its training step on tokens on the device."""
     side, preset = (128, "tiny") if scale.tiny else (6400, preset)
-    geometry = next(grouped(Geometry.of_preset("encoder", preset, (side, side))))
+    geometry = next(candidate_group_sizes(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
     shape = {"num_groups": geometry.groups, "tokens_per_group": geometry.tokens_per_group}
     model = FITEncoder.from_preset(preset, in_channels=geometry.tiling.token_dim, **shape).to(scale.device)
@@ -102,7 +102,7 @@ def huge(scale: Scale) -> Iterator[Row]:
     side, preset = (256, "tiny") if scale.tiny else (64000, "small")
     if scale.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(DEVICE_LIMIT / torch.cuda.get_device_properties(0).total_memory)
-    geometry = next(grouped(Geometry.of_preset("encoder", preset, (side, side))))
+    geometry = next(candidate_group_sizes(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
     model = FITImageEncoder.from_config(geometry.config()[1]).to(scale.device)
     slice_groups = max(1, SLICE_TOKENS // geometry.tokens_per_group)
