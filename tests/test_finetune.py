@@ -116,6 +116,13 @@ def test_a_default_left_out_of_the_configuration_is_compared_too(folder):
     assert str(FITImageEncoder.from_pretrained(folder, patch_size=(4, 4)).loading_report).startswith("all weights")
 
 
+def test_a_folder_whose_weights_are_not_those_of_its_config_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "image_size": 24}))
+    with pytest.raises(InputError, match=r"latent_position.weight \(24, 64\) instead of \(64, 64\)"):
+        FITImageEncoder.from_pretrained(folder, image_size=32)
+
+
 def test_a_denoiser_keeps_the_meaning_of_its_output(tmp_path):
     options = {"image_size": 16, "group_size": 8, "patch_size": 4, "channels": 1, "num_classes": 3}
     FITImageDenoiser.from_preset("tiny", **options, prediction="v").save_pretrained(tmp_path)
@@ -188,7 +195,8 @@ def test_a_recipe_starts_from_another_run_and_says_what_is_new(tmp_path, capsys)
 
 def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_never_ended(tmp_path, capsys):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
-    words = ["train", "digits-classify", *WORDS, "--optimizer.schedule=constant", "--trainer.ema=0.9", "--run-dir"]
+    harder = ["--trainer.ema=0.9", "--trainer.accumulate=2", "--model.drop_units=0.1", "--model.drop_path=0.1"]
+    words = ["train", "digits-classify", *WORDS, *harder, "--optimizer.schedule=constant", "--run-dir"]
     assert main([*words, str(straight), "--trainer.steps=7"]) == 0
     assert main([*words, str(longer), "--trainer.steps=4"]) == 0
     assert main([*words, str(longer), "--trainer.steps=7"]) == 0

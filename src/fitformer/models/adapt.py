@@ -48,7 +48,9 @@ def adapt(model: Any, old: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, 
         a state, and what was done to it.
     """
     own, found = model.state_dict(), dict(state)
-    candidates = {name: _adapted(name, state[name], model, old) for name in own if name in state}
+    # A tensor that does not have the shape of the old model is left as it is, for strict loading to refuse.
+    whole = [name for name, tensor in old.state_dict().items() if name in state and state[name].shape == tensor.shape]
+    candidates = {name: _adapted(name, state[name], model, old) for name in whole if name in own}
     changed = {name: tensor for name, tensor in candidates.items() if tensor is not None}
     ours = [name for name in (*own, *state) if name.startswith(model.class_weights)]
     ours = list(dict.fromkeys(ours)) if model.class_weights and _classes_differ(model, old) else []

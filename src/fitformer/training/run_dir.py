@@ -4,6 +4,7 @@ recipe.yaml         the resolved recipe            environment.json    every sta
 data.json           what the data were             metrics.jsonl       a line a measurement
 checkpoints/        last.ckpt (and best.ckpt)      model/              the exported weights, `from_pretrained`
 samples/            previews by step               tensorboard/, csv/  the same measurements
+initial_weights.json   with --init-from: source and digest of the first weights
 """
 
 import json
