@@ -170,8 +170,8 @@ def kept_and_predicted(role, precision=32, **own):
     step = _Step(model, StepConfig(batch=2, precision=precision))
     # The last norm is no activation of the layers.
     copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2) if precision == "bf16" else 0
-    stages = [step.stem(step.tokens), *(s for i in range(2) for s in (*step.grouped(i, 12), *step.globals(i)))]
-    predicted = sum(stage.kept for stage in [*stages, *step.ends(step.tokens)]) + step.start_of_latents()
+    stages = [step.stem(step.tokens), *(s for i in range(2) for s in (*step.group_phase(i, 12), *step.global_phase(i)))]
+    predicted = sum(stage.kept for stage in [*stages, *step.head(step.tokens)]) + step.initial_latents()
     return kept - copies, predicted
 
 

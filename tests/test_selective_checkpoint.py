@@ -70,7 +70,7 @@ def test_a_step_remembers_as_much_as_the_plan_says(choice, monkeypatch):
         out = model(torch.randn(2, 6, 24, 20))[1]
         found = sum(bytes_in(remembering.results) for remembering, _ in made)
         at = _Step(model, StepConfig(execution="streamed", slice_groups=2, recompute=choice, batch=2))
-        stages = [stage for i in range(2) for stage in (*at.grouped(i, at.rows), *at.globals(i))]
+        stages = [stage for i in range(2) for stage in (*at.group_phase(i, at.rows), *at.global_phase(i))]
         assert found == sum(stage.remembered for stage in stages)
         assert (found == 0) == (choice == "full")
         out.sum().backward()

@@ -1,7 +1,7 @@
-"""Memory of a training step at its peak, before it runs: what is kept where, and what one stage needs at a time.
+"""Peak memory of a training step before it runs.
 
-The bytes follow from the shapes of the layers (`activations.py`) and from the order in which a way to run goes through
-them. The weights are float32, the optimizer is AdamW, and a step is one after the first: the optimizer has its state.
+Bytes of a layer are measured (`activations.py`); how an execution composes them is written here: which exist at the
+same time. Weights are float32, the optimizer is AdamW, and its state exists (every step but the first).
 """
 
 from collections.abc import Iterator
@@ -35,14 +35,28 @@ Execution = Literal["plain", "checkpointed", "streamed"]
 Keep = Literal["memory", "host", "disk"]
 Precision = Literal[32, "bf16"]
 MIB = 2**20
-# Python, torch and this library with its optimizer, before the first tensor; measured.
+
+# Fitted constants, all of them, from Linux with glibc on a CPU. Everything else follows from shapes.
+# PROCESS: resident memory of `fitformer bench step` with a model of a few weights: Python, torch, this library.
 PROCESS = 320 * MIB
-# What a run of training has beside that: Lightning and its loggers, the look at new images; measured.
+# TRAINER: what the same step in `fitformer train` takes more: Lightning, its loggers, the check of new images.
 TRAINER = 150 * MIB
-# Of a tile or picture while it is decoded: what the library that decodes it holds beside its pixels (Pillow holds three
-# channels in four bytes, and more for a time); measured.
-DECODING = 5, 2
-# On a GPU: what libraries of matrix products take from torch.
+# DECODING: resident memory while a whole PNG or JPEG is decoded, over its pixels (Pillow holds 3 channels in 4 bytes).
+DECODING = 5 / 2
+# HEAP: free memory that glibc does not return to the system: a share of the working set, a constant beside it, and a
+# bound, fitted to measured peaks less all the rest (`benchmarks/peaks.py` compares). Tensors below 32 MiB stand in a heap
+# that fragments; MALLOC_MMAP_THRESHOLD_=524288 in the environment avoids it for a tenth more time.
+HEAP = {
+    "plain": (0.5, 0, 200 * MIB),
+    "checkpointed": (1.0, 0, 150 * MIB),
+    "checkpointed, small": (1.0, 0, 500 * MIB),
+    "streamed": (0.55, 100 * MIB, 500 * MIB),
+    "streamed, trimmed": (0.2, 100 * MIB, 150 * MIB),
+}
+SMALL_TENSOR = 32 * MIB
+# REMEMBERED: the same of results that a streamed step remembers: a share of them.
+REMEMBERED = 0.1
+# WORKSPACE: on a GPU, what its libraries of matrix products take from torch.
 WORKSPACE = 64 * MIB
 
 
@@ -51,18 +65,18 @@ class StepConfig:
     """How a training step runs.
 
     Attributes:
-        groups: of one example, those that are skipped not counted; None for those the model was built for.
-        execution: way to run.
-        slice_groups: groups of a slice of the streamed execution; None as `Streamed` has it.
-        keep: where the streamed execution keeps data tokens. kept_precision: in which, `bf16` is half.
-        recompute: what its backward pass computes again.
+        groups: of one example, skipped ones not counted; None for those that the model was built for.
+        execution: of the trunk.
+        slice_groups: groups of a slice of streamed execution; None for the default of `Streamed`.
+        keep: where streamed execution keeps data tokens. kept_precision: in which precision, `bf16` takes half.
+        recompute: what the streamed backward pass computes again.
         batch: examples at once. accumulate: gradients of parameters stay from one micro-step to the next.
         precision: 32, or bf16 (mixed).
-        pixel_bytes: of a number of the input as it is read. decode_bytes: of the pixels that its files decode at once,
-            at the most: of a tile, or the whole of a PNG or JPEG. conditions: tokens of a denoiser's condition.
+        pixel_bytes: of a number of the input as it is read. decode_bytes: of the pixels that a file decodes at once at
+            most: of a tile, or of a whole PNG or JPEG. conditions: tokens of a denoiser's condition.
         data_bytes: of the pixels of all files that are read piece by piece, if there are more than one.
-        trainer: the step is one of `fitformer train`, which brings libraries of its own.
-        device: cpu, where memory is that of the whole process, or cuda, where it is torch's on the device.
+        trainer: the step is one of `fitformer train`, which loads more libraries.
+        device: cpu, where memory is that of the process, or cuda, where it is what torch allocates on the device.
 
     Raises:
         InputError: numbers below 1, or unknown words.
@@ -99,13 +113,13 @@ class Memory:
     """Bytes at the peak of a training step.
 
     Attributes:
-        weights: parameters and all their gradients (at an earlier peak, their room is slack).
+        weights: parameters and all their gradients (at an earlier peak, the room of later ones counts as slack).
         optimizer: the two averages of AdamW.
-        kept: data tokens between blocks, latents, and remembered results that wait for the backward pass.
-        working: what one stage computes on, forward and backward, and pixels.
+        kept: data tokens between blocks, latents, and remembered results, until the backward pass uses them.
+        working: tensors of one stage, forward and backward, and pixels.
         process: Python, torch, decoded tiles; on a GPU the workspace of its libraries.
-        slack: freed, and not given back by the C library, see `_allocator_overhead`; none on a GPU.
-        scratch: on disk, and not part of the total. host: on the host of a GPU, not part of the total either.
+        slack: free memory that the C library has not returned, see `HEAP`; none on a GPU.
+        scratch: on disk, not in the total. host: on the host of a GPU, not in the total either.
     """
 
     weights: int
@@ -125,7 +139,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What there is at one time of a step: kept, working, gradients of parameters so far, remembered results."""
+    """Bytes at one time of a step: kept, working, gradients of parameters so far, remembered results."""
 
     kept: int
     working: int
@@ -138,18 +152,15 @@ class _Snapshot:
 
 
 def memory(model: Model, setup: StepConfig) -> Memory:
-    """The peak of a training step of a model (on any device, `on_meta` does).
+    """The peak of a training step of a model (on any device, also `meta`, see `on_meta`).
 
     Raises:
         InputError: no number of groups for a model that takes any.
     """
     step = _Step(model, setup)
-    moments = {"plain": step.plain, "checkpointed": step.checkpointed, "streamed": step.streamed}[setup.execution]
-    most = max([*moments(), step.optimizing()], key=lambda moment: moment.total)
+    snapshots = {"plain": step.plain, "checkpointed": step.checkpointed, "streamed": step.streamed}[setup.execution]
+    most = max([*snapshots(), step.optimizing()], key=lambda snapshot: snapshot.total)
     copies = 2 if setup.precision == "bf16" else 0
-    # What is decoded stays while it fits the cache, and one piece of any size.
-    tiles = min(MOST_BYTES, max(step.tokens * step.raw, setup.data_bytes))
-    tiles = max(tiles, setup.decode_bytes * DECODING[0] // DECODING[1])
     away = step.boundaries if setup.execution == "streamed" else 0
     on_gpu = setup.device == "cuda"
     return Memory(
@@ -157,35 +168,37 @@ def memory(model: Model, setup: StepConfig) -> Memory:
         optimizer=2 * step.parameters * FLOAT,
         kept=most.kept + most.remembered,
         working=most.working,
-        process=WORKSPACE if on_gpu else PROCESS + TRAINER * setup.trainer + tiles,
-        slack=0 if on_gpu else _allocator_overhead(setup.execution, most, step),
+        process=WORKSPACE if on_gpu else PROCESS + TRAINER * setup.trainer + _decoded(step),
+        slack=0 if on_gpu else _heap(most, step),
         scratch=away if setup.keep == "disk" else 0,
         host=away if setup.keep == "host" and on_gpu else 0,
     )
 
 
-def _allocator_overhead(execution: str, most: _Snapshot, step: "_Step") -> int:
-    """Bytes that are free at the peak and yet held: fitted to measured peaks, the rest follows from shapes.
+def _decoded(step: "_Step") -> int:
+    """Bytes of decoded pixels: as many as the cache of tiles holds, or one piece of any size."""
+    cached = min(MOST_BYTES, max(step.tokens * step.raw, step.setup.data_bytes))
+    return max(cached, int(step.setup.decode_bytes * DECODING))
 
-    glibc keeps tensors of less than 32 MiB in a heap that it rarely gives back, unless many slices have it do so. With
-    a fixed threshold (`MALLOC_MMAP_THRESHOLD_=524288`) there is none of it, for a tenth more time.
-    """
-    if execution == "plain":
-        return max(min(200 * MIB, most.working // 2) - step.parameters * FLOAT, 0)
+
+def _heap(most: _Snapshot, step: "_Step") -> int:
+    """Bytes that are free at the peak and not returned to the system, see `HEAP`."""
+    execution, used, later = step.setup.execution, most.working, step.parameters * FLOAT
+    kind: str = execution
     if execution == "checkpointed":
-        small = step.tokens * step.x < 32 * MIB
-        return min(most.kept + most.working, (500 if small else 150) * MIB)
-    if step.plan.groups >= MANY_SLICES * step.slice_groups:
-        held = min(100 * MIB + most.working // 5, 150 * MIB)
-    else:
-        held = min(100 * MIB + most.working * 11 // 20, 500 * MIB)
-    # The room of gradients that are still to come is counted as theirs.
-    to_come = step.parameters * FLOAT - most.gradients
-    return max(held + most.remembered // 10 - to_come, 0)
+        kind += ", small" if step.tokens * step.x < SMALL_TENSOR else ""
+        used, later = used + most.kept, 0
+    elif execution == "streamed":
+        kind += ", trimmed" if step.plan.groups >= MANY_SLICES * step.slice_groups else ""
+        later -= most.gradients
+    share, constant, bound = HEAP[kind]
+    held = min(constant + int(share * used), bound) + int(REMEMBERED * most.remembered)
+    # Gradients of parameters that come later take free memory, and count as weights already.
+    return max(held - later, 0)
 
 
 class _Step:
-    """Sizes of a step, and its moments in each way to run."""
+    """Sizes of a step, and its snapshots in each execution."""
 
     def __init__(self, model: Model, setup: StepConfig) -> None:
         self.model = model.encoder if isinstance(model, FITImageEncoder) else model
@@ -211,112 +224,117 @@ class _Step:
         """Bytes of a token as it is read."""
         if isinstance(self.model, FITDecoder):
             return 8
-        return self._raw_numbers() * self.setup.pixel_bytes
-
-    def _raw_numbers(self) -> int:
         assert isinstance(self.model, FITEncoder | FITDenoiser)
-        return self.model.stem.projection.in_features
+        return self.model.stem.projection.in_features * self.setup.pixel_bytes
+
+    @property
+    def slice_groups(self) -> int:
+        """Groups of a slice."""
+        return self.setup.slice_groups or default_slice(self.plan.tokens_per_group, self.setup.batch)
+
+    def is_last(self, i: int) -> bool:
+        """Whether block i is the last."""
+        return i == self.blocks - 1
 
     def stem(self, tokens: int) -> Stage:
         """From raw tokens to data tokens."""
         return stem_stage(self.model, tokens, self.numerics)
 
-    def ends(self, tokens: int) -> list[Stage]:
+    def head(self, tokens: int) -> list[Stage]:
         """From data tokens to the loss; nothing in an encoder, which pools."""
         return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.numerics)]
 
-    def start_of_latents(self) -> int:
+    def initial_latents(self) -> int:
         """Bytes kept of the computation of the initial latents, these included."""
         if isinstance(self.model, FITDenoiser) and self.model.self_conditioning is not None:
             stage = self_conditioning_stage(self.model, self.setup.batch, self.latents, self.numerics)
             return stage.kept + self.of_latents
         return self.of_latents
 
-    def grouped(self, i: int, rows: int) -> list[Stage]:
+    def group_phase(self, i: int, rows: int) -> list[Stage]:
         """The group phase of block i on `rows` groups."""
         numerics = replace(self.numerics, kinds=self.remembered.groups)
         return list(group_stages(self.trunk, i, rows, self.plan.tokens_per_group, numerics))
 
-    def globals(self, i: int) -> list[Stage]:
+    def global_phase(self, i: int) -> list[Stage]:
         """The global phase of block i."""
         numerics = replace(self.numerics, kinds=self.remembered.latents)
         return list(global_stages(self.trunk, i, self.setup.batch, self.latents, self.conditions, numerics))
 
     def optimizing(self) -> _Snapshot:
-        """When the optimizer steps, all gradients are there and nothing else is."""
+        """While the optimizer steps: all gradients of parameters, nothing else."""
         return _Snapshot(0, 0, self.parameters * FLOAT)
 
     def plain(self) -> Iterator[_Snapshot]:
-        """Everything is kept; gradients come in from the last layer on."""
+        """All activations are kept; the backward pass frees them from the last layer on."""
         pixels = self.tokens * self.raw
         stages = [self.stem(self.tokens)]
         for i in range(self.blocks):
-            # The gradient of the data tokens comes with their last reader's, that of the latents is always there.
-            inner = [*self.grouped(i, self.rows), *self._with(self.globals(i), 0 if i == self.blocks - 1 else 1)]
+            # The gradient of the data tokens exists from their last reader on, that of the latents always.
+            after = 0 if self.is_last(i) else 1
+            inner = [*self.group_phase(i, self.rows), *self._with_gradient(self.global_phase(i), after)]
             stages += [replace(stage, moment=stage.moment + self.of_latents) for stage in inner]
-        stages += self.ends(self.tokens)
-        stages = [*self._with(stages[:1]), *stages[1:]]
+        stages += self.head(self.tokens)
+        stages = [*self._with_gradient(stages[:1]), *stages[1:]]
         activations, gradients = peak(stages, self.held)
-        yield _Snapshot(0, pixels + self.start_of_latents() + activations, min(gradients, self.parameters * FLOAT))
+        yield _Snapshot(0, pixels + self.initial_latents() + activations, min(gradients, self.parameters * FLOAT))
 
-    def _with(self, stages: list[Stage], copies: int = 1) -> list[Stage]:
-        """Stages in whose backward pass the gradient of all data tokens is there."""
+    def _with_gradient(self, stages: list[Stage], copies: int = 1) -> list[Stage]:
+        """Stages during whose backward pass the gradient of all data tokens exists."""
         return [replace(stage, moment=stage.moment + copies * self.tokens * self.x) for stage in stages]
 
     def checkpointed(self) -> Iterator[_Snapshot]:
-        """What enters a phase is kept; a phase at a time is computed again."""
-        pixels, stem = self.tokens * self.raw, self.stem(self.tokens)
-        kept = stem.kept + self.start_of_latents() + self.blocks * 2 * self.of_latents
+        """Inputs of phases are kept; one phase at a time is computed again."""
+        pixels = self.tokens * self.raw
+        kept = self.stem(self.tokens).kept + self.initial_latents() + self.blocks * 2 * self.of_latents
         kept += (self.blocks - 1) * self.tokens * self.x
-        gradients = self.held
-        stages: list[list[Stage]] = []
-        for i in range(self.blocks):
-            stages += [self.grouped(i, self.rows), self.globals(i)]
-        stages[-1] += self.ends(self.tokens)
-        incoming = self.tokens * self.x + self.of_latents
-        for phase in reversed(stages):
+        phases = [phase for i in range(self.blocks) for phase in (self.group_phase(i, self.rows), self.global_phase(i))]
+        phases[-1] += self.head(self.tokens)
+        gradients, incoming = self.held, self.tokens * self.x + self.of_latents
+        for phase in reversed(phases):
             activations, most = peak(phase, gradients)
             yield _Snapshot(kept, pixels + incoming + activations, min(most, self.parameters * FLOAT))
             gradients += sum(stage.parameters for stage in phase) * FLOAT
 
     def streamed(self) -> Iterator[_Snapshot]:
-        """Data tokens between blocks and the inputs of global layers are kept; a slice, or a layer, is at work.
+        """Data tokens between blocks and inputs of global layers are kept; one slice, or one layer, is computed.
 
-        What is remembered of a slice or a layer goes over into its activations when it is its turn.
+        Remembered results of a slice or a layer become activations when its backward pass comes.
         """
-        here = self.setup.keep == "memory" or (self.setup.keep == "host" and self.setup.device == "cpu")
-        kept_latents = self.of_latents + self.start_of_latents()
-        kept_latents += sum(1 + len(self.globals(i)) for i in range(self.blocks)) * self.of_latents
+        phases = [(self.group_phase(i, self.rows), self.global_phase(i)) for i in range(self.blocks)]
+        remembered = sum(_remembered([*groups, *latents]) for groups, latents in phases)
+        kept_latents = self.of_latents + self.initial_latents()
+        kept_latents += sum(1 + len(latents) for _, latents in phases) * self.of_latents
         gradients = self.held
-        rows = self.setup.batch * min(self.slice_groups, self.plan.groups)
-        tokens = rows * self.plan.tokens_per_group
-        pixels = 2 * tokens * self.raw
-        remembered = sum(_remembered([*self.grouped(i, self.rows), *self.globals(i)]) for i in range(self.blocks))
         for i in reversed(range(self.blocks)):
-            rooms = min(i + 1, self.blocks - 1) / max(self.blocks - 1, 1)
-            kept = kept_latents + (int(rooms * self.boundaries) if here else 0)
-            for stage in reversed(self.globals(i)):
+            kept = kept_latents + self._kept_tokens(i)
+            for stage in reversed(phases[i][1]):
                 remembered -= stage.remembered
                 yield _Snapshot(kept, stage.kept + stage.moment + 2 * self.of_latents, gradients, remembered)
                 gradients += stage.parameters * FLOAT
-            phase = self.grouped(i, rows)
-            phase = [*([self.stem(tokens)] if i == 0 else []), *phase, *(self.ends(tokens) if self.is_last(i) else [])]
-            gradients += sum(stage.parameters for stage in phase) * FLOAT
-            # The sums over slices, and beside them the gradients of this one.
-            activations, fresh = peak(phase)
-            incoming = 3 * tokens * self.x + 3 * self.of_latents
-            others = remembered - _remembered(phase)
-            yield _Snapshot(kept, pixels + incoming + activations + fresh, gradients, others)
-            remembered -= _remembered(self.grouped(i, self.rows))
+            working, own, parameters = self._slice(i)
+            gradients += parameters * FLOAT
+            yield _Snapshot(kept, working, gradients, remembered - own)
+            remembered -= _remembered(phases[i][0])
 
-    def is_last(self, i: int) -> bool:
-        """Whether block i is the last."""
-        return i == self.blocks - 1
+    def _kept_tokens(self, i: int) -> int:
+        """Bytes of data tokens in memory while block i runs backward."""
+        if self.setup.keep == "disk" or (self.setup.keep == "host" and self.setup.device == "cuda"):
+            return 0
+        stores = min(i + 1, self.blocks - 1)
+        return stores * self.boundaries // max(self.blocks - 1, 1)
 
-    @property
-    def slice_groups(self) -> int:
-        """Groups of a slice."""
-        return self.setup.slice_groups or default_slice(self.plan.tokens_per_group, self.setup.batch)
+    def _slice(self, i: int) -> tuple[int, int, int]:
+        """A slice of the group phase of block i backward: working and remembered bytes, and number of parameters."""
+        rows = self.setup.batch * min(self.slice_groups, self.plan.groups)
+        tokens = rows * self.plan.tokens_per_group
+        groups = self.group_phase(i, rows)
+        stages = [*([] if i else [self.stem(tokens)]), *groups, *(self.head(tokens) if self.is_last(i) else [])]
+        # The gradients of parameters of this slice exist beside the sums over slices, which the caller counts.
+        activations, fresh = peak(stages)
+        pixels, incoming = 2 * tokens * self.raw, 3 * tokens * self.x + 3 * self.of_latents
+        working = pixels + incoming + activations + fresh
+        return working, _remembered(stages), sum(stage.parameters for stage in stages)
 
 
 def _remembered(stages: list[Stage]) -> int:
@@ -324,5 +342,5 @@ def _remembered(stages: list[Stage]) -> int:
 
 
 def default_slice(tokens_per_group: int, batch: int) -> int:
-    """Groups of a slice where nothing is said: as many as stay in a processor's cache."""
+    """Groups of a slice by default: as many as a processor's cache holds."""
     return max(1, SLICE_TOKENS // (tokens_per_group * batch))
