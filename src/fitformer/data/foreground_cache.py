@@ -13,6 +13,9 @@ from fitformer._support.atomic_files import write_atomically
 
 Grids = list[np.ndarray]
 
+# To be raised when a scan finds something else than before: older grids are then not found.
+_VERSION = 1
+
 
 def cache_folder() -> Path:
     """Where scans are kept: `$FITFORMER_CACHE`, or `fitformer` in the user's folder for caches."""
@@ -36,7 +39,7 @@ def cached(identity: Any, scan: Callable[[], Grids]) -> Grids:
 
     A broken file is scanned over. A folder that cannot be written costs a scan each time, and nothing else.
     """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([_VERSION, identity], sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "foreground" / digest[:2] / f"{digest}.npz"
     if (found := _read(path)) is not None:
         return found
