@@ -43,8 +43,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Options of sampling from a diffusion run."""
     parser.add_argument("--steps", type=positive, help="steps of sampling (default: the recipe's sample_steps)")
-    parser.add_argument("--sampler", help="ddim, ddpm, ddpm@small or ddpm@large (default: the recipe's)")
-    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance (default: the recipe's)")
+    parser.add_argument("--sampler", help="ddim, ddpm, ddpm@small or ddpm@large (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance (default: the model's)")
     parser.add_argument("--seed", type=natural, default=0, help="seed of the noise (default: 0)")
 
 

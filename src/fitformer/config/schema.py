@@ -124,7 +124,7 @@ class DiffuseObjective:
     condition_dropout: float = 0.0
     b_scale: float = 1.0
     normalize_input: bool = False
-    sampler: Literal["ddim", "ddpm", "ddpm@small", "ddpm@large"] = "ddim"
+    sampler: str = "ddim"
     sample_steps: int = 100
     guidance: float = 0.0
 
