@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from fitformer._support.suggest import suggest
 from fitformer.config import load as config
 from fitformer.config.schema import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe
 from fitformer.errors import InputError
@@ -117,3 +118,8 @@ def test_differences_name_keys_and_values_but_not_harmless_ones():
 def test_harmless_keys_exist():
     keys = dict(config.flatten(yaml.safe_load(config.dump(config.load("digits-classify")))))
     assert keys.keys() >= config.HARMLESS
+
+
+def test_only_similar_names_are_suggested():
+    assert suggest("cats.csv", ["cat.csv", "dogs.csv"]) == "; did you mean 'cat.csv'?"
+    assert suggest("wxyz.tif", ["0123456789.tif"], "; nothing is similar") == "; nothing is similar"

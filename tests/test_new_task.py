@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from fitformer.config.schema import EncoderModel, Optimizer, Training
+from fitformer.config.schema import EncoderModel, Recipe
 from fitformer.data.settings import ImageData
 from fitformer.diffusion import pixels_to_signal
 from fitformer.models.image_encoder import FITImageEncoder
@@ -36,15 +36,13 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class ParityRecipe:
+class ParityRecipe(Recipe):
     """Learn whether the class of an image is even."""
 
     task: Literal["parity"] = "parity"
     model: EncoderModel = field(default_factory=EncoderModel)
     data: ImageData = field(default_factory=ImageData)
     objective: Objective = field(default_factory=Objective)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    trainer: Training = field(default_factory=Training)
 
 
 def build(recipe, dataset):

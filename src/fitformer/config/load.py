@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from fitformer._support.suggest import suggest
+from fitformer._support.suggest import nearest, suggest
 from fitformer.config.schema import Recipe
 from fitformer.config.tasks import recipe_class, task_names
 from fitformer.errors import InputError
@@ -183,8 +183,11 @@ def _check_key(key: str, leaves: Mapping[str, Any], where: str) -> None:
     sections = {leaf.split(".")[0] for leaf in leaves if "." in leaf}
     if key in sections:
         raise InputError(f"{where}: {key} is a section; set one of its keys, such as {_keys_of(key, leaves)}")
-    hint = suggest(key, leaves, f"; the sections are {', '.join(sorted(sections))}")
-    raise InputError(f"{where}: unknown key {key!r}{hint}")
+    # A key without its section also counts: `steps` suggests `trainer.steps`.
+    by_name = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
+    near = nearest(key, leaves, 0.75) or by_name.get(nearest(key.rpartition(".")[2], by_name) or "")
+    hint = f"did you mean {near!r}?" if near else f"the sections are {', '.join(sorted(sections))}"
+    raise InputError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _keys_of(section: str, leaves: Mapping[str, Any]) -> str:
