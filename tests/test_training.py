@@ -368,7 +368,7 @@ def test_layers_compile(more, text, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_two_processes_train_together(text, tmp_path):
-    command = [sys.executable, "-m", "fitformer.cli", *words("digits-classify", text, tmp_path / "run")]
+    command = [sys.executable, "-m", "fitformer", *words("digits-classify", text, tmp_path / "run")]
     done = subprocess.run([*command, "--trainer.devices=2"], capture_output=True, text=True, check=True)
     assert done.stdout.count("is complete") == 1
     assert Run.open(tmp_path / "run").metrics()[-1]["step"] == 6
