@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from fitformer import data, viz
+from fitformer.data.grouping import Grouping
 from fitformer.data.settings import ImageData
 from fitformer.evaluation.evaluate import evaluate
 from fitformer.inference.explain.attribution import attribute
 from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.inference.explain.overlay import blend
-from fitformer.tasks.classify import grouped
 from fitformer.tasks.preview import grid, write_picture
 from fitformer.training.run_dir import Run
 
@@ -75,7 +75,7 @@ def draw(run: Run, folder: Path, count: int = 4) -> None:
     canvases, attention, relevance = [], [], []
     for index in range(count):
         image, label = dataset[index]["image"], int(dataset[index]["label"])
-        found = attribute(network, grouped(network, image, run.recipe.data))
+        found = attribute(network, Grouping(network.tiling, network.glimpses, run.recipe.data)(image))
         print(f"test canvas {index}: {label}, taken for {int(found.logits.argmax())}", file=sys.stderr)
         canvases.append(viz.as_colour(image[None])[0].numpy())
         for maps, values, colours in ((attention, found.attention, "heat"), (relevance, found.relevance, "signed")):

@@ -56,10 +56,10 @@ def diffuse(runs: Path) -> dict[str, Any]:
     return json.loads(fitformer("evaluate", run, *options))
 
 
-def autoregress(runs: Path) -> dict[str, Any]:
+def pixels(runs: Path) -> dict[str, Any]:
     """Train the decoder of pixels; held-out bits beside those of independent pixels."""
     run = runs / "pixels"
-    fitformer("train", "digits-autoregress", "--run-dir", run)
+    fitformer("train", "digits-pixels", "--run-dir", run)
     fitformer("generate", run, "--count", 40, "--seed", 1, "--output", run / "samples" / "demo")
     return json.loads(fitformer("evaluate", run, "--json"))
 
@@ -161,7 +161,7 @@ def main() -> int:
     runs = folder / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    figures = {"classify": classify(runs), "diffuse": diffuse(runs), "pixels": autoregress(runs)}
+    figures = {"classify": classify(runs), "diffuse": diffuse(runs), "pixels": pixels(runs)}
     text = continuation(runs)
     draw(runs, folder)
     reached = report(folder, figures, text, time.perf_counter() - start)

@@ -19,3 +19,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Scans of images are kept in a folder of the tests' own, also by the commands that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FITFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from fitformer._support.suggest import suggest
 from fitformer.config import load as config
 from fitformer.config.schema import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe
 from fitformer.errors import InputError
@@ -47,7 +48,7 @@ def test_values_take_the_type_of_their_key():
 
 def test_a_recipe_may_be_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("task: autoregress\nobjective: {kind: bytes}\n")
+    path.write_text("task: bytes\n")
     assert isinstance(config.load(str(path)), ByteRecipe)
 
 
@@ -70,7 +71,7 @@ def test_a_recipe_may_be_a_file(tmp_path):
         ("digits-classify", "--optimizer.eps=-1", "eps is -1"),
         ("digits-diffuse", "--objective.class_conditional=false", "there is no condition to drop"),
         ("digits-diffuse", "--objective.condition_dropout=0", "guidance is 1.0, which needs"),
-        ("digits-classfy", "", "no recipe 'digits-classfy' (did you mean 'digits-classify'?)"),
+        ("digits-classfy", "", "did you mean 'digits-classify'?"),
         ("nowhere/recipe.yaml", "", "no recipe file 'nowhere/recipe.yaml'"),
     ],
 )
@@ -87,7 +88,7 @@ def test_a_mistake_has_one_clear_line(name, override, message):
         ("", "holds no keys"),
         ("task: [", "is not YAML"),
         ("task: clasify", "did you mean 'classify'?"),
-        ("task: autoregress\nobjective: {kind: byte}", "did you mean 'bytes'?"),
+        ("task: byte", "did you mean 'bytes'?"),
         ("task: classify\nmodel: {heds: 2}", "did you mean 'model.heads'?"),
         ("task: classify\nmodel: 3", "model is a section"),
         ("task: classify\ntrainer: {steps: 2.5}", "trainer.steps is '2.5'; expected int"),
@@ -103,7 +104,7 @@ def test_a_broken_file_has_one_clear_line(text, message):
 def test_a_file_that_is_no_text_has_one_clear_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"task: \xff")
-    with pytest.raises(InputError, match="is not text in UTF-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         config.load(str(path))
 
 
@@ -117,3 +118,8 @@ def test_differences_name_keys_and_values_but_not_harmless_ones():
 def test_harmless_keys_exist():
     keys = dict(config.flatten(yaml.safe_load(config.dump(config.load("digits-classify")))))
     assert keys.keys() >= config.HARMLESS
+
+
+def test_only_similar_names_are_suggested():
+    assert suggest("cats.csv", ["cat.csv", "dogs.csv"]) == "; did you mean 'cat.csv'?"
+    assert suggest("wxyz.tif", ["0123456789.tif"], "; nothing is similar") == "; nothing is similar"

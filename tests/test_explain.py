@@ -605,7 +605,7 @@ def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
     assert made.run(find([folder])) == 3
     broken = made.broken[str(folder / "b.npy")]
     assert broken.what == "not finite"
-    assert "pixels that are no numbers" in broken.reason
+    assert "NaN or infinite pixels" in broken.reason
 
 
 def test_an_image_of_background_alone_is_blank(folder, tmp_path):
@@ -788,7 +788,7 @@ def test_the_command_counts_apart_what_could_not_be_labelled(run_folder, slides,
     known.write_text(json.dumps({k: v for k, v in json.loads(known.read_text()).items() if k != "pixels"}))
     assert main(["predict", str(tmp_path / "run"), str(slides), "--output", str(tmp_path / "seen")]) == 0
     assert capsys.readouterr().out.endswith(
-        ": 2 of 5 images labelled now, 1 could not be read, 1 blank, 1 with pixels that are no numbers (broken.csv)\n"
+        ": 2 of 5 images labelled now, 1 could not be read, 1 blank, 1 with NaN or infinite pixels (broken.csv)\n"
     )
     found = {row["file"]: row["what"] for row in rows_of(tmp_path / "seen" / "broken.csv")}
     assert found == {

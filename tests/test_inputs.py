@@ -19,7 +19,7 @@ from fitformer.config import load as config
 from fitformer.data.masks import Masks
 from fitformer.errors import InputError
 from fitformer.patching.any_size import PixelArray
-from fitformer.tasks import build_model, classify
+from fitformer.tasks import build_model
 from fitformer.training import run_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,8 +289,6 @@ def test_prediction_sees_masks_that_lack_or_are_shared_or_changed(tmp_path, caps
     words = ["predict", str(run), str(folder), "--output", str(seen)]
 
     def said():
-        # As in a process of its own.
-        classify._occupied_file.cache_clear()
         assert main(words) == 0
         return capsys.readouterr().out.removeprefix(f"{seen}: ")
 

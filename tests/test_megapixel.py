@@ -10,6 +10,7 @@ from fitformer.data.datasets.megapixel import DIGITS, SIDE, SMALLEST, line_patte
 from fitformer.data.pixels import shift
 from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
+from helpers import grouped
 
 # Every image one grey level that says its part and class: training digits 1 .. 10, test digits 101 .. 110.
 FIRST_LEVEL = {"train": 1, "test": 101}
@@ -176,7 +177,6 @@ def test_what_comes_in_at_the_edge_has_the_colour_of_the_rim():
 def test_the_recipe_trains_on_the_groups_that_hold_something(mnist, tmp_path):
     pytest.importorskip("lightning", reason="needs the extra train")
     from fitformer.config import load as config
-    from fitformer.tasks.classify import grouped
     from fitformer.training.fit import train
     from fitformer.training.run_dir import Run
 

@@ -16,7 +16,7 @@ from fitformer.execution.selective_checkpoint import SAVE_POLICIES, checkpointin
 from fitformer.models.layers import TransformerLayer
 from fitformer.profiling import Geometry, StepConfig, memory
 from fitformer.profiling.memory import _Step
-from test_streamed import DROPS, check_equal, decoder, denoiser, encoder, outcome
+from small_models import DROPS, check_equal, decoder, denoiser, encoder, outcome
 
 CHOICES = ["full", "local", "selective", "light"]
 WIDE = {"latents_per_group": 4, "dim": 32, "latent_dim": 48, "heads": 4, "latent_heads": 4}
@@ -134,7 +134,7 @@ def test_frozen_layers_remember(build):
             return (model((x[..., 0].detach().abs() * 3).long() % 11),)
         return model(x, torch.tensor([0.2, 0.9]), torch.ones(2, 3))
 
-    check_equal(outcome(model, None, call, Streamed(2, recompute="light")), outcome(model, None, call, plain))
+    check_equal(outcome(model, call, Streamed(2, recompute="light")), outcome(model, call, plain))
 
 
 def test_what_is_remembered_of_a_pass_that_is_thrown_away_goes_with_it():

@@ -18,10 +18,8 @@ import fitformer
 from fitformer.errors import InputError
 from fitformer.execution import Inputs, Streamed, _streamed_pass, checkpointed, plain, token_store
 from fitformer.patching.any_size import GroupedImage, PixelArray
+from small_models import DROPS, ROLES, SIZES, N, T, check_equal, denoise, denoiser, encode, encoder, mask_of, outcome
 
-T, N = 7, 6
-SIZES = {"latents_per_group": 2, "dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 3}
-DROPS = {"drop_path": 0.3, "drop_units": 0.2, "drop_att": 0.25}
 WAYS = [
     checkpointed,
     Streamed(1),
@@ -35,95 +33,13 @@ WAYS = [
 ]
 
 
-def encoder(**options):
-    torch.manual_seed(0)
-    return fitformer.FITEncoder.from_config(
-        layers="(1)2(2)1", num_groups=T, tokens_per_group=N, in_channels=5, **SIZES, **options
-    )
-
-
-def denoiser(**options):
-    torch.manual_seed(0)
-    return fitformer.FITDenoiser.from_config(
-        layers="(1)1(1)2(1)",
-        num_groups=T,
-        tokens_per_group=N,
-        out_dim=5,
-        cond_dim=3,
-        self_cond="latent",
-        xattn_with_mlp=True,
-        **SIZES,
-        **options,
-    )
-
-
-def decoder(**options):
-    torch.manual_seed(0)
-    return fitformer.FITDecoder.from_config(
-        layers="(1)2(1)1(1)", num_groups=T, tokens_per_group=N, vocab_size=11, **SIZES, **options
-    )
-
-
-def encode(model, x):
-    return model(x, mask=mask_of(x))
-
-
-def denoise(model, x):
-    time, cond = torch.tensor([0.2, 0.9]).to(x), torch.linspace(0, 1, 6).view(2, 3).to(x)
-    return model(x, time, cond, torch.ones(2, T, 2, 12).to(x), mask=mask_of(x))
-
-
-def decode(model, x):
-    return (model((x[..., 0].detach().abs() * 3).long() % 11),)
-
-
-def mask_of(x):
-    mask = torch.ones(x.shape[:3], dtype=torch.bool)
-    mask[0, 2, 4:] = mask[1, 5, 1:] = False
-    return mask
-
-
-ROLES = {"encoder": (encoder, encode), "denoiser": (denoiser, denoise), "decoder": (decoder, decode)}
-
-
-def outcome(model, run, call, way, seed=3):
-    """Outputs and gradients of inputs and parameters, under one random state, and what comes next of it."""
-    model.set_execution(way)
-    model.zero_grad()
-    torch.manual_seed(1)
-    x = torch.randn(2, T, N, 5).to(next(model.parameters()).dtype).requires_grad_()
-    torch.manual_seed(seed)
-    outputs = call(model, x)
-    sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs).backward()
-    following = torch.rand(3)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return [*outputs, following.to(x)], {"x": x.grad, **gradients}
-
-
-def check_equal(ours, plainly):
-    """To float64's accuracy where the model has it; else to 1e-5 of the largest gradient.
-
-    (What a parameter's own gradient is compared with must not be that gradient: those of key biases are 0, but for
-    rounding.)
-    """
-    rtol = 1e-10 if any(each.dtype == torch.float64 for each in ours[0]) else 1e-5
-    for out, wanted in zip(ours[0], plainly[0], strict=True):
-        torch.testing.assert_close(out, wanted, rtol=rtol, atol=rtol)
-    assert ours[1].keys() == plainly[1].keys()
-    largest = max(wanted.abs().max().item() for wanted in plainly[1].values() if wanted is not None)
-    for name, wanted in plainly[1].items():
-        assert (ours[1][name] is None) == (wanted is None), name
-        if wanted is not None:
-            torch.testing.assert_close(ours[1][name], wanted, rtol=rtol, atol=rtol * largest, msg=name)
-
-
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_way_equals_plain_with_dropout_on(role, dtype, way):
     build, call = ROLES[role]
     model = build(**DROPS).to(dtype)
-    check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
+    check_equal(outcome(model, call, way), outcome(model, call, plain))
 
 
 OPTIONS = [{"mask": "causal"}, {"y_channels": 3}, {"latent_position": "row_column"}, {"qk_norm": True}]
@@ -136,12 +52,12 @@ def test_options_of_the_encoder_stream(options):
     def call(model, x):
         return model(x, *([torch.ones(2, T, 2, 3)] if "y_channels" in options else []))
 
-    check_equal(outcome(model, None, call, Streamed(2)), outcome(model, None, call, plain))
+    check_equal(outcome(model, call, Streamed(2)), outcome(model, call, plain))
 
 
 def test_dropout_does_drop_and_slices_do_not_change_it():
     model = encoder(**DROPS)
-    first, other = (outcome(model, None, encode, Streamed(2), seed)[0][0] for seed in (3, 4))
+    first, other = (outcome(model, encode, Streamed(2), seed)[0][0] for seed in (3, 4))
     assert not torch.allclose(first, other)
 
 
@@ -228,7 +144,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
     def call(model, x):
         return model(x.detach())
 
-    ours, plainly = (outcome(model, None, call, way) for way in (Streamed(2), plain))
+    ours, plainly = (outcome(model, call, way) for way in (Streamed(2), plain))
     assert ours[1].pop("x") is plainly[1].pop("x") is None
     check_equal(ours, plainly)
     assert model.stem.projection.weight.grad is None
@@ -264,7 +180,7 @@ def test_without_gradients_one_room_serves_all_blocks(monkeypatch):
 
 def test_bf16_tokens_are_near_and_not_exact():
     model = denoiser()
-    near, exact = (outcome(model, None, denoise, way)[0][0] for way in (Streamed(2, precision="bf16"), plain))
+    near, exact = (outcome(model, denoise, way)[0][0] for way in (Streamed(2, precision="bf16"), plain))
     torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05)
     assert not torch.equal(near, exact)
 
@@ -273,7 +189,7 @@ def test_mixed_precision_is_entered_again():
     model, results = encoder(), []
     for way in (plain, Streamed(3)):
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(outcome(model, None, encode, way))
+            results.append(outcome(model, encode, way))
     for name, wanted in results[0][1].items():
         if wanted is not None:
             torch.testing.assert_close(results[1][1][name], wanted, rtol=0.1, atol=0.1 * wanted.abs().max().item())
@@ -349,7 +265,7 @@ def test_layers_that_the_loss_does_not_use_get_no_gradient(layers, used):
     def call(model, x):
         return [model(x)[used]]
 
-    check_equal(outcome(model, None, call, Streamed(2)), outcome(model, None, call, plain))
+    check_equal(outcome(model, call, Streamed(2)), outcome(model, call, plain))
 
 
 def test_what_is_named_twice_gets_its_gradient_once():
@@ -682,7 +598,7 @@ def test_every_way_equals_plain_on_a_gpu(role, way):
     torch.set_default_device("cuda")
     try:
         model = build(**DROPS).double().cuda()
-        check_equal(outcome(model, None, call, way), outcome(model, None, call, plain))
+        check_equal(outcome(model, call, way), outcome(model, call, plain))
     finally:
         torch.set_default_device(None)
 

@@ -13,7 +13,7 @@ from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
-from fitformer.tasks import autoregress, build_model, classify, diffuse, optimizers, task_of
+from fitformer.tasks import build_model, bytes, classify, diffuse, optimizers, pixels, task_of
 from fitformer.tasks.preview import Preview, grid, save
 
 
@@ -33,7 +33,7 @@ def recipe_of(name, *overrides):
 
 def batch_of(recipe, k=8):
     random = torch.Generator().manual_seed(0)
-    if recipe.task == "autoregress" and recipe.objective.kind == "bytes":
+    if recipe.task == "bytes":
         tokens = torch.randint(256, (k, recipe.data.length), generator=random)
         return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool), "index": torch.arange(k)}
     side, high = recipe.data.image_size, recipe.data.levels or 256
@@ -41,7 +41,7 @@ def batch_of(recipe, k=8):
     return {"image": image, "label": torch.arange(k) % 10, "index": torch.arange(k)}
 
 
-NAMES = ["digits-classify", "digits-diffuse", "digits-autoregress", "python-bytes-demo"]
+NAMES = ["digits-classify", "digits-diffuse", "digits-pixels", "python-bytes-demo"]
 SHORT = {"python-bytes-demo": ["--data.length=64", "--model.tokens_per_group=16", "--objective.preview_length=70"]}
 
 
@@ -86,11 +86,11 @@ PARTS = (slice(0, 3), slice(3, 8))
 
 
 def test_untrained_decoders_need_the_bits_of_their_vocabulary():
-    recipe = recipe_of("digits-autoregress")
+    recipe = recipe_of("digits-pixels")
     network = build_model(recipe, Shapes()).eval()
     torch.nn.init.zeros_(network.embedding.weight)
     with torch.no_grad():
-        metrics, count = autoregress.measure(network, batch_of(recipe), recipe)
+        metrics, count = pixels.measure(network, batch_of(recipe), recipe)
     assert float(metrics["bits_per_dim"]) == pytest.approx(math.log2(17), rel=1e-5)
     assert float(metrics["loss"]) == pytest.approx(math.log(17), rel=1e-5)
     assert count == 8 * 64
@@ -101,9 +101,9 @@ def test_masked_bytes_do_not_count():
     network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
     batch["mask"][:, 30:] = False
     with torch.no_grad():
-        before, count = autoregress.measure(network, batch, recipe)
+        before, count = bytes.measure(network, batch, recipe)
         batch["tokens"][:, 30:] = 0
-        after, _ = autoregress.measure(network, batch, recipe)
+        after, _ = bytes.measure(network, batch, recipe)
     assert count == 8 * 30
     torch.testing.assert_close(before, after)
 
@@ -178,26 +178,26 @@ def test_one_hot_leaves_the_unknown_at_zero():
 
 
 def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for():
-    recipe = recipe_of("digits-autoregress")
-    images = autoregress.preview(build_model(recipe, Shapes()).eval(), recipe, 3).images
+    recipe = recipe_of("digits-pixels")
+    images = pixels.preview(build_model(recipe, Shapes()).eval(), recipe, 3).images
     assert images.shape == (3, 8, 8, 1)
     assert set(images.unique().tolist()) <= {round(level * 255 / 16) for level in range(17)}
     recipe = recipe_of("python-bytes-demo", *SHORT["python-bytes-demo"])
     network = build_model(recipe, Shapes(0)).eval()
-    (data,) = autoregress.generate_bytes(network, [b"def "], 70, temperature=0)
+    (data,) = bytes.generate_bytes(network, [b"def "], 70, temperature=0)
     assert data.startswith(b"def ")
     assert len(data) == 74
-    with pytest.raises(InputError, match="all of one length"):
-        autoregress.generate_bytes(network, [b"a", b"bc"], 1)
+    with pytest.raises(InputError, match="one length"):
+        bytes.generate_bytes(network, [b"a", b"bc"], 1)
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("digits-classify", ["--data.levels=17"], "data.levels is 17, which only the task autoregress reads"),
+        ("digits-classify", ["--data.levels=17"], "data.levels is 17"),
         ("digits-diffuse", ["--objective.train_schedule=sigmiod@-3,3,1"], "is not a schedule"),
         ("digits-classify", ["--model.group_size=12"], "12"),
-        ("python-bytes-demo", ["--data.length=100"], "lengths near it are 64 or 128"),
+        ("python-bytes-demo", ["--data.length=100"], "64 or 128"),
         ("digits-classify", ["--model.layers=4"], "does not parse"),
         ("digits-classify", ["--model.preset=huge"], "no preset 'huge'"),
     ],

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from helpers import patch_task
+
 pytest.importorskip("lightning", reason="needs the extra train")
 
 from fitformer.cli import main
@@ -40,7 +42,7 @@ SMALL = [
 MORE = {
     "digits-classify": [],
     "digits-diffuse": ["--objective.sample_steps=2"],
-    "digits-autoregress": [],
+    "digits-pixels": [],
     "python-bytes-demo": [
         "--data.source=files",
         "--data.length=32",
@@ -185,7 +187,7 @@ def raising(error):
 def test_a_signal_stops_after_the_running_step_with_everything_saved(number, straight, tmp_path, monkeypatch, capsys):
     before, run_dir = signal.getsignal(number), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(classify, "loss", at_call(7, lambda: os.kill(os.getpid(), number), classify.loss))
+        patch_task(patch, classify, loss=at_call(7, lambda: os.kill(os.getpid(), number), classify.loss))
         assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 130
     captured = capsys.readouterr()
     assert "stopped at step 3 of 4; the same command goes on from there" in captured.out
@@ -197,6 +199,7 @@ def test_a_signal_stops_after_the_running_step_with_everything_saved(number, str
 
 TERMINATED = """
 import sys
+from dataclasses import replace
 from fitformer.cli import main
 from fitformer.tasks import classify
 
@@ -210,7 +213,7 @@ def counted(*given):
         sys.stdin.readline()
     return loss(*given)
 
-classify.loss = counted
+classify.TASK = replace(classify.TASK, loss=counted)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -252,7 +255,11 @@ def test_an_error_in_mid_run_loses_no_whole_step(where, call, error, step, strai
     run_dir = tmp_path / "run"
     module, name = where.rsplit(".", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(where, at_call(call, raising(error), getattr(sys.modules[module], name)))
+        broken = at_call(call, raising(error), getattr(sys.modules[module], name))
+        if module == "fitformer.tasks.classify":
+            patch_task(patch, classify, **{name: broken})
+        else:
+            patch.setattr(where, broken)
         assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
     assert last_line(capsys) == f"fitformer: error: {error}; the same command goes on from step {step}"
     assert torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
@@ -264,11 +271,11 @@ def test_an_error_in_mid_run_loses_no_whole_step(where, call, error, step, strai
 def test_an_error_that_comes_back_keeps_the_checkpoint(straight, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(classify, "loss", at_call(8, raising(InputError("0.tif is broken")), classify.loss))
+        patch_task(patch, classify, loss=at_call(8, raising(InputError("0.tif is broken")), classify.loss))
         assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
     kept = (run_dir / "checkpoints/last.ckpt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(classify, "loss", at_call(2, raising(InputError("0.tif is broken")), classify.loss))
+        patch_task(patch, classify, loss=at_call(2, raising(InputError("0.tif is broken")), classify.loss))
         assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
     assert (
         capsys.readouterr().err.count("fitformer: error: 0.tif is broken; the same command goes on from step 2\n") == 2
@@ -287,7 +294,7 @@ def test_an_error_while_saving_after_an_error_keeps_the_checkpoint_before(tmp_pa
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
         raise InputError("0.tif is broken")
 
-    monkeypatch.setattr(classify, "loss", at_call(11, fail, classify.loss))
+    patch_task(monkeypatch, classify, loss=at_call(11, fail, classify.loss))
     assert main(words("digits-classify", None, run_dir, *more)) == 2
     line = last_line(capsys)
     assert line.startswith("fitformer: error: 0.tif is broken; step 3 was not saved: could not write ")
@@ -316,7 +323,9 @@ def test_weights_that_are_no_numbers_are_not_saved_after_an_error(tmp_path, monk
         raise InputError("0.tif is broken")
 
     networks, loss = [], classify.loss
-    monkeypatch.setattr(classify, "loss", lambda network, *rest: (networks.append(network), counted(network, *rest))[1])
+    patch_task(
+        monkeypatch, classify, loss=lambda network, *rest: (networks.append(network), counted(network, *rest))[1]
+    )
     counted = at_call(8, poison, loss)
     assert main(words("digits-classify", None, tmp_path / "run", *RARELY_SAVED)) == 2
     assert "0.tif is broken; step 2 was not saved: training diverged: at step 2 some weights" in last_line(capsys)

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fitformer.models.auto import from_pretrained
     from fitformer.models.decoder import FITDecoder
     from fitformer.models.denoiser import FITDenoiser
     from fitformer.models.encoder import FITEncoder
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from fitformer.models.image_encoder import FITImageEncoder
 
 __version__ = "0.1.0"
-__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageDenoiser", "FITImageEncoder"]
+__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageDenoiser", "FITImageEncoder", "from_pretrained"]
 
 _HOMES = {
     "FITDecoder": "fitformer.models.decoder",
@@ -22,6 +23,7 @@ _HOMES = {
     "FITEncoder": "fitformer.models.encoder",
     "FITImageDenoiser": "fitformer.models.image_denoiser",
     "FITImageEncoder": "fitformer.models.image_encoder",
+    "from_pretrained": "fitformer.models.auto",
 }
 _ROOMS = {"diffusion", "execution", "generation", "models", "patching"}
 

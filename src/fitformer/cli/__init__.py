@@ -1,18 +1,19 @@
-"""The command line: `fitformer VERB ...`. Verbs parse, call and print; what they do stands elsewhere.
+"""The command line: `fitformer VERB ...`. Verbs parse arguments, call the library and print.
 
 A verb is a module `fitformer.cli.<verb>` with `add_arguments(parser)` and `run(arguments) -> exit status`; it is
-imported when it is called, so that help comes at once. A verb with `OVERRIDES = True` gets what its parser does not
-know as `arguments.overrides`.
+imported only when it is called, so that `--help` is fast. A verb with `OVERRIDES = True` gets the arguments that its
+parser does not know as `arguments.overrides`.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from fitformer import __version__
+from fitformer._support.suggest import suggest
+from fitformer.data.workers import message_of
 from fitformer.errors import InputError, MissingDependencyError
 
 VERBS = {
@@ -28,7 +29,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] not in VERBS:
@@ -40,21 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except (InputError, MissingDependencyError, OSError) as error:
-        print(f"fitformer: error: {_one_line(error)}", file=sys.stderr)
+        print(f"fitformer: error: {message_of(error)}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Caught "):
-        # Raised in a worker process of a loader, torch gives its whole traceback as the message; the last line says it.
-        return lines[-1].partition(": ")[2]
-    return " ".join(lines)
-
-
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are bad input like any other: one line instead of the usage."""
+    """A parser that raises `InputError` in place of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
@@ -65,8 +57,8 @@ def _outer(words: list[str]) -> int:
     parser = _Parser(
         prog="fitformer",
         usage="fitformer VERB ...",
-        description="FIT transformers: train them, and use what was trained.",
-        epilog=f"verbs:\n{listing}\n\n`fitformer VERB --help` says more.",
+        description="Train FIT transformers, and use the trained models.",
+        epilog=f"verbs:\n{listing}\n\n`fitformer VERB --help` lists the options of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fitformer {__version__}")
@@ -74,9 +66,8 @@ def _outer(words: list[str]) -> int:
     if not rest:
         parser.print_help()
         return 0
-    near = get_close_matches(rest[0], VERBS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"
-    raise InputError(f"no verb {rest[0]!r}; {hint}")
+    hint = suggest(rest[0], VERBS, f"; the verbs are {', '.join(VERBS)}")
+    raise InputError(f"no verb {rest[0]!r}{hint}")
 
 
 def _verb(verb: str, words: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Measure a run on held-out data: accuracy and confusion, denoising error, or bits per pixel or byte beside baselines.
+"""Evaluate a run on held-out data: accuracy and confusion, denoising error, or bits per pixel or byte and baselines.
 
 fitformer evaluate runs/digits-classify
 fitformer evaluate runs/digits-diffuse --classifier runs/digits-classify --count 500
@@ -15,8 +15,6 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-TASKS = ("classify", "diffuse", "autoregress")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer evaluate`."""
@@ -24,67 +22,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="part of the data")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--no-baselines", action="store_true", help="leave out what an autoregressive run must beat")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the baselines of the task")
     add_device(parser)
-    drawn = parser.add_argument_group("of a diffuse run, how often samples are recognised as their class")
-    drawn.add_argument("--classifier", metavar="RUN", help="run directory of a classify recipe on the same classes")
+    drawn = parser.add_argument_group(
+        "for a diffusion run: the share of samples that a classifier assigns to their class"
+    )
+    drawn.add_argument("--classifier", metavar="RUN", help="run directory of a classifier of the same classes")
     drawn.add_argument("--count", type=positive, help="samples to draw (default: 500)")
     add_drawing(drawn)  # type: ignore[arg-type]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Evaluate and print."""
     from fitformer.evaluation.evaluate import evaluate, recognition
 
-    of, device = open_run(arguments.run, *TASKS), device_of(arguments)
-    judge = None if arguments.classifier is None else open_run(arguments.classifier, "classify")
-    drawing = {name: getattr(arguments, name) for name in ("steps", "sampler", "guidance")}
-    unused = [name for name in ("count", *drawing) if getattr(arguments, name) is not None]
-    if judge is None and unused:
-        raise InputError(f"--{unused[0]} is for samples that a classifier looks at; give --classifier RUN as well")
-    more = {"device": device, "batch_size": arguments.batch_size}
+    run, device = open_run(arguments.run), device_of(arguments)
+    classifier = None if arguments.classifier is None else open_run(arguments.classifier, "predict")
+    sampling = {name: getattr(arguments, name) for name in ("steps", "sampler", "guidance")}
+    unused = [name for name in ("count", *sampling) if getattr(arguments, name) is not None]
+    if classifier is None and unused:
+        raise InputError(f"--{unused[0]} is for samples that are classified; give --classifier RUN as well")
+    hardware = {"device": device, "batch_size": arguments.batch_size}
     with progress("evaluate") as show:
-        found = list(evaluate(of, arguments.split, baselines=not arguments.no_baselines, on_batch=show, **more))
-    if judge is not None:
-        found += recognition(of, judge, arguments.count or 500, seed=arguments.seed, **drawing, **more)
+        metrics = list(evaluate(run, arguments.split, baselines=not arguments.no_baselines, on_batch=show, **hardware))
+    if classifier is not None:
+        count = arguments.count or 500
+        metrics += recognition(run, classifier, count, seed=arguments.seed, **sampling, **hardware)
     if arguments.json:
-        print(json.dumps({"run": str(of.path), "split": arguments.split, **dict(found)}, ensure_ascii=False))
-        return 0
-    from rich.console import Console
-
-    console = Console()
-    for table in tables(found, of.classes, f"{of.path}, {arguments.split}"):
-        console.print(table)
+        print(json.dumps({"run": str(run.path), "split": arguments.split, **dict(metrics)}, ensure_ascii=False))
+    else:
+        _print(metrics, run.classes, f"{run.path}, {arguments.split}")
     return 0
 
 
-def tables(found: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
-    """Single values in one table, values by class in another, the confusion in a third."""
+def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(metrics, classes, title):
+        console.print(table)
+
+
+def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
+    """Tables of the metrics: one of single values, one for each metric by class, one of the confusion."""
     from rich import box
     from rich.table import Table
 
-    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left"}
-    single = Table("measure", title=title, min_width=30, **look)  # type: ignore[arg-type]
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left"}
+    single = Table("measure", title=title, min_width=30, **style)
     single.add_column("value", justify="right")
-    further = []
-    for name, value in found:
+    others = []
+    for name, value in metrics:
         if isinstance(value, dict):
-            of_class = Table("class", title=name.replace("_", " "), min_width=30, **look)  # type: ignore[arg-type]
-            of_class.add_column("value", justify="right")
+            by_class = Table("class", title=name.replace("_", " "), min_width=30, **style)
+            by_class.add_column("value", justify="right")
             for key, share in value.items():
-                of_class.add_row(key, f"{share:.4f}")
-            further.append(of_class)
+                by_class.add_row(key, f"{share:.4f}")
+            others.append(by_class)
         elif isinstance(value, list):
-            further += [_confusion(value, classes, look)] if len(classes) <= 20 else []
+            others += [_confusion(value, classes, style)] if len(classes) <= 20 else []
         else:
             single.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-    return [single, *further]
+    return [single, *others]
 
 
-def _confusion(counts: list[list[int]], classes: Sequence[str], look: dict[str, Any]) -> "Table":
+def _confusion(counts: list[list[int]], classes: Sequence[str], style: dict[str, Any]) -> "Table":
     from rich.table import Table
 
-    table = Table("true, then taken for", title="confusion", **look)
+    table = Table("true class, then predicted", title="confusion", **style)
     for name in classes:
         table.add_column(name, justify="right")
     for name, row in zip(classes, counts, strict=True):

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and what they mean."""
+"""Arguments that several verbs share, and their evaluation."""
 
 import argparse
 import sys
@@ -37,33 +37,33 @@ def at_least(lowest: int, text: str) -> int:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`."""
-    parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """How samples of a diffusion run are drawn."""
+    """Options of sampling from a diffusion run."""
     parser.add_argument("--steps", type=positive, help="steps of sampling (default: the recipe's sample_steps)")
-    parser.add_argument("--sampler", help="ddim, ddpm, ddpm@small or ddpm@large (default: the recipe's)")
-    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance (default: the recipe's)")
-    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--sampler", help="ddim, ddpm, ddpm@small or ddpm@large (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance (default: the model's)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the noise (default: 0)")
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal's standard error while the body runs; yields `show(done, of)`. None where nobody looks."""
+    """Show a progress bar on standard error, if it is a terminal, while the body runs; yields `show(done, total)`."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def device_of(arguments: argparse.Namespace) -> "torch.device":
-    """The device asked for, or the GPU if there is one.
+    """The device of `--device`, by default the GPU if there is one.
 
     Raises:
-        InputError: no such device.
+        InputError: the device cannot be used.
     """
     import torch
 
@@ -77,19 +77,18 @@ def device_of(arguments: argparse.Namespace) -> "torch.device":
     return device
 
 
-def open_run(path: str, *tasks: str) -> "Run":
-    """Open a run of one of the given tasks.
+def open_run(path: str, verb: str | None = None) -> "Run":
+    """Open a run, of a task that `verb` serves if one is given.
 
     Raises:
-        InputError: no run there, or one of another task (says which verb serves it).
+        InputError: no run at `path`, or a run that another verb serves; the message names that verb.
     """
+    from fitformer.tasks import task_of
     from fitformer.training.run_dir import Run
 
     run = Run.open(path)
-    if run.recipe.task not in tasks:
-        verb = {"classify": "predict", "diffuse": "sample", "autoregress": "generate"}[run.recipe.task]
-        raise InputError(
-            f"{path} is a run of the task {run.recipe.task}, this verb needs {' or '.join(tasks)}; "
-            f"`fitformer {verb} {path}` may be what you want"
-        )
+    served_by = task_of(run.recipe).verb
+    if verb is not None and served_by != verb:
+        hint = f"use `fitformer {served_by} {path}`" if served_by else f"use `fitformer evaluate {path}`"
+        raise InputError(f"{path} is a run of the task {run.recipe.task}, which `{verb}` does not serve; {hint}")
     return run

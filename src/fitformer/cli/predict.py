@@ -11,7 +11,7 @@ fitformer predict RUN slides/ --output seen/
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,8 @@ from fitformer.cli.options import add_device, device_of, open_run, positive, pro
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
-    from fitformer.config.schema import ClassifyRecipe, Training
-    from fitformer.data.masks import Masks
-    from fitformer.data.settings import ImageData
-    from fitformer.execution.token_store import Keep
     from fitformer.inference.explain.batch import Failure
-    from fitformer.models.image_encoder import FITImageEncoder
-    from fitformer.training.run_dir import Run
+    from fitformer.inference.labelling import Labeller
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,73 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Label and print, or write into a folder what was seen."""
-    from fitformer.config.schema import ClassifyRecipe
-    from fitformer.models.image_encoder import FITImageEncoder
-
-    of = open_run(arguments.run, "classify")
-    network = of.model().to(device_of(arguments))
-    assert isinstance(network, FITImageEncoder)
-    assert isinstance(of.recipe, ClassifyRecipe)
-    if network.groups is None:
-        return _of_any_size(arguments, of, network, of.recipe)
-    if arguments.keep or arguments.scratch or arguments.y != "down":
-        raise InputError(
-            f"--keep, --scratch and --y are for a run that takes images of any size; {arguments.run} takes one size"
-        )
-    return _label(arguments, of, network, of.recipe.data)
-
-
-def _of_any_size(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", recipe: "ClassifyRecipe") -> int:
+    """Label and print, or write maps into a folder."""
     from fitformer.execution.token_store import ScratchError
+    from fitformer.inference.labelling import Labeller
 
-    _stream(network, recipe.trainer, arguments.keep, arguments.scratch)
+    run = open_run(arguments.run, "predict")
+    labeller = Labeller(run, run.model().to(device_of(arguments)))
+    if not labeller.takes_any_size:
+        if arguments.keep or arguments.scratch or arguments.y != "down":
+            raise InputError(
+                f"--keep, --scratch and --y are for a run that takes images of any size; {arguments.run} takes one size"
+            )
+        return _label(arguments, labeller)
+    labeller.stream(arguments.keep, arguments.scratch)
     labels_only = arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json")
     try:
-        return (_label if labels_only else _see)(arguments, of, network, recipe.data)
+        return (_label if labels_only else _explain)(arguments, labeller)
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
 
 
-def _stream(network: "FITImageEncoder", training: "Training", keep: "Keep | None", scratch: str | None) -> None:
-    """Have images read piece by piece, also by a run that was trained on small ones."""
-    from fitformer.execution import Streamed
+def _label(arguments: argparse.Namespace, labeller: "Labeller") -> int:
+    from fitformer.inference.predict import as_text
 
-    keep = keep or ("disk" if scratch else training.keep)
-    if scratch and keep != "disk":
-        raise InputError(f"--scratch is where data tokens wait on disk; --keep {keep} keeps them elsewhere")
-    network.set_execution(Streamed(training.slice_groups, keep, training.keep_precision, scratch or training.scratch))
-
-
-def _masks(data: "ImageData", files: Sequence[Path]) -> "Masks | None":
-    """The masks of the run's data, if there are, none of which two of these images share."""
-    from fitformer.data.masks import masks_of
-
-    masks = masks_of(data)
-    if masks is not None:
-        masks.check_shared(files)
-    return masks
-
-
-def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
-    from fitformer.inference.explain.batch import find
-    from fitformer.inference.predict import as_text, expand, predict
-    from fitformer.tasks.classify import grouped
-
-    files = expand(arguments.files) if network.groups else [slide.path for slide in find(arguments.files)]
-    _masks(data, files)
-    trained = of.pixels
-    found = predict(
-        network,
-        files,
-        of.classes,
-        resize=data.resize,
-        batch_size=arguments.batch_size,
-        group=lambda image: grouped(network, image, data, trained),
-        on_unreadable=lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr),
+    found = labeller.label(
+        arguments.files, arguments.batch_size, lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr)
     )
     by_ending = "json" if arguments.output is not None and arguments.output.suffix == ".json" else "csv"
-    text = as_text(list(found), arguments.format or by_ending)
+    text = as_text(found, arguments.format or by_ending)
     if arguments.output is None:
         print(text, end="")
         return 0
@@ -127,10 +83,7 @@ def _label(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder",
     return 0
 
 
-def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", data: "ImageData") -> int:
-    from fitformer.inference.explain.batch import Slides, find, identity
-    from fitformer.tasks.classify import grouped
-
+def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
     if arguments.format is not None:
         raise InputError(
             f"--format is for labels alone, and {arguments.output} is a folder for heat maps; give --output a name "
@@ -138,38 +91,23 @@ def _see(arguments: argparse.Namespace, of: "Run", network: "FITImageEncoder", d
         )
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
-    slides = find(arguments.files, arguments.output)
-    masks, trained = _masks(data, [slide.path for slide in slides]), of.pixels
-    # As JSON gives it back.
-    background = list(data.background) if isinstance(data.background, tuple) else data.background
-    skipped = {
-        "background": background,
-        "tolerance": data.tolerance,
-        "min_foreground": data.min_foreground,
-        "masks": data.masks,
-    }
-    with progress("looking") as show:
-        work = Slides(
-            network,
-            of.classes,
+    with progress("explain") as show:
+        work, count, made = labeller.explain(
+            arguments.files,
             arguments.output,
-            {"model": identity(of.model_folder), **skipped},
-            group=lambda image: grouped(network, image, data, trained),
-            beside=None if masks is None else masks.state,
             y=arguments.y,
-            show=lambda done, of: show(round(1000 * done), 1000 * of),
+            show=lambda done, total: show(round(1000 * done), 1000 * total),
             on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
         )
-        made = work.run(slides)
-    kept = len(slides) - made - len(work.broken)
+    kept = count - made - len(work.broken)
     there = f", {kept} were there already" if kept else ""
-    print(f"{arguments.output}: {made} of {len(slides)} images labelled now{there}{_counted(work.broken)}")
+    print(f"{arguments.output}: {made} of {count} images labelled now{there}{_counted(work.broken)}")
     return 0
 
 
 def _counted(broken: "Mapping[str, Failure]") -> str:
     """How many images could not be labelled, for each of the reasons there are."""
-    said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with pixels that are no numbers"}
+    said = {"unreadable": "could not be read", "blank": "blank", "not finite": "with NaN or infinite pixels"}
     found = [each.what for each in broken.values()]
     parts = [f", {found.count(what)} {words}" for what, words in said.items() if what in found]
     return "".join(parts) + (" (broken.csv)" if parts else "")

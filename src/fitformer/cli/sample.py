@@ -38,7 +38,7 @@ def load(folder: Path) -> "tuple[FITImageDenoiser, tuple[str, ...]]":
     if (folder / "config.json").is_file():
         model = FITImageDenoiser.from_pretrained(folder)
         return model, tuple(map(str, range(model.num_classes)))
-    run = open_run(str(folder), "diffuse")
+    run = open_run(str(folder), "sample")
     loaded = run.model()
     assert isinstance(loaded, FITImageDenoiser)
     return loaded, run.classes if loaded.num_classes else ()

@@ -1,6 +1,6 @@
-"""What a run is: small frozen dataclasses of plain data, checked when made; `config.load` reads them from YAML.
+"""The recipe of a run: small frozen dataclasses of plain data that check themselves; `config.load` reads them.
 
-Nothing slow is imported here: the command line checks a recipe before it waits for torch.
+This module imports neither torch nor numpy, so that the command line checks a recipe at once.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -20,7 +20,7 @@ def _at_least(lowest: float, **values: float | None) -> None:
 def _share(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
-            raise InputError(f"{name} is {value}; it is a share, between 0 and 1")
+            raise InputError(f"{name} is {value}; it must lie between 0 and 1")
 
 
 def _check_dropout(model: Any) -> None:
@@ -103,14 +103,15 @@ class DiffuseObjective:
     """Denoising (spec of `fitformer.diffusion`).
 
     Attributes:
-        prediction: what the network's output means; loss_on: what the squared error is taken on.
+        prediction: the quantity that the network predicts; loss_on: the quantity whose squared error is the loss.
         train_schedule, sample_schedule: gamma(t), as `fitformer.diffusion.gamma` reads them.
-        self_cond: latent self-conditioning: `none`; `half`, the first half of the batch (share `self_cond_rate`) is fed
-            its own latents; `masking`, every example with probability `self_cond_rate`.
-        class_conditional: the denoiser is told the class; condition_dropout: share of examples that are not told,
-            so that guidance can be used when sampling.
-        b_scale: images are scaled to [-b_scale, b_scale]; normalize_input: divide noisy input by its deviation.
-        sampler, sample_steps, guidance: how previews, and `fitformer sample` unless told otherwise, are drawn.
+        self_cond: latent self-conditioning: `none`; `half`, the first examples of the batch (share `self_cond_rate`)
+            get their own latents; `masking`, every example gets them with probability `self_cond_rate`.
+        class_conditional: the denoiser is conditioned on the class; condition_dropout: share of examples whose
+            condition is dropped in training, which classifier-free guidance needs.
+        b_scale: images are scaled to [-b_scale, b_scale]; normalize_input: divide the noisy input by its standard
+            deviation.
+        sampler, sample_steps, guidance: defaults of previews and of `fitformer sample`.
     """
 
     prediction: Literal["eps", "x", "v"] = "eps"
@@ -123,7 +124,7 @@ class DiffuseObjective:
     condition_dropout: float = 0.0
     b_scale: float = 1.0
     normalize_input: bool = False
-    sampler: Literal["ddim", "ddpm", "ddpm@small", "ddpm@large"] = "ddim"
+    sampler: str = "ddim"
     sample_steps: int = 100
     guidance: float = 0.0
 
@@ -135,7 +136,7 @@ class DiffuseObjective:
         if self.condition_dropout and not self.class_conditional:
             raise InputError(
                 f"condition_dropout is {self.condition_dropout} but class_conditional is false: there is no condition "
-                "to drop; set one of the two"
+                "to drop; set class_conditional to true or condition_dropout to 0"
             )
         if self.guidance and not (self.class_conditional and self.condition_dropout):
             raise InputError(
@@ -146,28 +147,27 @@ class DiffuseObjective:
 
 @dataclass(frozen=True)
 class PixelObjective:
-    """Next pixel, in bits per pixel value; `order` of the patches of an image."""
+    """Cross-entropy of the next pixel value; `order` is the order of the patches of an image."""
 
-    kind: Literal["pixels"] = "pixels"
     order: Literal["raster", "snake"] = "snake"
 
 
 @dataclass(frozen=True)
 class ByteObjective:
-    """Next byte, in bits per byte; previews are `preview_length` bytes drawn at `preview_temperature`."""
+    """Cross-entropy of the next byte; previews are `preview_length` bytes sampled at `preview_temperature`."""
 
-    kind: Literal["bytes"] = "bytes"
     preview_length: int = 256
     preview_temperature: float = 0.8
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up, no decay on norms, biases and positions.
+    """AdamW with linear warm-up; norms, biases and positions have no weight decay.
 
     Attributes:
-        lr: peak; warmup_steps: linear from 0; schedule: after it; lr_end: share of the peak left when `cosine` ends.
-        betas, eps, weight_decay: AdamW's. clip: largest global norm of the gradient, 0 for none.
+        lr: peak learning rate. warmup_steps: steps of linear warm-up from 0. schedule: after the warm-up.
+        lr_end: final learning rate of `cosine`, as a share of the peak.
+        betas, eps, weight_decay: of AdamW. clip: maximum global norm of the gradient, 0 for no clipping.
         fused: use the fused kernel.
     """
 
@@ -185,29 +185,30 @@ class Optimizer:
         _at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip=self.clip, eps=self.eps)
         _share(lr_end=self.lr_end)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas are {self.betas}; each is at least 0 and below 1")
+            raise InputError(f"betas are {self.betas}; each must be at least 0 and below 1")
         if self.lr <= 0:
             raise InputError(f"lr is {self.lr}; it must be above 0")
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long, how much at once, on what.
+    """Length of the training, batch size, hardware, and how the trunk runs.
 
     Attributes:
         steps: optimizer steps of the whole run. batch_size: examples of one micro-step on one device.
         accumulate: micro-steps of an optimizer step. seed: of weights, order, augmentation, dropout and noise.
-        precision: 32, or bf16 (mixed). devices, accelerator: Lightning's words. ema: decay of the averaged weights,
-            0 for none; it warms up as (1 + k) / (10 + k).
+        precision: 32, or bf16 (mixed). devices, accelerator: as in Lightning's `Trainer`. ema: decay of the averaged
+            weights, 0 for no average; it warms up as (1 + k) / (10 + k).
         checkpoint_every, validate_every, log_every: in optimizer steps.
-        validate_batches: at most so many, None for all; 0 for no validation.
-        previews: samples drawn at each validation, 0 for none. keep_best: also keep the best checkpoint.
-        compile: layer by layer.
-        execution: how the trunk runs (`fitformer.execution`). keep, keep_precision, scratch: of the streamed one, where
-            data tokens wait, in which precision (null is as computed) and in which folder on disk (null is the system's
-            for temporary files). slice_groups: groups of a slice; recompute: what the backward pass computes again,
-            from `light` over `selective` and `local` to `full`. Both are chosen where they are null by `memory`, which
-            is what a step may take, such as 8GB (null is the machine's).
+        validate_batches: maximum number of validation batches, None for all, 0 for no validation.
+        previews: samples generated at each validation, 0 for none. keep_best: also keep the best checkpoint.
+        compile: compile each layer with torch.compile.
+        execution: how the trunk runs (`fitformer.execution`). The remaining fields belong to streamed execution:
+        keep, keep_precision, scratch: where data tokens are stored between blocks, in which precision (null keeps the
+            precision of the computation), and the folder on disk (null is the system's temporary folder).
+        slice_groups: groups of a slice. recompute: what the backward pass recomputes, from `light` over `selective`
+            and `local` to `full`. Both are chosen to fit `memory` where they are null.
+        memory: memory that a step may use, such as 8GB; null is the machine's.
     """
 
     steps: int = 1000
@@ -240,60 +241,71 @@ class Training:
         _at_least(0, seed=self.seed, previews=self.previews, validate_batches=self.validate_batches)
         if self.compile and self.recompute not in (None, "full"):
             raise InputError(
-                f"recompute is {self.recompute!r} with compile: what compiled layers compute again is "
-                "their own choice; leave recompute out, or do not compile"
+                f"recompute is {self.recompute!r} with compile: compiled layers choose themselves what they recompute; "
+                "leave out recompute, or set compile to false"
             )
         if not 0 <= self.ema < 1:
-            raise InputError(f"ema is {self.ema}; the decay lies in [0, 1), 0 switches averaging off")
+            raise InputError(f"ema is {self.ema}; the decay must be at least 0 (no averaging) and below 1")
 
 
 @dataclass(frozen=True)
-class ClassifyRecipe:
-    """Learn the class of an image."""
+class Recipe:
+    """What every recipe has; a task's recipe is a subclass that narrows `task`, `model`, `data` and `objective`.
+
+    Attributes:
+        task: name of the task, which is the name of its module in `fitformer.tasks`.
+        model, data, objective: sections of the task. optimizer, trainer: the same for all tasks.
+    """
+
+    task: str = ""
+    model: Model = field(default_factory=Model)
+    data: ImageData | ByteData = field(default_factory=ImageData)
+    objective: Any = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class ClassifyRecipe(Recipe):
+    """Predict the class of an image."""
 
     task: Literal["classify"] = "classify"
     model: EncoderModel = field(default_factory=EncoderModel)
     data: ImageData = field(default_factory=ImageData)
     objective: ClassifyObjective = field(default_factory=ClassifyObjective)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    trainer: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
-class DiffuseRecipe:
-    """Learn to denoise images, so as to sample them."""
+class DiffuseRecipe(Recipe):
+    """Denoise images, to sample them."""
 
     task: Literal["diffuse"] = "diffuse"
     model: DenoiserModel = field(default_factory=DenoiserModel)
     data: ImageData = field(default_factory=ImageData)
     objective: DiffuseObjective = field(default_factory=DiffuseObjective)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    trainer: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
-class PixelRecipe:
-    """Learn the next pixel of an image."""
+class PixelRecipe(Recipe):
+    """Predict the next pixel value of an image."""
 
-    task: Literal["autoregress"] = "autoregress"
+    task: Literal["pixels"] = "pixels"
     model: PixelDecoderModel = field(default_factory=PixelDecoderModel)
     data: ImageData = field(default_factory=ImageData)
     objective: PixelObjective = field(default_factory=PixelObjective)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    trainer: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
-class ByteRecipe:
-    """Learn the next byte of a text or file."""
+class ByteRecipe(Recipe):
+    """Predict the next byte of a text or file."""
 
-    task: Literal["autoregress"] = "autoregress"
+    task: Literal["bytes"] = "bytes"
     model: ByteDecoderModel = field(default_factory=ByteDecoderModel)
     data: ByteData = field(default_factory=ByteData)
     objective: ByteObjective = field(default_factory=ByteObjective)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    trainer: Training = field(default_factory=Training)
 
 
-Recipe = ClassifyRecipe | DiffuseRecipe | PixelRecipe | ByteRecipe
-TASKS = ("classify", "diffuse", "autoregress")
+PACKAGED_RECIPES: dict[str, type[Recipe]] = {
+    kind.task: kind for kind in (ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe)
+}
+"""Recipe classes by task of the tasks whose modules import torch; other tasks declare theirs in their own module."""

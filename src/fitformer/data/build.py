@@ -4,13 +4,14 @@ import warnings
 from dataclasses import fields
 from typing import Literal
 
+from fitformer._support.suggest import suggest
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import LazySource
 from fitformer.data.datasets.megapixel import read_megapixel_mnist
-from fitformer.data.datasets.sources import Source, listed, nearest, subset
+from fitformer.data.datasets.sources import Source, listed, subset
 from fitformer.data.datasets.text import (
     ByteBuffer,
     BytesDataset,
@@ -92,12 +93,12 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_megapixel_mnist(path, settings.image_size, settings.split_seed, channels)
         case other:
             known = ["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
-            raise InputError(f"there is no image source {other!r}{nearest(other, known)} ({listed(known)})")
+            raise InputError(f"there is no image source {other!r}{suggest(other, known)} ({listed(known)})")
 
 
 def _named_part(parts: dict[str, Source], asked: str | None, usual: tuple[str, ...]) -> Source | None:
     if asked is not None and asked not in parts:
-        raise InputError(f"there is no part {asked!r}{nearest(asked, list(parts))} (there are {listed(list(parts))})")
+        raise InputError(f"there is no part {asked!r}{suggest(asked, list(parts))} (there are {listed(list(parts))})")
     name = asked or next((name for name in usual if name in parts), None)
     return None if name is None else parts[name]
 
@@ -185,7 +186,7 @@ def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
             pieces = file_pieces(settings.path, settings.glob)
         case other:
             known = ["python-sources", "python-docs", "files"]
-            raise InputError(f"there is no byte source {other!r}{nearest(other, known)} ({listed(known)})")
+            raise InputError(f"there is no byte source {other!r}{suggest(other, known)} ({listed(known)})")
     kept, held = split_pieces(pieces, settings.holdout, settings.split_seed)
     train = split == "train"
     title = f"{settings.path or settings.source} {'to train on' if train else 'held out'}"

@@ -1,4 +1,4 @@
-"""Which groups of an image hold something: by a threshold against the background, or by a mask file."""
+"""Foreground: the groups of an image that hold something, by a threshold against the background or by a mask file."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from fitformer.data.readers.levels import Pixels, blocks
 from fitformer.errors import InputError
 from fitformer.patching.sizes import Size, to_sides
 
-# A coarse look sees at least so many pixels along the side of a group.
+# A coarse scan has at least so many pixels along the side of a group.
 _COARSE = 16
 
 
@@ -29,21 +29,21 @@ def occupied(
     min_foreground: float = 0.0,
     exact: bool = True,
 ) -> np.ndarray:
-    """Which groups hold something, bool (group rows, group columns); groups at the edges may reach beyond it.
+    """The groups that hold something, bool (group rows, group columns); groups at the edges may reach beyond the image.
 
-    A pixel is something if one of its channels is further from `background` than `tolerance`, a share of the range
+    A pixel is foreground if one of its channels is further from `background` than `tolerance`, a share of the range
     (255 or 65535; 1 for floats, of which NaN is background). The background `auto` is the image's own: the commonest
     colour of pixels spread evenly over it, and what its noise makes of that, `tolerance` at the most. With a `mask`,
-    an image of the same size or an even reduction of it, what is not zero there is something. A group is occupied if
-    more than the share `least` of its pixels inside the image is something, by each of the two that is given; without
-    either, all are.
+    an image of the same size or an even reduction of it, what is not zero there is foreground. A group is occupied if
+    more than the share `min_foreground` of its pixels inside the image is foreground, by each of the two that is given;
+    without either, all are.
 
-    All pixels are looked at, block by block: with `least` 0 not even a single one is missed. With `exact` off, a
+    All pixels are scanned, block by block: with `min_foreground` 0 not even a single one is missed. With `exact` off, a
     reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
     faster, and blind to what is smaller than its pixels.
 
     Raises:
-        InputError: a mask of another shape, a background of other channels, `least` or `tolerance` outside [0, 1).
+        InputError: a mask of another shape, a background of other channels, a share outside [0, 1).
     """
     found = foreground_groups_transformed(
         image,
@@ -83,7 +83,7 @@ def foreground_groups_transformed(
     rows, columns = to_sides(group_size, "hw")
     size = image.shape[:2]
     edges = _edges(size, (rows, columns), symmetries)
-    looks = []
+    scans = []
     if background is not None:
         lowest, highest = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
 
@@ -96,12 +96,12 @@ def foreground_groups_transformed(
             return outside
 
         narrowest = (min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries)))
-        looks.append(_look(image if exact else _reduced(image, *narrowest), differs, edges))
+        scans.append(_scan(image if exact else _reduced(image, *narrowest), differs, edges))
     if mask is not None:
         with open_image(mask) as drawn:
             check_mask(drawn, image)
-            looks.append(_look(drawn, _drawn, edges))
-    return {each: _occupied(looks, each, size, (rows, columns), min_foreground) for each in symmetries}
+            scans.append(_scan(drawn, _drawn, edges))
+    return {each: _occupied(scans, each, size, (rows, columns), min_foreground) for each in symmetries}
 
 
 def _drawn(pixels: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Scan:
     """How much of each cell between `edges` (of rows, of columns, in pixels) is something, and how much could be."""
 
     edges: tuple[np.ndarray, np.ndarray]
@@ -149,10 +149,10 @@ def _edges(
     return np.unique(np.concatenate(edges[0])), np.unique(np.concatenate(edges[1]))
 
 
-def _look(
+def _scan(
     source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], edges: tuple[np.ndarray, np.ndarray]
-) -> _Look:
-    """One look at all pixels of a source, which lie evenly over the image between these edges."""
+) -> _Scan:
+    """One scan of all pixels of a source, which lie evenly over the image between these edges."""
     down, across = (_over_cells(count, ends) for count, ends in zip(source.shape, edges))
     whole = np.outer(*(np.bincount(each.bins, each.lengths) for each in (down, across)))
     found = np.zeros(whole.shape)
@@ -160,7 +160,7 @@ def _look(
         part, row = down.sums(is_something(source.window(top, left, height, width)), top)
         part, column = across.sums(part.T, left)
         found[row : row + part.shape[1], column : column + part.shape[0]] += part.T
-    return _Look(edges, found, whole)
+    return _Scan(edges, found, whole)
 
 
 def _over_cells(count: int, edges: np.ndarray) -> Overlap:
@@ -169,13 +169,13 @@ def _over_cells(count: int, edges: np.ndarray) -> Overlap:
 
 
 def _occupied(
-    looks: Sequence[_Look], symmetry: Symmetry, size: tuple[int, int], group: tuple[int, int], min_foreground: float
+    scans: Sequence[_Scan], symmetry: Symmetry, size: tuple[int, int], group: tuple[int, int], min_foreground: float
 ) -> np.ndarray:
-    """The groups of the turned image of which every look found more than the share `least`."""
+    """The groups of the turned image of which every scan found more than the share `min_foreground`."""
     rows, columns = (ceil(length / side) for length, side in zip(symmetry.sides(*size), group))
     found = np.ones((rows, columns), dtype=bool)
-    for look in looks:
-        found &= look.shares(symmetry, group) > min_foreground
+    for scan in scans:
+        found &= scan.shares(symmetry, group) > min_foreground
     return found
 
 
@@ -183,9 +183,9 @@ def check_mask(mask: LazyImage, image: LazyImage) -> None:
     """Raise InputError if a mask does not have the size of its image, or that divided by one number."""
     (rows, columns), (of_rows, of_columns) = image.shape[:2], mask.shape[:2]
     # The factors that lead from one size to the other, rounded up or down.
-    min_foreground = max(rows / (of_rows + 1), columns / (of_columns + 1))
+    least = max(rows / (of_rows + 1), columns / (of_columns + 1))
     most = min(rows / max(of_rows - 1, 1e-9), columns / max(of_columns - 1, 1e-9))
-    if of_rows > rows or of_columns > columns or not min_foreground < most:
+    if of_rows > rows or of_columns > columns or not least < most:
         raise InputError(
             f"the mask {mask.path} has {of_rows} x {of_columns} pixels and {image.path} {rows} x {columns}: a mask has "
             f"the size of its image, or that divided by one number"

@@ -1,9 +1,17 @@
-"""What became of the processes that read ahead."""
+"""Errors of the worker processes of a loader, in the words that a user needs."""
 
 import re
 
 # In torch's words, raised wherever the reading process's parent is when it is told.
 _DEAD = re.compile(r"DataLoader worker \((pid\S* [\d, ]+)\) (.*?)(?:\.|$)")
+
+
+def message_of(error: BaseException) -> str:
+    """The message of an error, of which torch makes a traceback if it was raised in a worker process."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
 
 
 def dead_worker(error: RuntimeError) -> str | None:

@@ -1,4 +1,4 @@
-"""What a trained model is worth on held-out data; every measurement is a pair of name and value.
+"""Measurements of a trained model on held-out data; each is a pair of name and value.
 
-`run.evaluate(run)` chooses by the run's task; the other modules of this room know no runs.
+`evaluate.evaluate(run)` measures a run by its task; the other modules know no runs.
 """

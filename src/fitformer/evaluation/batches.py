@@ -1,4 +1,4 @@
-"""A dataset once from end to end, in batches, and means over it that are exact however the batches fall."""
+"""Batches of a whole dataset, and means over it that do not depend on the batch size."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +9,15 @@ from torch.utils.data import DataLoader
 from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches
 from fitformer.data.workers import dead_worker
-from fitformer.tasks import Batch, task_of
+from fitformer.tasks import task_of
+from fitformer.tasks.batch import Batch
 
 
 def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", workers: int = 0) -> Iterator[Batch]:
-    """Every example of a dataset once, in its order, as batches on a device; the last may be smaller.
+    """Yield every example of a dataset once, in order, as batches on a device; the last batch may be smaller.
 
     Raises:
-        ChildProcessError: a process that reads ahead died.
+        ChildProcessError: a worker process of the loader died.
     """
     order = EvaluationBatches(len(dataset), batch_size)
     collate = getattr(dataset, "collate", None)
@@ -31,22 +32,24 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if not (said := dead_worker(error)):
+        if not (message := dead_worker(error)):
             raise
-        raise ChildProcessError(f"{said}; with data.num_workers 0 it takes least memory") from error
+        raise ChildProcessError(f"{message}; data.num_workers 0 uses the least memory") from error
 
 
-def measured(
-    network: Any, found: Iterator[Batch], recipe: Recipe, count: str = "examples"
-) -> Iterator[tuple[str, float | int]]:
-    """The task's own held-out metrics over all batches, weighted by what each is a mean over, and that number."""
-    measure, sums, whole = task_of(recipe).measure, dict[str, float](), 0
+def mean_metrics(network: Any, examples: Iterator[Batch], recipe: Recipe) -> Iterator[tuple[str, float | int]]:
+    """Held-out metrics of a recipe's task over all batches, each batch weighted by its number of examples or tokens.
+
+    Yields:
+        that number under its name (`examples` or `tokens`), then the mean of each metric.
+    """
+    task, sums, total = task_of(recipe), dict[str, float](), 0
     with torch.inference_mode():
-        for batch in found:
-            means, weight = measure(network, batch, recipe)
-            whole += weight
+        for batch in examples:
+            means, weight = task.measure(network, batch, recipe)
+            total += weight
             for name, value in means.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
-    yield count, whole
-    for name, together in sums.items():
-        yield name, together / whole
+    yield task.counted, total
+    for name, added in sums.items():
+        yield name, added / total

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitformer.data.pixels import UnreadableImageError, decode, fit, suffixes
+from fitformer.data.pixels import UnreadableImageError, convert, decode, fit, suffixes
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.errors import InputError
-from fitformer.evaluation.sample_accuracy import classify
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching import ImageGroups
 from fitformer.patching.any_size import GroupedImage
+from fitformer.tasks.classify import logits
 
 Resize = Literal["crop", "stretch", "pad"]
 FORMATS = ("csv", "json")
@@ -68,7 +68,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Label image files, brought to the classifier's size as `resize` says (`data.settings.ImageData`).
 
-    A classifier of any size takes each as it is, one at a time, reading it as `classifier.encoder.run` does; `group`
+    A classifier of any size takes each as it is, one at a time, reading it as `classifier.execution` does; `group`
     cuts it into groups, if some are to be skipped.
     Files that cannot be read are left out; `on_unreadable` is told of each.
 
@@ -94,6 +94,24 @@ def predict(
     if len(faults) == len(files):
         few = "; ".join(map(str, faults[:5])) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise InputError(f"none of the {len(files)} files can be read: {few}" if files else "no files to label")
+
+
+def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tensor:
+    """Images uint8 `(b, H, W, ch)`, resized and converted to the size and channels of a classifier."""
+    channels = classifier.tiling.channels
+    rows, columns = images.shape[1:3] if classifier.groups is None else classifier.groups.image_size  # type: ignore[misc]
+    if tuple(images.shape[1:]) == (rows, columns, channels):
+        return images
+    fitted = (convert(fit(image.numpy(), (rows, columns), "stretch"), channels) for image in images.cpu())
+    return torch.stack([torch.from_numpy(pixels.copy()) for pixels in fitted]).to(images.device)
+
+
+@torch.inference_mode()
+def classify(classifier: FITImageEncoder, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Probabilities `(b, classes)` of images uint8 `(b, H, W, ch)` of any size."""
+    device = next(classifier.parameters()).device
+    parts = match_classifier_input(images, classifier).split(batch_size)
+    return torch.cat([logits(classifier, part.to(device)).float().softmax(-1).cpu() for part in parts])
 
 
 def decided(file: str | Path, probabilities: Tensor, classes: Sequence[str]) -> Prediction:
@@ -123,7 +141,7 @@ def _of_any_size(
             with open_image(file) as image:
                 probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
             if not bool(probabilities.isfinite().all()):
-                raise InputError("its logits are not finite numbers: does it hold pixels that are none?")
+                raise InputError("its logits are NaN or infinite: does it have NaN or infinite pixels?")
         except (InputError, PermissionError) as error:
             on_unreadable(UnreadableImageError(str(file), str(error)))
             continue

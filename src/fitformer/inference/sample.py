@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.suggest import suggest
 from fitformer.errors import InputError
 from fitformer.tasks.preview import grid, write_picture
 
@@ -37,9 +37,8 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
         if 0 <= int(word) < len(classes):
             return int(word)
         raise InputError(f"class {word} is out of range: there are {len(classes)} classes, 0 to {len(classes) - 1}")
-    near = get_close_matches(word, classes, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known classes are {', '.join(classes[:20])}"
-    raise InputError(f"unknown class {word!r}; {hint}")
+    hint = suggest(word, classes, f"; known classes are {', '.join(classes[:20])}")
+    raise InputError(f"unknown class {word!r}{hint}")
 
 
 def write_samples(

@@ -7,6 +7,7 @@ from torch import nn
 
 from fitformer.errors import InputError
 from fitformer.execution import Execution, Inputs, Outputs, Streamed, checkpointed, plain
+from fitformer.models.adapt import Grid
 from fitformer.models.pretrained import Pretrained
 from fitformer.models.trunk import Trunk
 
@@ -18,6 +19,10 @@ class FITModel(Pretrained, nn.Module):
 
     trunk: Trunk
     execution: Execution = plain
+    # Channels of an image, of those models that know images.
+    channels: int | None = None
+    # Names of the tensors that belong to the classes, and are new where there are other classes.
+    class_weights: tuple[str, ...] = ()
 
     def set_execution(self, execution: str | Execution) -> None:
         """Choose how the trunk is run: `"plain"`, `"checkpointed"`, `"streamed"`, or an `Execution` with its options.
@@ -38,6 +43,11 @@ class FITModel(Pretrained, nn.Module):
     def execute(self, inputs: Inputs) -> Outputs:
         """Run the trunk on inputs, in the way that was chosen."""
         return self.execution.run(self.trunk, inputs)
+
+    def grids(self) -> tuple[Grid, Grid | None]:
+        """Rows and columns of the tokens of a group, and of the groups; a sequence is one row. None for any groups."""
+        groups = getattr(self, "num_groups", None)
+        return (1, self.trunk.tokens_per_group), None if groups is None else (1, groups)
 
     def last_block(self) -> Sequence[int]:
         """The number of the last block, whose data tokens are the trunk's: what `Inputs.blocks` takes."""

@@ -13,6 +13,7 @@ from fitformer.diffusion import DiffusionConfig
 from fitformer.diffusion.samplers import sampler_of
 from fitformer.errors import InputError
 from fitformer.execution.base import Score
+from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
@@ -41,6 +42,16 @@ class FITImageDenoiser(FITModel):
     """
 
     nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig, "diffusion": DiffusionConfig}
+    free = FITModel.free | {
+        "num_classes",
+        "image_size",
+        "group_size",
+        "sample_schedule",
+        "sample_steps",
+        "sampler",
+        "guidance",
+    }
+    class_weights = ("denoiser.cond_proj.",)
 
     def __init__(
         self,
@@ -76,6 +87,10 @@ class FITImageDenoiser(FITModel):
     def trunk(self) -> Trunk:  # type: ignore[override]
         """The denoiser's trunk."""
         return self.denoiser.trunk
+
+    def grids(self) -> tuple[Grid, Grid | None]:
+        """Rows and columns of the patches of a group, and of the groups."""
+        return self.groups.patches, self.groups.grid
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
+from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig, check_trunk
 from fitformer.models.encoder import FITEncoder
@@ -40,6 +41,8 @@ class FITImageEncoder(FITModel):
     """
 
     ends_local = False
+    free = FITModel.free | {"num_classes", "channels", "image_size", "group_size"}
+    class_weights = ("head.",)
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class FITImageEncoder(FITModel):
         self.tiling = Tiling(group_size, patch_size, channels)
         if glimpses < 0 or (glimpses and self.groups is not None):
             raise InputError(f"glimpses is {glimpses}; it is 0 or more, and only with image_size=None above 0")
-        self.glimpses = glimpses
+        self.glimpses, self.channels = glimpses, channels
         num_groups = None if self.groups is None else self.groups.num_groups
         self.encoder = FITEncoder(trunk, num_groups, self.tiling.tokens_per_group, self.tiling.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
@@ -71,6 +74,22 @@ class FITImageEncoder(FITModel):
     def trunk(self) -> Trunk:  # type: ignore[override]
         """The encoder's trunk."""
         return self.encoder.trunk
+
+    def grids(self) -> tuple[Grid, Grid | None]:
+        """Rows and columns of the patches of a group, and of the groups of an image of one size."""
+        return self.tiling.patches, None if self.groups is None else self.groups.grid
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new head for `num_classes` classes in the place of the head; 0 for none.
+
+        Raises:
+            InputError: a negative number of classes.
+        """
+        check_sizes(num_classes=num_classes or 1)
+        like = self.encoder.norm.weight
+        self.num_classes = num_classes
+        self.head = linear(self.num_features, num_classes).to(like) if num_classes else None
+        self._hub_mixin_config = {**self._hub_mixin_config, "num_classes": num_classes}  # type: ignore[dict-item]
 
     @property
     def num_features(self) -> int:
@@ -157,9 +176,9 @@ class FITImageEncoder(FITModel):
                 f"an image cut as {image.tiling} with {image.glimpses} glimpses, given to an encoder of {self.tiling} "
                 f"with {self.glimpses}"
             )
-        if self.groups is not None and image.source.shape[:2] != self.groups.image_size:
+        if self.groups is not None and image.shape[:2] != self.groups.image_size:
             raise InputError(
-                f"an image of {format_size(image.source.shape[:2])} given to an encoder of "
+                f"an image of {format_size(image.shape[:2])} given to an encoder of "
                 f"{format_size(self.groups.image_size)} pixels; "  # type: ignore[arg-type]
                 "build it with image_size=None and latent_position='row_column' for any size"
             )

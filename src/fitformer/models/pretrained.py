@@ -1,6 +1,7 @@
 """Models as folders: config.json, model.safetensors and a model card; loaded strictly, from disk or from the Hub."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.errors import InputError
+from fitformer.models.adapt import LoadingReport, adapt
 from fitformer.models.config import SIZES, TrunkConfig, preset
 
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
@@ -51,6 +53,11 @@ class Pretrained(
     """
 
     ends_local = True
+    # Options in which a model may differ from the one whose weights it takes; `adapt` makes the weights fit.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"drop_path", "drop_units", "drop_att", "num_groups", "tokens_per_group"}
+    )
+    loading_report = LoadingReport()
     nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig}
 
     @classmethod
@@ -144,36 +151,92 @@ class Pretrained(
             source: a folder, or the model's name on the Hub.
             map_location: the device it is put on.
             options: how it is fetched from the Hub (`revision`, `cache_dir`, `force_download`, `token`,
-                `local_files_only`); anything else overrides an argument of the constructor.
+                `local_files_only`); anything else overrides an argument of the constructor. `num_classes`, `channels`,
+                sizes of images and groups, and numbers of groups may differ from the saved model's: positions are
+                resized, a head for other classes is new, and `loading_report` says so.
 
         Raises:
             InputError: a config or weights of another role or architecture, or files that are not whole.
             FileNotFoundError: a folder or a repository without these files.
         """
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        config = _read_config(_file(str(source), constants.CONFIG_NAME, hub))
-        role = config.pop("role", cls.__name__)
-        if role != cls.__name__:
+        config = read_config(source, **hub)
+        if config["role"] != cls.__name__:
+            role = config["role"]
             raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
-        path = _file(str(source), constants.SAFETENSORS_SINGLE_FILE, hub)
+        model = _built(cls, {**without_role(config), **options}, str(source))
+        model.load_weights(source, **hub)
+        return model.eval().to(map_location)
+
+    def load_weights(self, source: str | Path, **hub: Any) -> LoadingReport:
+        """Take the weights of a saved model, adapted where this one has other classes, channels, sizes or groups.
+
+        Args:
+            source: a folder, a run directory, or a name on the Hub; `hub` as in `from_pretrained`.
+
+        Returns:
+            what was resized and what is new, which `loading_report` keeps.
+
+        Raises:
+            InputError: a saved model of another role, or of options that weights cannot be adapted to (names both
+                values); files that are not whole.
+            FileNotFoundError: as `from_pretrained`.
+        """
+        config = read_config(source, **hub)
+        if config["role"] != type(self).__name__:
+            raise InputError(f"the weights of {source} are of a {config['role']}, not of a {type(self).__name__}")
+        with torch.device("meta"):
+            old = _built(type(self), without_role(config), str(source))
+        if differing := _differing(old, self):
+            raise InputError(f"the weights of {source} do not fit: {differing}")
+        path = file_of(source, constants.SAFETENSORS_SINGLE_FILE, **hub)
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
-        model = _built(cls, {**config, **options}, str(source))
-        load_strictly(model, state, str(path))
-        return model.eval().to(map_location)
+        state, self.loading_report = adapt(self, old, state)
+        load_strictly(self, state, str(path))  # type: ignore[arg-type]
+        logging.getLogger("fitformer").info("%s: %s", source, self.loading_report)
+        return self.loading_report
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json, if it is one."""
+def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """The config.json of a saved model: its role and its constructor's arguments, flat.
+
+    Raises:
+        InputError: a file that is no such configuration.
+        FileNotFoundError: a folder or a repository without it.
+    """
+    path = file_of(source, constants.CONFIG_NAME, **hub)
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is not a whole JSON file ({error}); save or fetch it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model: it holds a {type(config).__name__}")
+    if "role" not in config:
+        raise InputError(f"{path} is not the configuration of a model: it names no role")
     return config
+
+
+def without_role(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in a configuration."""
+    return {name: value for name, value in config.items() if name != "role"}
+
+
+def _differing(old: Pretrained, new: Pretrained) -> str:
+    """The options on which two models of a role differ and weights cannot be adapted, each with both values."""
+    pairs = {name: (value, new.config[name]) for name, value in old.config.items() if name not in new.free}
+    return "; ".join(
+        f"{name} is {there!r} there and {here!r} here"
+        for name, (there, here) in pairs.items()
+        if _plain(there) != _plain(here)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back; a size of one number as both its sides."""
+    return list(value) if isinstance(value, tuple) else [value, value] if isinstance(value, int) else value
 
 
 def _built(role: type[Pretrained], config: dict[str, Any], source: str) -> Any:
@@ -238,13 +301,19 @@ def difference(given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, .
     return "; ".join(f"{len(names)} {kind}: {few(names)}" for kind, names in kinds.items() if names)
 
 
-def _file(model_id: str, name: str, hub: dict[str, Any]) -> Path:
-    """Find a file of a saved model, in a folder or on the Hub."""
+def file_of(source: str | Path, name: str, **hub: Any) -> Path:
+    """Find a file of a saved model, in a folder, in the exported model of a run directory, or on the Hub.
+
+    Raises:
+        FileNotFoundError: it is in none of them.
+    """
+    model_id = str(source)
     if Path(model_id).is_dir():
-        path = Path(model_id) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{model_id} is not a saved model: it has no {name}")
-        return path
+        # A run directory keeps its exported model in a folder of its own.
+        for path in (Path(model_id) / name, Path(model_id) / "model" / name):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"{model_id} is not a saved model: it has no {name}")
     try:
         return Path(hf_hub_download(repo_id=model_id, filename=name, **hub))
     except HFValidationError as error:

@@ -185,6 +185,8 @@ class GroupedImage:
                 f"{_name(source)} has {source.shape[2]} channels, the model was built for {tiling.channels}"
             )
         self.source, self.tiling, self.glimpses = source, tiling, glimpses
+        # Noted, so that asking for it never opens a file again.
+        self.shape, self.dtype = source.shape, source.dtype
         self.grid = tiling.grid(*source.shape[:2])
         kept = np.ones(self.grid, dtype=bool) if occupied is None else np.asarray(occupied, dtype=bool)
         if kept.shape != self.grid:
@@ -199,6 +201,21 @@ class GroupedImage:
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.coords = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
         self._glimpse: np.ndarray | None = None
+        self._pixels: Tensor | None = None
+
+    @property
+    def path(self) -> Any:
+        """Of the image's file; AttributeError where it has none."""
+        return self.source.path  # type: ignore[attr-defined]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels of all groups that are read."""
+        return self.num_groups * prod(self.tiling.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
+
+    def read_ahead(self) -> None:
+        """Read the pixels of all groups now: `read` takes them from memory, in whatever process."""
+        self._pixels = torch.from_numpy(self._groups(slice(None)))
 
     @property
     def num_groups(self) -> int:
@@ -211,14 +228,13 @@ class GroupedImage:
         A patch that lies outside the image is false in the mask, and the mask None where there is none. What a patch
         at the edge lacks is filled with the image's last row and column.
         """
-        coords = self.coords[groups].tolist()
-        pixels = np.stack([self._group(row, column) for row, column in coords])
-        tokens = image_to_groups(torch.from_numpy(pixels), self.tiling.group_size, self.tiling.patch_size)
+        pixels = torch.from_numpy(self._groups(groups)) if self._pixels is None else self._pixels[groups]
+        tokens = image_to_groups(pixels, self.tiling.group_size, self.tiling.patch_size)
         return tokens.transpose(0, 1), self.mask(groups)
 
     def mask(self, groups: slice) -> Tensor | None:
         """Which tokens of a slice of groups hold pixels, booleans `(1, s, n)`; None if all do."""
-        (rows, columns, _), (gh, gw), (ph, pw) = self.source.shape, self.tiling.group_size, self.tiling.patch_size  # type: ignore[misc]
+        (rows, columns, _), (gh, gw), (ph, pw) = self.shape, self.tiling.group_size, self.tiling.patch_size  # type: ignore[misc]
         coords = self.coords[groups]
         high, wide = self.tiling.patches
         inside = [
@@ -247,7 +263,11 @@ class GroupedImage:
         cells[own[:, 0], own[:, 1]] = x[self.glimpses :].unflatten(1, (high, wide))
         ph, pw = self.tiling.patch_size  # type: ignore[misc]
         whole = rearrange(cells, "gh gw h w c -> c (gh h) (gw w)")
-        return whole[:, : -(-self.source.shape[0] // ph), : -(-self.source.shape[1] // pw)]
+        return whole[:, : -(-self.shape[0] // ph), : -(-self.shape[1] // pw)]
+
+    def _groups(self, groups: slice) -> np.ndarray:
+        """Pixels `(s, rows, columns, channels)` of a slice of groups."""
+        return np.stack([self._group(row, column) for row, column in self.coords[groups].tolist()])
 
     def _group(self, row: int, column: int) -> np.ndarray:
         """Pixels of one group, filled up at the edges."""
@@ -257,7 +277,7 @@ class GroupedImage:
                 self._glimpse = self.source.thumbnail(gh, gw)
             return self._glimpse
         top, left = row * gh, column * gw
-        height, width = min(gh, self.source.shape[0] - top), min(gw, self.source.shape[1] - left)
+        height, width = min(gh, self.shape[0] - top), min(gw, self.shape[1] - left)
         pixels = self.source.window(top, left, height, width)
         if (height, width) != (gh, gw):
             pixels = np.pad(pixels, ((0, gh - height), (0, gw - width), (0, 0)), mode="edge")

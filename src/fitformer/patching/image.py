@@ -126,6 +126,11 @@ class ImageGroups:
         return self._lengths["gh"], self._lengths["gw"]
 
     @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of the patches of a group."""
+        return self._lengths["h"], self._lengths["w"]
+
+    @property
     def num_groups(self) -> int:
         """Groups in an image, t."""
         return prod(self.grid)

@@ -44,8 +44,8 @@ TRAINER = 150 * MIB
 # DECODING: resident memory while a whole PNG or JPEG is decoded, over its pixels (Pillow holds 3 channels in 4 bytes).
 DECODING = 5 / 2
 # HEAP: free memory that glibc does not return to the system: a share of the working set, a constant beside it, and a
-# bound, fitted to measured peaks less all the rest (`benchmarks/peaks.py` compares). Tensors below 32 MiB are in a heap
-# that fragments; MALLOC_MMAP_THRESHOLD_=524288 in the environment avoids it for a tenth more time.
+# bound, fitted to measured peaks less all the rest (`benchmarks/peaks.py` compares). Tensors below 32 MiB stand in a
+# heap that fragments; MALLOC_MMAP_THRESHOLD_=524288 in the environment avoids it for a tenth more time.
 HEAP = {
     "plain": (0.5, 0, 200 * MIB),
     "checkpointed": (1.0, 0, 150 * MIB),

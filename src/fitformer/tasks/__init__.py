@@ -1,59 +1,45 @@
-"""What is learned. Each task is a module of plain functions; any training loop can call them.
+"""Tasks: what is learned. Each is one module of plain functions that any training loop can call.
 
-`build(recipe, dataset)` makes the network, `loss(network, batch, recipe)` the training loss and its metrics,
-`measure(network, batch, recipe)` held-out metrics, `preview(network, recipe, count)` something to look at.
+A module of this package is a task unless it is a helper (`batch`, `optimizers`, `preview`, `registry`, or a name that
+begins with an underscore). It ends with `TASK`, a `TaskSpec`; nothing else in the library names the task
+(docs/extending.md). This file imports no torch, so that a task's recipe can be read without it.
 """
 
-import importlib
-from typing import Any, Protocol, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fitformer.config.schema import Recipe, Training
-from fitformer.execution import Streamed
-from fitformer.models.base import FITModel
-from fitformer.tasks.batch import Batch
-from fitformer.tasks.preview import Preview
+from fitformer.tasks.registry import TaskSpec, task_of
 
-__all__ = ["Batch", "Preview", "Task", "build_model", "set_execution", "task_of"]
+if TYPE_CHECKING:
+    from fitformer.models.base import FITModel
 
-
-class Task(Protocol):
-    """What the modules `classify`, `diffuse` and `autoregress` have in common."""
-
-    def build(self, recipe: Any, dataset: Any) -> FITModel:
-        """Make the network for a recipe and a dataset, with random weights from torch's generator."""
-
-    def loss(self, network: Any, batch: Batch, recipe: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss, a scalar mean over the batch, and further means to log, detached."""
-
-    def measure(self, network: Any, batch: Batch, recipe: Any) -> tuple[dict[str, Tensor], int]:
-        """Held-out means over the batch, and what they are means over: the number of examples, or of tokens."""
-
-    def preview(self, network: Any, recipe: Any, count: int) -> Preview | None:
-        """Samples to look at, always the same `count` ones for the same weights; None where there is nothing."""
-
-    def monitor(self, recipe: Any) -> tuple[str, str]:
-        """The held-out metric that says which checkpoint is best, and `min` or `max`."""
+__all__ = ["TaskSpec", "build_model", "group_images", "set_execution", "task_of"]
 
 
-def task_of(recipe: Recipe) -> Task:
-    """The module of a recipe's task."""
-    return cast(Task, importlib.import_module(f"fitformer.tasks.{recipe.task}"))
-
-
-def build_model(recipe: Recipe, dataset: Any) -> FITModel:
-    """The network of a recipe, for the sizes and classes of a dataset.
+def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
+    """The model of a recipe, for the sizes and classes of a dataset, with random weights from torch's generator.
 
     Raises:
-        InputError: sizes that do not fit together, no classes where the task needs them.
+        InputError: sizes that do not divide, no classes where the task needs them.
     """
-    return task_of(recipe).build(recipe, dataset)
+    model: FITModel = task_of(recipe).build(recipe, dataset)
+    return model
 
 
-def set_execution(network: Any, training: Training) -> None:
-    """Have a network's trunk run as `trainer.execution` says."""
-    streamed = Streamed(
-        training.slice_groups, training.keep, training.keep_precision, training.scratch, training.recompute or "full"
-    )
-    network.set_execution(streamed if training.execution == "streamed" else training.execution)
+def group_images(network: "FITModel", dataset: Any, recipe: Recipe) -> None:
+    """Have a dataset hand images out as a model of any size cuts them; nothing for other models."""
+    tiling = getattr(network, "tiling", None)
+    if tiling is not None and getattr(network, "groups", None) is None and dataset is not None:
+        dataset.group_for(tiling, getattr(network, "glimpses", 0), recipe.data)
+
+
+def set_execution(network: "FITModel", training: Training) -> None:
+    """Make a model's trunk run as `trainer.execution` says."""
+    from fitformer.execution import Streamed
+
+    if training.execution != "streamed":
+        network.set_execution(training.execution)
+        return
+    recompute = training.recompute or "full"
+    keep = training.keep, training.keep_precision, training.scratch
+    network.set_execution(Streamed(training.slice_groups, *keep, recompute))

@@ -12,6 +12,7 @@ from fitformer.config.schema import DiffuseRecipe
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, one_size
 from fitformer.tasks.preview import Preview
+from fitformer.tasks.registry import TaskSpec
 
 _GOLDEN = 0.6180339887498949
 
@@ -108,6 +109,13 @@ def preview(network: FITImageDenoiser, recipe: DiffuseRecipe, count: int) -> Pre
     return Preview(images=network.sample(count, seed=recipe.trainer.seed))
 
 
-def monitor(recipe: DiffuseRecipe) -> tuple[str, str]:
-    """The best checkpoint has the lowest held-out error."""
-    return "val/loss", "min"
+TASK = TaskSpec(
+    recipe=DiffuseRecipe,
+    model=FITImageDenoiser,
+    build=build,
+    loss=loss,
+    measure=measure,
+    monitor=("val/loss", "min"),
+    preview=preview,
+    verb="sample",
+)

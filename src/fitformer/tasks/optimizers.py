@@ -1,4 +1,4 @@
-"""AdamW as FIT is trained with: no decay where there is nothing to shrink, warm-up, cosine (plain torch)."""
+"""AdamW with weight decay on matrices only, linear warm-up and a cosine schedule, in plain torch."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from fitformer.models.positions import PositionTable
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups: matrices, which decay; norms, biases, positions and embeddings, which do not."""
+    """Two groups of parameters: matrices, with weight decay; norms, biases, positions and embeddings, without."""
     tables = {
         id(parameter)
         for module in network.modules()
@@ -26,7 +26,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def rate(step: int, settings: Optimizer, steps: int) -> float:
-    """Share of the peak learning rate at a step from 0 on: linear warm-up, then cosine to `lr_end`, or constant."""
+    """Learning rate at a step as a share of the peak: linear warm-up, then cosine to `lr_end` or constant."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

@@ -1,4 +1,4 @@
-"""Something to look at: samples as a grid of pictures, or as text."""
+"""Previews of a model: samples as a grid of images, or as text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,16 @@ from fitformer._support.atomic_files import write_atomically
 
 @dataclass(frozen=True)
 class Preview:
-    """Samples of a model: `images` uint8 `(k, H, W, ch)`, or `text`, one string a sample."""
+    """Samples of a model: `images` uint8 `(k, H, W, ch)`, or `text`, one string for each sample."""
 
     images: Tensor | None = None
     text: tuple[str, ...] = ()
 
 
 def grid(images: Tensor, columns: int = 0, gap: int = 1, enlarge: int = 0) -> Tensor:
-    """Lay pictures `(k, H, W, ch)` uint8 out in rows with a white gap, as one picture `(rows, columns, ch)`.
+    """Arrange images `(k, H, W, ch)` uint8 in rows with a white gap; returns one image `(rows, columns, ch)`.
 
-    `columns` 0 takes 10 at most; `enlarge` 0 repeats pixels until a picture is some 48 high.
+    `columns` 0 means at most 10. `enlarge` repeats each pixel; 0 makes an image about 48 pixels high.
     """
     k, height, width, channels = images.shape
     columns = columns or min(k, 10)
@@ -34,7 +34,7 @@ def grid(images: Tensor, columns: int = 0, gap: int = 1, enlarge: int = 0) -> Te
 
 
 def write_picture(path: Path, image: Tensor) -> None:
-    """Write a uint8 picture `(H, W, ch)` of 1, 3 or 4 channels as PNG, whole or not at all."""
+    """Write an image, uint8 `(H, W, ch)` of 1, 3 or 4 channels, as PNG; atomic."""
     from PIL import Image
 
     pixels = image.cpu().to(torch.uint8).numpy()
@@ -43,7 +43,7 @@ def write_picture(path: Path, image: Tensor) -> None:
 
 
 def save(preview: Preview, stem: Path) -> Path:
-    """Write a preview beside `stem`: a grid as .png, text as .txt; returns the file."""
+    """Write a preview to `stem` with the ending .png (a grid) or .txt; returns the file."""
     if preview.images is not None:
         path = stem.with_suffix(".png")
         write_picture(path, grid(preview.images))

@@ -1,4 +1,4 @@
-"""Watching a run: measurements to JSON lines, CSV and TensorBoard, previews, and what the terminal shows."""
+"""Callbacks of a run: metrics to JSON lines, CSV and TensorBoard, previews, and the terminal."""
 
 import json
 import sys
@@ -14,11 +14,10 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fitformer.config.schema import ClassifyRecipe, Recipe
+from fitformer.config.schema import Recipe
 from fitformer.data.settings import Background, ImageData
-from fitformer.tasks import Preview, task_of
-from fitformer.tasks.classify import grouped
-from fitformer.tasks.preview import grid, save
+from fitformer.tasks import task_of
+from fitformer.tasks.preview import Preview, grid, save
 from fitformer.training.run_dir import Run
 
 
@@ -52,13 +51,13 @@ class JsonLines(Logger):
 
 
 def loggers(run: Run, step: int) -> list[Logger]:
-    """Where the measurements of a run that stands at `step` go."""
+    """The loggers of a run that resumes at `step`."""
     board = TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=step + 1 if step else None)
     return [JsonLines(run.metrics_file), CSVLogger(run.path, name="csv", flush_logs_every_n_steps=1), board]
 
 
 def memory_mb(device: torch.device) -> float:
-    """Memory in MB: allocated on a GPU at most so far, or on the CPU this process's resident set."""
+    """Memory in MB: the peak allocated on a GPU, or on the CPU the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
@@ -73,10 +72,10 @@ def memory_mb(device: torch.device) -> float:
 
 
 class MetricsLogger(Callback):
-    """Takes the measurements: training means every `log_every` steps, held-out means and previews at validation.
+    """Logs training means every `log_every` steps, held-out means and previews at validation.
 
-    `latest` is what the terminal shows. Must stand before `Average`, which takes its weights away again when the
-    validation ends: previews are drawn by the averaged weights.
+    `latest` is what the terminal shows. It must stand before `EMACallback`, which swaps the averaged weights out when
+    the validation ends: previews are drawn with the averaged weights.
     """
 
     def __init__(self, run: Run) -> None:
@@ -115,9 +114,9 @@ class MetricsLogger(Callback):
         """Draw previews, while the averaged weights are in place."""
         recipe = self.run.recipe
         if trainer.is_global_zero and recipe.trainer.previews:
-            preview = task_of(recipe).preview(pl_module.network, recipe, recipe.trainer.previews)
+            preview = task_of(recipe).preview
             if preview is not None:
-                self._show(trainer, preview)
+                self._show(trainer, preview(pl_module.network, recipe, recipe.trainer.previews))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the held-out means."""
@@ -142,10 +141,7 @@ class MetricsLogger(Callback):
 
 
 class ForegroundReport(Callback):
-    """Says once, in one line, how many groups of the first images hold something; warns if all do.
-
-    It asks after a step, when what lies in files has been looked at already.
-    """
+    """Reports once, in one line, the share of foreground groups in the first images; warns if it is all of them."""
 
     IMAGES = 8
 
@@ -154,18 +150,17 @@ class ForegroundReport(Callback):
         self.images, self.kept, self.groups = 0, 0, 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
-        """Count the groups of a batch, and tell once there are enough images."""
+        """Count the groups of a batch, and report once there are enough images."""
         if self.images < self.IMAGES and trainer.is_global_zero:
             for image in batch["image"]:
-                found = grouped(pl_module.network, image, self.data)
                 self.images += 1
-                self.kept += found.num_groups - found.glimpses
-                self.groups += prod(found.grid)
+                self.kept += image.num_groups - image.glimpses
+                self.groups += prod(image.grid)
             if self.images >= self.IMAGES:
                 self._tell()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell it of fewer images, if there were no more."""
+        """Report on fewer images, if there were no more."""
         if 0 < self.images < self.IMAGES:
             self._tell()
 
@@ -184,21 +179,21 @@ class ForegroundReport(Callback):
 
 
 def skipping(recipe: Recipe) -> list[Callback]:
-    """What tells of skipped groups, of a recipe that skips some."""
-    if not isinstance(recipe, ClassifyRecipe):
-        return []
+    """The callback that reports skipped groups, for a recipe that skips some."""
     data = recipe.data
+    if not isinstance(data, ImageData):
+        return []
     return [ForegroundReport(data)] if data.background != "none" or data.masks is not None else []
 
 
 def in_short(background: Background) -> str:
-    """A background in a few characters."""
+    """A background in short."""
     levels = background if isinstance(background, tuple) else (background,)
     return ", ".join(level if isinstance(level, str) else f"{level:g}" for level in levels)
 
 
 def brief(metrics: dict[str, float]) -> dict[str, str]:
-    """Measurements in a terminal's words: short names, three digits, speed and memory with their units."""
+    """Metrics for the terminal: short names, three digits, speed and memory with their units."""
     words = {}
     for name, value in metrics.items():
         if name == "train/examples_per_second":
@@ -211,7 +206,7 @@ def brief(metrics: dict[str, float]) -> dict[str, str]:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar of one long epoch, with the observer's measurements."""
+    """Lightning's bar of one long epoch, with the latest metrics."""
 
     def __init__(self, observer: MetricsLogger) -> None:
         super().__init__(refresh_rate=10)
@@ -227,7 +222,7 @@ class ProgressBar(RichProgressBar):
 
 
 class ConsoleLogger(Callback):
-    """For a terminal that is none (a log file, a pipe): a line every 10 seconds, at validations and at the end."""
+    """Output to a log file or a pipe: a line every 10 seconds, at validations and at the end."""
 
     def __init__(self, observer: MetricsLogger, seconds: float = 10.0) -> None:
         self.observer, self.seconds = observer, seconds
@@ -235,12 +230,12 @@ class ConsoleLogger(Callback):
         self._shown = observer.latest
 
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        """Print what was measured last, if it is time."""
+        """Print the latest metrics, if it is time."""
         if time.monotonic() - self._printed > self.seconds:
             self._print(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the last measurement, if no validation has."""
+        """Print the last metrics, if no validation did."""
         self._print(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -195,6 +195,8 @@ class CheckpointCallback(Callback):
             export(self.average.network() if self.average else pl_module.network, self.run.model_folder)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["loops"]["fit_loop"] = self._counters
+        # A run may go on with more steps: the last batch of the present ones does not end its one epoch.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         trainer.strategy.save_checkpoint(checkpoint, self.run.last_checkpoint)
         self.saved_at = trainer.global_step
 

@@ -1,5 +1,7 @@
 """Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
 
+import hashlib
+import json
 import logging
 import sys
 import warnings
@@ -18,20 +20,22 @@ from fitformer import data
 from fitformer.config.schema import Recipe
 from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import Masks, masks_of
-from fitformer.data.workers import dead_worker
+from fitformer.data.workers import dead_worker, message_of
 from fitformer.errors import InputError, MissingDependencyError
-from fitformer.tasks import build_model, task_of
+from fitformer.models.base import FITModel
+from fitformer.models.pretrained import file_of
+from fitformer.tasks import build_model, group_images, task_of
 from fitformer.training import checkpoint
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
 from fitformer.training.ema import EMACallback
 from fitformer.training.memory_check import fit_to_memory
 from fitformer.training.module import Data, FITModule
-from fitformer.training.run_dir import Run, is_first_process, start_run, truncate_metrics, write_data_card
+from fitformer.training.run_dir import Run, check_run, is_first_process, start_run, truncate_metrics, write_data_card
 
 __all__ = ["train"]
 
 
-def train(recipe: Recipe, run_dir: str | Path) -> bool:
+def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = None) -> bool:
     """Train a recipe in a run directory, from its last checkpoint if it has one.
 
     Stopped anywhere and given again, the same recipe ends with the same weights as if it had not been stopped
@@ -40,7 +44,9 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
 
     Args:
         recipe: what to train, see `fitformer.config.load`.
-        run_dir: made if it is not there, see `fitformer.training.run_dir`.
+        run_dir: made if it is not there, see `fitformer.training.run_dir`. A run that is complete goes on if the recipe
+            has more steps than it took.
+        init_from: a run or a saved model whose weights a new run starts from, see `FITModel.load_weights`.
 
     Returns:
         whether the run is complete; false if a signal stopped it, with everything saved.
@@ -56,14 +62,21 @@ def train(recipe: Recipe, run_dir: str | Path) -> bool:
         torch.manual_seed(recipe.trainer.seed)
         network = build_model(recipe, examples)
     training = fit_to_memory(recipe, network, examples, masks)
-    run = start_run(run_dir, recipe)
+    check_run(run_dir, recipe)
+    run = Run(Path(run_dir), recipe)
     step = _resumed_step(run, network)
+    _check_steps(run, step)
+    _check_source(run, init_from, step)
+    note = None if init_from is None or step else _initialise(network, init_from)
+    run = start_run(run_dir, recipe, note)
     if step:
         run.check_pixels(examples)
     write_data_card(run, examples, held_out)
     if step >= recipe.trainer.steps:
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
+    for dataset in (examples, held_out):
+        group_images(network, dataset, recipe)
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
     return _fit(run, FITModule(network, replace(recipe, trainer=training)), Data(recipe, examples, held_out), step)
@@ -90,6 +103,53 @@ def _resumed_step(run: Run, network: torch.nn.Module) -> int:
     saved = checkpoint.load(run.last_checkpoint, lazily=True)
     checkpoint.check_fits(saved, network, run.last_checkpoint)
     return int(saved["global_step"])
+
+
+def _check_steps(run: Run, step: int) -> None:
+    """Say what another number of steps means to a run.
+
+    Raises:
+        InputError: the run took more steps already.
+    """
+    steps = run.recipe.trainer.steps
+    if not step:
+        return
+    if steps < step:
+        raise InputError(f"{run.path} took {step} steps already, and trainer.steps is {steps}; ask for more")
+    before = Run.open(run.path).recipe.trainer.steps
+    if before != steps and run.recipe.optimizer.schedule != "constant":
+        _say(f"the {run.recipe.optimizer.schedule} schedule runs over {steps} steps from here on, instead of {before}")
+
+
+def _check_source(run: Run, source: str | Path | None, step: int) -> None:
+    """Refuse a run that has begun from other weights; the source itself need not be there any more.
+
+    Raises:
+        InputError: names both sources.
+    """
+    begun = json.loads(run.initial_weights.read_text()) if run.initial_weights.is_file() else {}
+    there = begun.get("source", "random weights")
+    if source is None:
+        if begun and not step:
+            raise InputError(f"{run.path} begins from {there} and has no checkpoint yet; give --init-from {there}")
+    elif step and str(source) != there and _digest(source) != begun.get("sha256"):
+        raise InputError(f"{run.path} began from {there}, not from {source}; give another --run-dir")
+
+
+def _initialise(network: FITModel, source: str | Path) -> dict[str, str]:
+    """Give the network of a new run the weights of a saved model; returns where they came from.
+
+    Raises:
+        InputError: weights that do not fit.
+    """
+    report = network.load_weights(source)
+    _say(f"weights of {source}: {report}")
+    return {"source": str(source), "sha256": _digest(source), "weights": str(report)}
+
+
+def _digest(source: str | Path) -> str:
+    with file_of(source, "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
@@ -124,11 +184,11 @@ def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
 def _mendable(error: Exception, resume_hint: str) -> Exception | None:
     """The error with the way on, if it is one that the user can mend; None if it is any other."""
     if isinstance(error, InputError):
-        return InputError(f"{error}{resume_hint}")
+        return InputError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, MissingDependencyError):
-        return MissingDependencyError(f"{error}{resume_hint}")
+        return MissingDependencyError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        return OSError(f"{error}{resume_hint}")
+        return OSError(f"{message_of(error)}{resume_hint}")
     if isinstance(error, RuntimeError) and (said := dead_worker(error)):
         return ChildProcessError(f"{said}; --data.num_workers=0 takes least memory{resume_hint}")
     return None
@@ -170,7 +230,7 @@ def _trainer(
 def _best(run: Run, validate: bool) -> list[Callback]:
     if not (run.recipe.trainer.keep_best and validate):
         return []
-    metric, mode = task_of(run.recipe).monitor(run.recipe)
+    metric, mode = task_of(run.recipe).monitor
     folder = run.last_checkpoint.parent
     return [ModelCheckpoint(folder, "best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)]
 
@@ -180,10 +240,11 @@ def _strategy(recipe: Recipe) -> str:
     count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
     if count < 2 if devices in ("auto", "-1", -1) else str(devices) in ("1", "[0]"):
         return "auto"
-    # An encoder leaves one of its two last norms unread, and so do other roles that end in global layers.
+    # A trunk that ends in global layers leaves one of its two final norms unused.
     layers = recipe.model.layers
     ends_local = layers is None or layers.endswith(")")
-    return "ddp" if ends_local and recipe.task != "classify" else "ddp_find_unused_parameters_true"
+    unused = not ends_local or task_of(recipe).find_unused_parameters
+    return "ddp_find_unused_parameters_true" if unused else "ddp"
 
 
 @contextmanager

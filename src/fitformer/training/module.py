@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches
 from fitformer.models.base import FITModel
-from fitformer.tasks import Batch, optimizers, set_execution, task_of
+from fitformer.tasks import optimizers, set_execution, task_of
+from fitformer.tasks.batch import Batch
 
 
 def step_seed(seed: int, micro_step: int, rank: int) -> int:
@@ -71,6 +72,13 @@ class FITModule(pl.LightningModule):
         """Clip the global norm. Lightning refuses to with a fused optimizer under bf16, where nothing is scaled."""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        """Set the learning rate by the recipe: a checkpoint holds that of its own schedule, which may be shorter."""
+        settings = self.recipe.optimizer
+        share = optimizers.rate(self.global_step, settings, self.recipe.trainer.steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = settings.lr * share
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped with the optimizer."""

@@ -4,6 +4,7 @@ recipe.yaml         the resolved recipe            environment.json    every sta
 data.json           what the data were             metrics.jsonl       a line a measurement
 checkpoints/        last.ckpt (and best.ckpt)      model/              the exported weights, `from_pretrained`
 samples/            previews by step               tensorboard/, csv/  the same measurements
+initial_weights.json   with --init-from: source and digest of the first weights
 """
 
 import json
@@ -25,10 +26,6 @@ from fitformer.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fitformer.models.decoder import FITDecoder
-    from fitformer.models.image_denoiser import FITImageDenoiser
-    from fitformer.models.image_encoder import FITImageEncoder
 
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
 
@@ -64,6 +61,11 @@ class Run:
     def model_folder(self) -> Path:
         """The exported model, written with every checkpoint: averaged weights if the recipe averages."""
         return self.path / "model"
+
+    @property
+    def initial_weights(self) -> Path:
+        """Where a run began that did not begin from random weights: source, digest, what was resized."""
+        return self.path / "initial_weights.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -112,24 +114,17 @@ class Run:
         if image is not None and trained is not None:
             check_pixels(image.path, image.dtype, trained)
 
-    def model(self) -> "FITImageEncoder | FITImageDenoiser | FITDecoder":
-        """The exported model in eval mode, loaded strictly; which role follows from the recipe's task.
+    def model(self) -> Any:
+        """The exported model in eval mode, loaded strictly; its class is the `model` of the recipe's task.
 
         Raises:
-            InputError: nothing was exported yet; the folder holds another role or weights that do not fit.
+            InputError: no model was exported yet; the folder holds another role or weights that do not fit.
         """
-        import fitformer
-        from fitformer.models.image_encoder import FITImageEncoder
-        from fitformer.tasks import set_execution
+        from fitformer.tasks import set_execution, task_of
 
         if not (self.model_folder / "model.safetensors").is_file():
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
-        roles: dict[str, Any] = {
-            "classify": FITImageEncoder,
-            "diffuse": fitformer.FITImageDenoiser,
-            "autoregress": fitformer.FITDecoder,
-        }
-        network = roles[self.recipe.task].from_pretrained(self.model_folder)
+        network = task_of(self.recipe).model.from_pretrained(self.model_folder)
         set_execution(network, self.recipe.trainer)
         return network
 
@@ -140,8 +135,8 @@ class Run:
         return data.build_dataset(self.recipe.data, split, seed=self.recipe.trainer.seed)
 
 
-def start_run(path: str | Path, recipe: Recipe) -> Run:
-    """Make a run directory for a recipe, or take up the one that is there.
+def check_run(path: str | Path, recipe: Recipe) -> None:
+    """Refuse a directory that a recipe's run cannot use; the number of steps may change.
 
     Raises:
         InputError: the directory holds the run of another recipe (names the keys and both values), or something else.
@@ -149,6 +144,7 @@ def start_run(path: str | Path, recipe: Recipe) -> Run:
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
         differing = config.differences(Run.open(path).recipe, recipe)
+        differing.pop("trainer.steps", None)
         if differing:
             pairs = ((key, _brief(old), _brief(new)) for key, (old, new) in differing.items())
             listed = "; ".join(f"{key} is {old} there, {new} here" for key, old, new in pairs)
@@ -157,9 +153,21 @@ def start_run(path: str | Path, recipe: Recipe) -> Run:
             )
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a run needs a directory")
+
+
+def start_run(path: str | Path, recipe: Recipe, initial_weights: dict[str, str] | None = None) -> Run:
+    """Make a run directory for a recipe, or go on with the one that is there; `initial_weights` is noted if given.
+
+    Raises:
+        InputError: as `check_run`.
+    """
+    check_run(path, recipe)
+    path = Path(path)
     if is_first_process():
         _write(path / "recipe.yaml", config.dump(recipe))
         _note_start(path / "environment.json")
+        if initial_weights is not None:
+            _write(path / "initial_weights.json", json.dumps(initial_weights, indent=2) + "\n")
     return Run(path, recipe)
 
 

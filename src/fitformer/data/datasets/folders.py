@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitformer._support.suggest import suggest
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_source, lazy_suffixes
 from fitformer.data.datasets.sources import (
     Source,
@@ -14,7 +15,6 @@ from fitformer.data.datasets.sources import (
     file_source,
     in_order,
     listed,
-    nearest,
     number_labels,
     unlabelled,
 )
@@ -192,7 +192,7 @@ def _column(what: str, asked: str | None, table: dict[str, list[str]], file: Pat
     if asked is None:
         return next((name for name in _USUAL[what] if name in table), None)
     if asked not in table:
-        raise InputError(f"{file} has no column {asked!r}{nearest(asked, list(table))} (it has {listed(list(table))})")
+        raise InputError(f"{file} has no column {asked!r}{suggest(asked, list(table))} (it has {listed(list(table))})")
     return asked
 
 

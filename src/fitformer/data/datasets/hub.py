@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fitformer._support.suggest import suggest
 from fitformer.data.datasets.folders import Columns
 from fitformer.data.datasets.sources import (
     Source,
@@ -13,7 +14,6 @@ from fitformer.data.datasets.sources import (
     file_source,
     in_order,
     listed,
-    nearest,
     number_labels,
     unlabelled,
 )
@@ -85,7 +85,7 @@ def _load(datasets: Any, path: str, subset: str | None) -> Any:
 def _named(features: Any, asked: str, path: str) -> str:
     if asked not in features:
         raise InputError(
-            f"{path} has no column {asked!r}{nearest(asked, list(features))} (it has {listed(list(features))})"
+            f"{path} has no column {asked!r}{suggest(asked, list(features))} (it has {listed(list(features))})"
         )
     return asked
 

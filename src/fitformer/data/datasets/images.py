@@ -11,11 +11,13 @@ from torch.utils.data import Dataset, default_collate
 
 from fitformer.data.datasets.sources import Source, listed
 from fitformer.data.dihedral import IDENTITY, SYMMETRIES, Symmetry, TransformedImage, drawn
+from fitformer.data.grouping import Grouping
 from fitformer.data.order import example_generator
 from fitformer.data.pixels import UnreadableImageError, fit, jitter, random_crop, shift
 from fitformer.data.readers import LazyImage
-from fitformer.data.settings import Augmentation, Resize
+from fitformer.data.settings import Augmentation, ImageData, Resize
 from fitformer.errors import InputError
+from fitformer.patching.any_size import Tiling
 
 _log = logging.getLogger("fitformer.data")
 
@@ -115,8 +117,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.image_size = sides
         self.resize, self.levels, self.max_unreadable = resize, levels, max_unreadable
         self.augmentation = augmentation
+        self._grouping: Grouping | None = None
         # One shared byte per image, so that all workers of a loader see and count what any of them found.
         self._broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def group_for(self, tiling: Tiling, glimpses: int, settings: ImageData) -> None:
+        """Hand images out as the groups of a model of any size, without those that `settings` call empty.
+
+        Then `image` is a `GroupedImage`. It is made where the data are read, so in the workers of a loader, which also
+        read its pixels ahead where these are not too many.
+        """
+        self._grouping = Grouping(tiling, glimpses, settings, self.symmetries)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -167,7 +178,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
         if self.image_size is None:
             image = pixels if augment is None else TransformedImage(pixels, drawn(self.augmentation, random))
-            return {"image": image, "label": torch.tensor(label), "index": found}
+            return {"image": self._grouped(image), "label": torch.tensor(label), "index": found}
         if augment is None:
             pixels = fit(pixels, self.image_size, self.resize)
         else:
@@ -175,12 +186,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.levels is not None:
             pixels = quantize(pixels, self.levels)
         # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
-        return {"image": torch.tensor(pixels.copy()), "label": torch.tensor(label), "index": found}
+        return {"image": self._grouped(torch.tensor(pixels.copy())), "label": torch.tensor(label), "index": found}
+
+    def _grouped(self, image: Any) -> Any:
+        return image if self._grouping is None else self._grouping(image)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
         """How items become a batch; None for the usual way."""
-        return collate_any_size if self.image_size is None else None
+        return collate_any_size if self.image_size is None or self._grouping is not None else None
 
     def _read(self, index: int) -> tuple[Any, int, int]:
         """The image at `index`, or the next one after it that can be read."""

@@ -1,6 +1,5 @@
 """What every source of images is: a row of pixels and labels, and the numbering of class names."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fitformer._support.suggest import suggest
 from fitformer.data.pixels import UnreadableImageError, convert, decode, header_channels
 from fitformer.errors import InputError
 
@@ -214,12 +214,6 @@ def common_channels(title: str, files: Files, most: int = 1000) -> int:
     return common
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing if no word is near."""
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def listed(words: Sequence[object], most: int = 10) -> str:
     """Words for a message, cut short."""
     shown = ", ".join(str(word) for word in words[:most])
@@ -251,7 +245,7 @@ def _as_number(name: str, classes: tuple[str, ...], where: str) -> int:
     try:
         number = int(name)
     except ValueError:
-        hint = nearest(name, classes) or f"; the classes are {listed(classes)}"
+        hint = suggest(name, classes, f"; the classes are {listed(classes)}")
         raise InputError(f"{where} has the unknown label {name!r}{hint}") from None
     check_range(np.array([number]), len(classes), where)
     return number
@@ -278,5 +272,5 @@ def existing(path: str | os.PathLike[str] | None, source: str, kind: str) -> Pat
     found = Path(path).expanduser()
     if not found.exists():
         beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
-        raise InputError(f"data source {source!r}: there is no {found}{nearest(found.name, beside)}")
+        raise InputError(f"data source {source!r}: there is no {found}{suggest(found.name, beside)}")
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitformer.data.datasets.sources import nearest
+from fitformer._support.suggest import suggest
 from fitformer.data.readers.area_resize import average
 from fitformer.data.readers.levels import WHOLE_BYTES, Level, OpenImage, as_pixels, tile_bytes
 from fitformer.data.readers.npy import open_npy
@@ -148,7 +148,7 @@ def _open(path: str, most_bytes: float) -> OpenImage:
         beside = Path(path).parent
         # Not itself: a link that leads nowhere.
         names = [entry.name for entry in beside.iterdir() if entry.name != Path(path).name] if beside.is_dir() else []
-        raise InputError(f"there is no {path}{nearest(Path(path).name, names)}")
+        raise InputError(f"there is no {path}{suggest(Path(path).name, names)}")
     opened = _backend(path)(path, most_bytes)
     try:
         levels = [as_pixels(level, path) for level in opened.levels]

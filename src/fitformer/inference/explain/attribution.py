@@ -1,14 +1,12 @@
-"""Where the latents looked and what moved the decision, a value a patch, in any way to run.
+"""Attention of the latents and relevance for the decision, a value a patch each, in any way to run.
 
-Both are taken slice by slice as the slices come by, so that of what is looked at only the two values a patch stay:
-attention is made again by a hook on each read, and the gradient of the decision with respect to embedded tokens is
-met on its way back.
+Both are computed slice by slice, so that two values a patch are all that is kept: a hook on each read computes its
+attention weights again, and a hook on the embedded tokens takes the gradient of the decision in the backward pass.
 
-The decision is the log-odds of the label: a function of the probabilities alone, which does not flatten where a
-classifier is sure. A patch is compared with the image's average one, so that what all patches share, say a constant
-offset of their tokens, speaks neither for the label nor against it. And the gradient is that of the image faded a
-little towards its average: inside the network a classifier that is sure does flatten, until the gradient of the image
-itself says next to nothing of what would happen without a patch.
+The decision is the log-odds of the label: a function of the probabilities alone, which does not saturate where a
+classifier is sure. Relevance compares a patch with the image's average patch, so that a constant offset that all
+patches share counts neither for the label nor against it. The gradient is taken at the image faded a little towards its
+average: where a classifier is sure, its inner layers saturate, and the gradient at the image itself is almost zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,14 +31,14 @@ Tell = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What a classifier saw in an image.
+    """What a classifier's answer rests on in an image.
 
     Attributes:
         logits: `(classes,)`.
-        looked: `(t, n)`: the read attention of a patch over that of an even look at its group, mean over latents,
+        attention: `(t, n)`: read attention of a patch over that of uniform attention in its group, a mean over latents,
             heads and blocks; in each group these values average 1.
-        moved: `(t, n)`: what each patch, in place of the image's average patch, adds to the log-odds of the likeliest
-            class, to first order: gradient at the faded image times (embedded patch less the average one).
+        relevance: `(t, n)`: what each patch, in place of the image's average patch, adds to the log-odds of the
+            likeliest class, to first order: gradient at the faded image times (embedded patch minus the average one).
         image: the groups.
     """
 
@@ -53,12 +51,12 @@ class Attribution:
 def attribute(
     classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
 ) -> Attribution:
-    """Classify an image and say which of its patches were looked at and which moved the decision.
+    """Classify an image, with the attention to its patches and their relevance for the decision.
 
     Args:
-        classifier: in eval mode; `classifier.encoder.run` is the way to run it.
+        classifier: in eval mode; `set_execution` says how it runs.
         image: one image, float `(H, W, channels)` or read lazily.
-        tell: is given the share of the work that is done, from 0 to 1, now and then.
+        tell: called now and then with the share of the work that is done, from 0 to 1.
 
     Raises:
         InputError: an image that the classifier was not built for, or one without a head or a block that reads.
@@ -70,7 +68,7 @@ def attribute(
     relevance = torch.zeros(inputs.groups, classifier.tiling.tokens_per_group)
     gate = torch.ones(1, device=inputs.latents.device, requires_grad=True)
     average = _Average(grouped, classifier.trunk.position)
-    with _frozen(classifier), _looks(classifier, inputs.groups, tell) as attention:
+    with _frozen(classifier), _read_attention(classifier, inputs.groups, tell) as attention:
         with torch.no_grad():
             logits = _logits(classifier, grouped, _averaging(inputs, average))
         with torch.enable_grad():
@@ -167,8 +165,8 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Iterator[Tensor]:
-    """Where the latents look in here, `(t, n)`, filled as the reads of the encoder's blocks run over one image.
+def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Iterator[Tensor]:
+    """Attention of the latents within this context, `(t, n)`, filled as the encoder's reads run over one image.
 
     Raises:
         InputError: no block reads.
@@ -180,11 +178,11 @@ def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Itera
     done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
 
     def note(read: Any, inputs: tuple[Any, ...]) -> None:
-        # Groups pass each read in their order; what comes after the last is the faded image, forward and back.
+        # Groups pass each read in order; what follows the last group is the faded image, forward and backward.
         first, count = done[read], len(inputs[0])
         done[read] += count
         if first < groups:
-            attention[first : first + count] += (_look(read, *inputs) / len(reads)).cpu()
+            attention[first : first + count] += (_relative_attention(read, *inputs) / len(reads)).cpu()
         if tell is not None:
             tell(min(1.0, sum(done.values()) / (3 * groups * len(reads))))
 
@@ -197,8 +195,8 @@ def _looks(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Itera
 
 
 @torch.no_grad()
-def _look(read: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention `(s, n)` of a read over that of an even look at the tokens that may be looked at."""
+def _relative_attention(read: CrossLayer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention `(s, n)` of a read over that of uniform attention to the tokens that hold pixels."""
     weights = read.weights(x, context, mask).float().mean(dim=(1, 2))
     held = weights.shape[-1] if mask is None else mask.flatten(1).sum(dim=1, keepdim=True)
     return weights * held

@@ -46,7 +46,7 @@ MAPS = {"relevance": "log-odds, against the average patch, faded"}
 
 
 class NonFiniteError(InputError):
-    """An image that is answered with no numbers, for it holds pixels that are none."""
+    """An image whose logits are NaN or infinite, as its pixels are."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,7 @@ class Slides:
     def _see(self, image: LazyImage, tell: Tell) -> Attribution:
         seen = attribute(self.classifier, image if self.group is None else self.group(image), tell)
         if not bool(seen.logits.isfinite().all()):
-            raise NonFiniteError(
-                f"{image.path} is answered with {seen.logits.tolist()}: it has pixels that are no numbers"
-            )
+            raise NonFiniteError(f"{image.path} is answered with {seen.logits.tolist()}: it has NaN or infinite pixels")
         return seen
 
     def _need_own_name(self, slide: Slide) -> None:

@@ -1,0 +1,107 @@
+"""Images as the groups of a model of any size, without those that hold nothing; made where data are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from fitformer.data.dihedral import IDENTITY, Symmetry, TransformedImage
+from fitformer.data.foreground import foreground_groups_transformed
+from fitformer.data.foreground_cache import Grids, cached, file_identity
+from fitformer.data.masks import Masks
+from fitformer.data.readers import LazyImage
+from fitformer.data.settings import ImageData
+from fitformer.errors import EmptyImageError
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
+
+# A worker reads the groups of an image ahead if they are at most so many bytes; larger ones are read slice by slice.
+MOST_READ_AHEAD = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How images become groups.
+
+    Attributes:
+        tiling, glimpses: the model's cut, and its copies of the whole image.
+        settings: say which groups are background or masked out; None for none.
+        symmetries: in which an image may be turned; one scan serves them all.
+        trained: the type of the pixels that the model was trained on; None for any.
+    """
+
+    tiling: Tiling
+    glimpses: int = 0
+    settings: ImageData | None = None
+    symmetries: Sequence[Symmetry] = (IDENTITY,)
+    trained: np.dtype | None = None
+
+    def __call__(self, image: Tensor | PixelSource) -> GroupedImage:
+        """An image as groups; in a worker process, with its pixels read unless they are too many.
+
+        Raises:
+            InputError: other channels than the model's, other pixels than it was trained on, no mask, a broken file.
+            EmptyImageError: nothing but background, or masked out.
+        """
+        source = PixelArray(image) if isinstance(image, Tensor) else image
+        if self.trained is not None:
+            check_pixels(str(getattr(source, "path", "an image")), source.dtype, self.trained)
+        grouped = GroupedImage(source, self.tiling, self._foreground(source), self.glimpses)
+        if get_worker_info() is not None and grouped.nbytes <= MOST_READ_AHEAD:
+            grouped.read_ahead()
+        return grouped
+
+    def _foreground(self, source: Any) -> np.ndarray | None:
+        """The groups that hold something; None for all."""
+        settings = self.settings
+        if settings is None or (settings.background == "none" and settings.masks is None):
+            return None
+        turned = isinstance(source, TransformedImage)
+        image, symmetry = (source.source, source.symmetry) if turned else (source, IDENTITY)
+        if not isinstance(image, LazyImage):
+            return self._scan(image, (symmetry,), None)[0]
+        symmetries = tuple(self.symmetries) if symmetry in self.symmetries else (symmetry,)
+        mask = None if settings.masks is None else Masks(settings.masks).of(image.path)
+        grids = cached(self._identity(image, symmetries, mask), lambda: self._scan(image, symmetries, mask))
+        if not all(grid.any() for grid in grids):
+            raise EmptyImageError(_empty(image.path, len(symmetries) > 1, settings, mask))
+        return grids[symmetries.index(symmetry)]
+
+    def _scan(self, image: Any, symmetries: Sequence[Symmetry], mask: Path | None) -> Grids:
+        assert self.settings is not None
+        background = None if self.settings.background == "none" else self.settings.background
+        found = foreground_groups_transformed(
+            image,
+            self.tiling.group_size,
+            symmetries,
+            background=background,
+            tolerance=self.settings.tolerance,
+            mask=mask,
+            min_foreground=self.settings.min_foreground,
+        )
+        return [found[symmetry] for symmetry in symmetries]
+
+    def _identity(self, image: LazyImage, symmetries: Sequence[Symmetry], mask: Path | None) -> dict[str, Any]:
+        assert self.settings is not None
+        return {
+            "image": file_identity(image.path),
+            "mask": None if mask is None else file_identity(mask),
+            "group_size": list(self.tiling.group_size),  # type: ignore[arg-type]
+            "symmetries": [[each.transposed, *each.backwards] for each in symmetries],
+            **{name: getattr(self.settings, name) for name in ("background", "tolerance", "min_foreground")},
+        }
+
+
+def _empty(path: str, turned: bool, settings: ImageData, mask: Path | None) -> str:
+    """Why an image has no group that holds anything, and the way out."""
+    masked = settings.background == "none"
+    reasons = [] if masked else [f"background {settings.background}, tolerance {settings.tolerance}"]
+    reasons += [f"mask {mask}"] if mask else []
+    reasons += [f"min_foreground {settings.min_foreground}"] if settings.min_foreground else []
+    return (
+        f"{path}{', as it is turned in training,' if turned else ''} has no group that holds anything "
+        f"({', '.join(reasons)}): leave the image out, or change data.{'masks' if masked else 'tolerance'}"
+    )

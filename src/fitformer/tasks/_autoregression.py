@@ -1,0 +1,56 @@
+"""What the autoregressive tasks share: the decoder, and the loss and held-out metrics in bits."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitformer import patching
+from fitformer.config.schema import ByteDecoderModel, PixelDecoderModel
+from fitformer.models.decoder import FITDecoder
+from fitformer.tasks.batch import arguments
+
+BYTE_VALUES = 256
+
+
+def build_decoder(
+    model: PixelDecoderModel | ByteDecoderModel, num_groups: int, tokens_per_group: int, vocab_size: int
+) -> FITDecoder:
+    """A decoder of `num_groups` groups of `tokens_per_group` tokens."""
+    return FITDecoder.from_preset(
+        model.preset,
+        num_groups=num_groups,
+        tokens_per_group=tokens_per_group,
+        vocab_size=vocab_size,
+        **arguments(model, "patch_size", "tokens_per_group"),
+    )
+
+
+def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of tokens `(b, t, n)` in bits, a scalar with gradients.
+
+    Args:
+        network: the decoder. tokens: the targets. mask: bool `(b, t, n)`, true where a token counts; None for all.
+    """
+    shifted = patching.shift_right(tokens)
+    weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+
+    def nats(groups: slice, logits: Tensor, _: Tensor | None) -> Tensor:
+        # The logits of a slice are freed before those of the next are computed.
+        each = F.cross_entropy(logits.flatten(0, -2).float(), tokens[:, groups].flatten(), reduction="none")
+        return (each * weights[:, groups].flatten()).sum()
+
+    return network(shifted, score=nats) / weights.sum() / math.log(2)
+
+
+def loss_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict]:
+    """Cross-entropy in nats, which is minimized, and the same in bits under the name `unit`, detached."""
+    value = bits(network, tokens, mask)
+    return value * math.log(2), {unit: value.detach()}
+
+
+def measure_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[dict, int]:
+    """Held-out `loss` in nats and `unit` in bits, means over tokens, and the number of tokens."""
+    value = bits(network, tokens, mask)
+    return {"loss": value * math.log(2), unit: value}, tokens.numel() if mask is None else int(mask.sum())

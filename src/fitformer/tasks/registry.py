@@ -1,0 +1,65 @@
+"""What the rest of the library knows of a task: one `TaskSpec`, named `TASK`, in each task's module."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from fitformer.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fitformer.tasks.batch import Batch
+    from fitformer.tasks.preview import Preview
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task as plain functions and facts; training, evaluation and the command line read it and name no task.
+
+    Attributes:
+        recipe: the recipe class; its default `task` is the task's name and the name of its module.
+        model: the class of the exported model, for `from_pretrained`; one of the verb `sample` samples by itself.
+        build: `(recipe, dataset) -> model`, with random weights from torch's generator.
+        loss: `(model, batch, recipe) -> loss, metrics`: the training loss, a scalar mean over the batch, and further
+            means to log, detached.
+        measure: `(model, batch, recipe) -> means, count`: held-out means over the batch, and the number of examples
+            or tokens that each is a mean over.
+        monitor: the held-out metric that selects the best checkpoint, such as `val/loss`, and `min` or `max`.
+        preview: `(model, recipe, count) -> Preview`: samples that depend on the weights alone; None without samples.
+        counted: what `measure` counts: `examples` or `tokens`.
+        logits: `(model, batch, recipe) -> logits (b, classes), labels (b,)` of a classifier, which is then evaluated
+            with accuracy by class and confusion; None for other tasks.
+        baselines: `(recipe, train, test) -> (name, value), ...`: results that a model should surpass, from the batches
+            of the training part and of the part that is evaluated; each is an iterator that is read at most once.
+        verb: the command that uses a trained model.
+        generate_images, generate_bytes: draw tokens one by one, see `tasks.pixels.generate_images` and
+            `tasks.bytes.generate_bytes`; one of the two for the verb `generate`.
+        find_unused_parameters: some parameters get no gradient, which distributed training must be told.
+    """
+
+    recipe: type[Recipe]
+    model: type[Any]
+    build: Callable[[Any, Any], Any]
+    loss: "Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]"
+    measure: "Callable[[Any, Batch, Any], tuple[dict[str, Tensor], int]]"
+    monitor: tuple[str, Literal["min", "max"]]
+    preview: "Callable[[Any, Any, int], Preview] | None" = None
+    counted: str = "examples"
+    logits: "Callable[[Any, Batch, Any], tuple[Tensor, Tensor]] | None" = None
+    baselines: "Callable[[Any, Iterator[Batch], Iterator[Batch]], Iterable[tuple[str, float]]] | None" = None
+    verb: Literal["predict", "sample", "generate"] | None = None
+    generate_images: "Callable[..., Tensor] | None" = None
+    generate_bytes: "Callable[..., list[bytes]] | None" = None
+    find_unused_parameters: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the task, as recipes write it."""
+        return self.recipe.task
+
+
+def task_of(recipe: Recipe) -> TaskSpec:
+    """The task of a recipe; imports its module."""
+    return import_module(f"fitformer.tasks.{recipe.task}").TASK

@@ -1,0 +1,142 @@
+"""Images become groups where they are read: in workers, scanned once, never from a stale cache."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from torch.utils.data import DataLoader
+
+from fitformer.data import build_dataset, foreground_cache, grouping
+from fitformer.data.grouping import Grouping
+from fitformer.data.readers import open_image
+from fitformer.data.readers.lazy import LazyImage
+from fitformer.data.settings import ImageData
+from fitformer.patching.any_size import GroupedImage, PixelArray, Tiling
+
+TILING = Tiling(32, 16, 3)
+WHITE = ImageData(background="white", image_size=None)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FITFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def slides(tmp_path):
+    random = np.random.default_rng(0)
+    for k in range(6):
+        pixels = np.full((70, 96 + k, 3), 255, dtype=np.uint8)
+        pixels[32 * (k % 2) : 32 * (k % 2) + 20, 5:25] = random.integers(0, 200, (20, 20, 3))
+        path = tmp_path / "slides" / f"{k % 2}" / f"{k}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
+    return tmp_path / "slides"
+
+
+def dataset_of(folder, **options):
+    settings = ImageData(
+        source="folder", path=str(folder), image_size=None, holdout=0.34, background="white", **options
+    )
+    dataset = build_dataset(settings, "train")
+    dataset.group_for(TILING, 1, settings)
+    return dataset
+
+
+def scans(monkeypatch):
+    found, real = [], grouping.foreground_groups_transformed
+    monkeypatch.setattr(grouping, "foreground_groups_transformed", lambda *a, **k: (found.append(1), real(*a, **k))[1])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("augmentation", ["none", "dihedral"])
+def test_workers_scan_and_read_and_the_batches_are_the_same(slides, monkeypatch, augmentation):
+    dataset, here = dataset_of(slides, augmentation=augmentation), os.getpid()
+    windows, real = [], LazyImage.window
+    monkeypatch.setattr(
+        LazyImage, "window", lambda image, *where: (windows.append(os.getpid()), real(image, *where))[1]
+    )
+    batches = []
+    for workers in (0, 2):
+        windows.clear()
+        loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=dataset.collate)
+        images = [image for batch in loader for image in batch["image"]]
+        batches.append([image.read(slice(None)) for image in images])
+        assert all(isinstance(image, GroupedImage) for image in images)
+        # In this process not one pixel is read where there are workers.
+        assert (here in windows) == (workers == 0)
+    for (tokens, mask), (others, other_mask) in zip(*batches, strict=True):
+        assert torch.equal(tokens, others)
+        assert (mask is None and other_mask is None) or torch.equal(mask, other_mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_worker_leaves_large_images_in_their_files(slides, monkeypatch):
+    monkeypatch.setattr(grouping, "MOST_READ_AHEAD", 1000)
+    dataset = dataset_of(slides)
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=dataset.collate)
+    image = next(iter(loader))["image"][0]
+    assert image._pixels is None
+    assert len(pickle.dumps(image)) < 3000
+    assert image.read(slice(0, 2))[0].shape == (1, 2, 4, 768)
+
+
+def test_an_image_is_scanned_once_whatever_the_run_until_it_changes(slides, monkeypatch):
+    counted, path = scans(monkeypatch), slides / "0" / "0.tif"
+    first = Grouping(TILING, 0, WHITE)(open_image(path))
+    again = Grouping(TILING, 2, WHITE)(open_image(path))
+    assert len(counted) == 1
+    assert again.coords[2:].tolist() == first.coords.tolist() == [[0, 0]]
+    Grouping(TILING, 0, ImageData(background="white", tolerance=0.2))(open_image(path))
+    Grouping(Tiling(16, 16, 3), 0, WHITE)(open_image(path))
+    assert len(counted) == 3
+    pixels = np.full((70, 96, 3), 255, dtype=np.uint8)
+    pixels[64:, 70:] = 0
+    tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
+    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == [[2, 2]]
+    assert len(counted) == 4
+
+
+def test_a_mask_that_changes_is_scanned_anew(slides, tmp_path, monkeypatch):
+    counted, masks = scans(monkeypatch), tmp_path / "masks"
+    masks.mkdir()
+    settings = ImageData(masks=str(masks), image_size=None)
+    for corner in (0, 40):
+        mask = np.zeros((70, 96), dtype=np.uint8)
+        mask[corner : corner + 4, corner : corner + 4] = 1
+        tifffile.imwrite(masks / "0.tif", mask)
+        found = Grouping(TILING, 0, settings)(open_image(slides / "0" / "0.tif"))
+        assert found.coords.tolist() == [[corner // 32, corner // 32]]
+    assert len(counted) == 2
+
+
+def test_a_broken_cache_is_mended_and_one_that_cannot_be_written_stops_nothing(slides, cache, monkeypatch):
+    counted, path = scans(monkeypatch), slides / "1" / "1.tif"
+    wanted = Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist()
+    (kept,) = cache.rglob("*.npz")
+    kept.write_bytes(kept.read_bytes()[:40])
+    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert len(counted) == 2
+    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert len(counted) == 2
+    (cache.parent / "file").write_text("in the way")
+    monkeypatch.setenv("FITFORMER_CACHE", str(cache.parent / "file"))
+    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert len(counted) == 3
+    assert foreground_cache.cache_folder() == cache.parent / "file"
+
+
+def test_read_ahead_gives_what_reading_gives():
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    image, ahead = (GroupedImage(PixelArray(pixels), TILING, glimpses=1) for _ in range(2))
+    ahead.read_ahead()
+    ahead.source = None
+    for groups in (slice(0, 1), slice(1, 4), slice(None)):
+        for ours, wanted in zip(ahead.read(groups), image.read(groups), strict=True):
+            assert torch.equal(ours, wanted) if wanted is not None else ours is None
+    assert image.nbytes == 7 * 32 * 32 * 3
