@@ -23,7 +23,15 @@ from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.dropout import GroupRandom
 from fitformer.models.trunk import Block, Trunk
 from fitformer.profiling.flops import count_parameters
-from fitformer.profiling.probes import GROUP_LAYERS, build_layer, fake_mode, layer_inputs, run_layer, without_trunk
+from fitformer.profiling.probes import (
+    GROUP_LAYERS,
+    build_layer,
+    cached_by_shapes,
+    fake_mode,
+    layer_inputs,
+    run_layer,
+    without_trunk,
+)
 
 FLOAT = 4
 # Tensors of the size of a prediction that a loss holds beside the kept ones: prediction, target, gradient.
@@ -106,6 +114,7 @@ def _fake_layer(config: TrunkConfig, name: str) -> Any:
     return build_layer(config, name)
 
 
+@cached_by_shapes
 def stem_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
     """From raw tokens, which are kept as the stem takes them, to data tokens."""
     with fake_mode():
@@ -116,6 +125,7 @@ def stem_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
         return _measure(ends.stem, lambda: ends.stem(torch.empty(tokens, channels)), numerics)
 
 
+@cached_by_shapes
 def head_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
     """From data tokens to a loss: squared errors of a denoiser, cross-entropies of a decoder."""
     with fake_mode():
@@ -130,6 +140,7 @@ def head_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
     return replace(stage, moment=LOSS_TENSORS * stage.moment)
 
 
+@cached_by_shapes
 def self_conditioning_stage(model: FITDenoiser, batch: int, latents: int, numerics: Numerics) -> Stage:
     """From the latents of an earlier pass to what they add to the initial ones."""
     with fake_mode():
