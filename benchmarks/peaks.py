@@ -31,6 +31,7 @@ GRID = [
     "--preset small --image-size 1600 --execution streamed --keep memory --recompute light",
     "--preset small --image-size 1600 --execution streamed --keep disk --recompute full --batch-size 2",
     "--preset small --image-size 1600 --execution streamed --keep disk --recompute full --precision bf16",
+    "--preset small --image-size 1600 --execution checkpointed --precision bf16",
     "--preset small --image-size 3200 --execution checkpointed",
     "--preset small --image-size 3200 --execution streamed --keep memory --recompute selective",
     "--preset small --image-size 3200 --execution streamed --keep disk --recompute full",

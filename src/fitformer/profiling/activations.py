@@ -1,13 +1,14 @@
 """Bytes that autograd keeps of each layer for the backward pass, measured on fake tensors.
 
-A layer runs once on one row and once on two, with hooks on the tensors that autograd saves; bytes grow linearly with
-rows. A layer's own input counts as kept by the layer that made it, its output as kept by itself. bf16 copies of weights
-are not activations (`memory` counts them with the weights). What a streamed step remembers instead of recomputing is
-what `selective_checkpoint` records in the same run.
+A layer runs with hooks on the tensors that autograd saves. Layers of a group phase run on one group, and their bytes
+are multiplied; global layers run at full size. A layer's own input counts as kept by the layer that made it, its output
+as kept by itself. bf16 copies of weights are not activations (`memory` counts them with the weights). Results that a
+streamed step remembers in place of computing them again are those that `selective_checkpoint` records in the same run.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,16 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fitformer.execution.selective_checkpoint import Kind, contexts
+from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Kind, contexts
 from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.dropout import GroupRandom
 from fitformer.models.trunk import Block, Trunk
 from fitformer.profiling.flops import count_parameters
-from fitformer.profiling.probes import GROUP_LAYERS, build_layer, fake_mode, layer_inputs, run_layer, without_trunk
+from fitformer.profiling.probes import (
+    GROUP_LAYERS,
+    build_layer,
+    cached_by_shapes,
+    fake_mode,
+    layer_inputs,
+    run_layer,
+    without_trunk,
+)
 
 FLOAT = 4
+KINDS = frozenset[Kind]().union(*(kinds for policy in SAVE_POLICIES.values() for kinds in policy))
 # Tensors of the size of a prediction that a loss holds beside the kept ones: prediction, target, gradient.
 LOSS_TENSORS = 3
 
@@ -50,6 +60,21 @@ class Numerics:
 
     precision: Any = 32
     kinds: frozenset[Kind] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What was measured in one run: as `Stage`, but remembered bytes of each kind."""
+
+    kept: int
+    moment: int
+    parameters: int
+    remembered: dict[Kind, int]
+
+    def stage(self, kinds: frozenset[Kind] = frozenset(), times: int = 1) -> Stage:
+        """The stage of so many times as many rows, where results of these kinds are remembered."""
+        remembered = sum(self.remembered[kind] for kind in kinds)
+        return Stage(times * self.kept, times * self.moment, self.parameters, times * remembered)
 
 
 def group_stages(trunk: Trunk, i: int, groups: int, tokens_per_group: int, numerics: Numerics) -> Iterator[Stage]:
@@ -81,24 +106,20 @@ def layer_stage(
     config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int = 0
 ) -> Stage:
     """A layer of a block on rows of queries that attend to keys; `keys` is 0 in self-attention."""
-    one, two = (_layer_stage(config, name, count, queries, keys, numerics, causal) for count in (1, 2))
-    return Stage(
-        one.kept + (rows - 1) * (two.kept - one.kept),
-        one.moment + (rows - 1) * (two.moment - one.moment),
-        one.parameters,
-        one.remembered + (rows - 1) * (two.remembered - one.remembered),
-    )
+    alone = name in GROUP_LAYERS
+    cost = _layer_cost(config, name, 1 if alone else rows, queries, keys, numerics.precision, causal)
+    return cost.stage(numerics.kinds, rows if alone else 1)
 
 
 @lru_cache(maxsize=4096)
-def _layer_stage(
-    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int
-) -> Stage:
+def _layer_cost(
+    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, precision: Any, causal: int
+) -> _Cost:
     with fake_mode():
         layer, inputs = _fake_layer(config, name), layer_inputs(config, name, rows, queries, keys)
         # Layers of a group phase draw what they drop from their groups' keys; without dropout they do not read them.
         random = GroupRandom(torch.zeros(rows, dtype=torch.int64), 0) if name in GROUP_LAYERS else None
-        return _measure(layer, lambda: run_layer(layer, inputs, causal, random), numerics)
+        return _measure(layer, lambda: run_layer(layer, inputs, causal, random), precision, inputs)
 
 
 @lru_cache(maxsize=256)
@@ -106,53 +127,63 @@ def _fake_layer(config: TrunkConfig, name: str) -> Any:
     return build_layer(config, name)
 
 
-def stem_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
+@cached_by_shapes
+def stem_stage(model: Any, tokens: int, precision: Any) -> Stage:
     """From raw tokens, which are kept as the stem takes them, to data tokens."""
     with fake_mode():
         ends = without_trunk(model, "cpu")
         if isinstance(model, FITDecoder):
-            return _measure(ends.embedding, lambda: ends.embedding(torch.zeros(tokens, dtype=torch.int64)), numerics)
-        channels = ends.stem.projection.in_features
-        return _measure(ends.stem, lambda: ends.stem(torch.empty(tokens, channels)), numerics)
+            stem = ends.embedding
+            return _measure(stem, lambda: stem(torch.zeros(tokens, dtype=torch.int64)), precision).stage()
+        stem, channels = ends.stem, ends.stem.projection.in_features
+        return _measure(stem, lambda: stem(torch.empty(tokens, channels)), precision).stage()
 
 
-def head_stage(model: Any, tokens: int, numerics: Numerics) -> Stage:
+@cached_by_shapes
+def head_stage(model: Any, tokens: int, precision: Any) -> Stage:
     """From data tokens to a loss: squared errors of a denoiser, cross-entropies of a decoder."""
     with fake_mode():
         ends = without_trunk(model, "cpu")
         x = torch.empty(1, 1, tokens, model.trunk.config.dim, requires_grad=True)
         if isinstance(model, FITDecoder):
             targets = torch.zeros(tokens, dtype=torch.int64)
-            stage = _measure(ends.norm, lambda: F.cross_entropy(ends.head(x).flatten(0, 2), targets), numerics)
+            cost = _measure(ends, lambda: F.cross_entropy(ends.head(x).flatten(0, 2), targets), precision, [x])
         else:
             noise = torch.empty(1, 1, tokens, ends.output.out_features)
-            stage = _measure(ends.output, lambda: (ends.head(x) - noise).square().mean(), numerics)
-    return replace(stage, moment=LOSS_TENSORS * stage.moment)
+            cost = _measure(ends, lambda: (ends.head(x) - noise).square().mean(), precision, [x])
+        parameters = count_parameters(ends.output if isinstance(model, FITDenoiser) else ends.norm)
+    return Stage(cost.kept, LOSS_TENSORS * cost.moment, parameters)
 
 
-def self_conditioning_stage(model: FITDenoiser, batch: int, latents: int, numerics: Numerics) -> Stage:
+@cached_by_shapes
+def self_conditioning_stage(model: FITDenoiser, batch: int, latents: int, precision: Any) -> Stage:
     """From the latents of an earlier pass to what they add to the initial ones."""
     with fake_mode():
         module = without_trunk(model, "cpu").self_conditioning
-        before = torch.empty(batch, latents, model.trunk.config.latent_dim)
-        return _measure(module, lambda: module(before), numerics)
+        latents_prev = torch.empty(batch, latents, model.trunk.config.latent_dim)
+        return _measure(module, lambda: module(latents_prev), precision, [latents_prev]).stage()
 
 
-def _measure(module: nn.Module, run: Callable[[], Tensor], numerics: Numerics) -> Stage:
-    """What `run()` keeps and makes; `module` is the part of a model that it passes through.
-
-    It runs twice: what both runs keep is there before them, inputs and weights, or a cached bf16 copy of a weight.
-    """
+def _measure(module: nn.Module, run: Callable[[], Tensor], precision: Any, inputs: Sequence[Tensor] = ()) -> _Cost:
+    """What `run()` keeps and makes beside its inputs; `module` is the part of a model that it passes through."""
     before: dict[int, Any] = {}
     kept: dict[int, Any] = {}
-    recording: Any = contexts(numerics.kinds)[0]
-    with torch.autocast("cpu", torch.bfloat16, enabled=numerics.precision == "bf16"):
-        with saved_tensors_hooks(partial(_note, before), _same):
-            run()
-        with saved_tensors_hooks(partial(_note, kept), _same), recording:
-            _note(kept, run())
+    modes: dict[Kind, Any] = {kind: contexts(frozenset({kind}))[0] for kind in KINDS}
+    for tensor in (*module.parameters(), *inputs):
+        _note(before, tensor)
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"))
+        if precision == "bf16":
+            # What both runs keep are cached copies of weights.
+            with saved_tensors_hooks(partial(_note, before), _same):
+                run()
+        stack.enter_context(saved_tensors_hooks(partial(_note, kept), _same))
+        for mode in modes.values():
+            stack.enter_context(mode)
+        _note(kept, run())
     sizes = [storage.nbytes() for address, storage in kept.items() if address not in before]
-    return Stage(sum(sizes), max(sizes), count_parameters(module), sum(map(_bytes, recording.results)))
+    remembered = {kind: sum(map(_bytes, mode.results)) for kind, mode in modes.items()}
+    return _Cost(sum(sizes), max(sizes), count_parameters(module), remembered)
 
 
 def _note(found: dict[int, Any], tensor: Tensor) -> Tensor:

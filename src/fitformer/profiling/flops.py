@@ -7,7 +7,7 @@ The model may be on any device, also `meta`: its weights are not read.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from operator import add
 from typing import Any
 
@@ -24,7 +24,7 @@ from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Trunk
-from fitformer.profiling.probes import build_layer, layer_inputs, run_layer, without_trunk
+from fitformer.profiling.probes import build_layer, cached_by_shapes, layer_inputs, run_layer, without_trunk
 
 Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
 ROLES: dict[str, type[Model]] = {role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITDecoder)}
@@ -168,8 +168,7 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
         return before, [norm, *_maps(model, output=(data, t * n, plan.dim))]
     untied = count_parameters(model.output_embedding) + count_parameters(model.norm)
     bias = 0 if model.output_bias is None else model.output_bias.numel()
-    head = without_trunk(model, "meta").head
-    logits = t * n * count_flops(lambda: head(torch.empty(1, 1, 1, plan.dim, device="meta")))
+    logits = t * n * _token_flops(model, "head", plan.dim)
     embedding = Part("embedding", data, count_parameters(model.embedding), Flops())
     return [embedding], [Part("norm and logits", data, untied + bias, logits)]
 
@@ -179,12 +178,19 @@ PART_NAMES = {"stem_y": "stem of y", "cond_proj": "condition", "self_conditionin
 
 def _maps(model: nn.Module, **runs: tuple[str, int, int]) -> list[Part]:
     """Parts of a model by attribute, those that there are: on which tokens, how many of them, of what width."""
-    found, copied = [], without_trunk(model, "meta")
+    found = []
     for name, (tokens, count, width) in runs.items():
-        if (module := getattr(copied, name)) is not None:
-            cost = count * count_flops(partial(module, torch.empty(1, width, device="meta")))
+        if (module := getattr(model, name)) is not None:
+            cost = count * _token_flops(model, name, width)
             found.append(Part(PART_NAMES.get(name, name), tokens, count_parameters(module), cost))
     return found
+
+
+@cached_by_shapes
+def _token_flops(model: nn.Module, name: str, width: int) -> Flops:
+    """FLOPs of a part of a model, by attribute, on one token."""
+    part = getattr(without_trunk(model, "meta"), name)
+    return count_flops(lambda: part(torch.empty(1, width, device="meta")))
 
 
 def _trunk_parts(trunk: Trunk, plan: GroupPlan, conditions: int) -> Iterator[Part]:

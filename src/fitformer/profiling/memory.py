@@ -238,16 +238,16 @@ class _Step:
 
     def stem(self, tokens: int) -> Stage:
         """From raw tokens to data tokens."""
-        return stem_stage(self.model, tokens, self.numerics)
+        return stem_stage(self.model, tokens, self.setup.precision)
 
     def head(self, tokens: int) -> list[Stage]:
         """From data tokens to the loss; nothing in an encoder, which pools."""
-        return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.numerics)]
+        return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.setup.precision)]
 
     def initial_latents(self) -> int:
         """Bytes kept of the computation of the initial latents, these included."""
         if isinstance(self.model, FITDenoiser) and self.model.self_conditioning is not None:
-            stage = self_conditioning_stage(self.model, self.setup.batch, self.latents, self.numerics)
+            stage = self_conditioning_stage(self.model, self.setup.batch, self.latents, self.setup.precision)
             return stage.kept + self.of_latents
         return self.of_latents
 

@@ -6,9 +6,10 @@ for weights or activations.
 """
 
 import copy
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,29 @@ def without_trunk(model: nn.Module, device: str) -> Any:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
+
+
+Measured = TypeVar("Measured")
+
+
+def cached_by_shapes(measure: Callable[..., Measured]) -> Callable[..., Measured]:
+    """Cache a function of a model's parts outside its trunk by their shapes, and by further arguments.
+
+    Models themselves are not held.
+    """
+    found: dict[Any, Measured] = {}
+
+    @wraps(measure)
+    def cached(model: nn.Module, *arguments: Any) -> Measured:
+        parts = [part for part in model.children() if part is not model.trunk and not hasattr(part, "trunk")]
+        own = model.parameters(recurse=False)
+        shapes = tuple(tuple(each.shape) for each in chain(own, *(part.parameters() for part in parts)))
+        key = type(model), shapes, arguments
+        if key not in found:
+            found[key] = measure(model, *arguments)
+        return found[key]
+
+    return cached
 
 
 @lru_cache(maxsize=1)
