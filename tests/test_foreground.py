@@ -125,7 +125,7 @@ def test_auto_reaches_as_far_as_noise_and_no_further(tmp_path):
 @given(seed=st.integers(0, 2**31), channels=st.integers(1, 9), dtype=st.sampled_from(["uint8", "uint16", "float32"]))
 @settings(max_examples=30, deadline=None)
 def test_auto_looks_at_any_image(seed, channels, dtype, tmp_path_factory):
-    """Of any size, of pure noise, of no numbers: what is background is at the most `tolerance` away from one colour."""
+    """Of any size, of pure noise, of NaN: what is background is at the most `tolerance` away from one colour."""
     random = np.random.default_rng(seed)
     rows, columns = (int(side) for side in random.integers(1, 90, 2))
     array = random.random((rows, columns, channels)) * (255 if dtype != "uint16" else 65535)

@@ -78,7 +78,7 @@ def _groups(attention: HeatMap, relevance: HeatMap) -> Iterator[tuple[Pair, dict
             inside = np.s_[row : row + high, column : column + wide]
             if np.isfinite(attention.cells[inside]).any():
                 measured = {
-                    "looked, most in a patch": _number(np.nanmax(attention.cells[inside])),
+                    "attention, most in a patch": _number(np.nanmax(attention.cells[inside])),
                     "relevance": _number(np.nansum(relevance.cells[inside], dtype=np.float64)),
                 }
                 yield (row * ph, column * pw), measured
