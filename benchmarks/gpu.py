@@ -5,7 +5,7 @@
 
 Runs from a bare checkout. Needs torch, numpy, einops, safetensors, huggingface_hub and pillow; part `tests` needs
 pytest and hypothesis as well. A part that fails, lacks a package or exceeds its time limit becomes a row with the
-reason; rows it had finished are kept. Prints one Markdown page and exits with 0 once the page is complete.
+reason, its traceback on standard error; rows it had finished are kept. Prints one Markdown page and exits with 0 once the page is complete.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def child(name: str, device: str, tiny: bool) -> int:
     except ModuleNotFoundError as error:
         print(json.dumps({"failed": f"package {error.name} is missing"}))
     except Exception as error:
+        traceback.print_exc()
         print(json.dumps({"failed": one_line(f"{type(error).__name__}: {error}")}))
     return 0
 
@@ -66,8 +68,9 @@ def run_part(command: Sequence[str], limit: float) -> list[Row]:
             failure = f"exit status {process.returncode}: {last_line(err)}" if process.returncode else ""
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, _ = process.communicate()
+            out, err = process.communicate()
             failure = f"stopped at its limit of {limit:.0f} s"
+    print(err, end="", file=sys.stderr, flush=True)
     rows = parsed(out)
     if not failure and not rows:
         failure = "no rows"

@@ -1,6 +1,7 @@
 """What the parts of `gpu.py` share."""
 
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def guarded(name: str, work: Callable[[], Row]) -> Row:
     try:
         return {"run": name, **work()}
     except Exception as error:
+        traceback.print_exc()
         return {"run": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")}
 
 
