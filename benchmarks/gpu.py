@@ -5,7 +5,8 @@
 
 Runs from a bare checkout. Needs torch, numpy, einops, safetensors, huggingface_hub and pillow; part `tests` needs
 pytest and hypothesis as well. A part that fails, lacks a package or exceeds its time limit becomes a row with the
-reason, its traceback on standard error; rows it had finished are kept. Prints one Markdown page and exits with 0 once the page is complete.
+reason, and its traceback goes to standard error; rows it had finished are kept. Prints one Markdown page and exits with
+0 once the page is complete.
 """
 
 import argparse

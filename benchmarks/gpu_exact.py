@@ -15,13 +15,14 @@ from fitformer.models.base import FITModel
 
 DROPS = {"drop_path": 0.3, "drop_units": 0.2, "drop_att": 0.25}
 TINY = {"latents_per_group": 2, "dim": 16, "latent_dim": 32, "heads": 2, "latent_heads": 4}
+LARGER = {"latents_per_group": 8, "dim": 128, "latent_dim": 256, "heads": 2, "latent_heads": 4}
 
 
 def role(name: str, scale: Scale, dropout: bool = False) -> FITModel:
     """A model on the CPU, the same each time."""
     torch.manual_seed(0)
     shape = {"num_groups": 5, "tokens_per_group": 6} if scale.tiny else {"num_groups": 64, "tokens_per_group": 64}
-    size = TINY if scale.tiny else {"latents_per_group": 8, "dim": 128, "latent_dim": 256}
+    size = TINY if scale.tiny else LARGER
     layers = "(1)2(2)1" if name == "encoder" else "(1)2(2)1(1)"
     options: dict[str, Any] = {"layers": layers, **shape, **size, **(DROPS if dropout else {})}
     if name == "encoder":

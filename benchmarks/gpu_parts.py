@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from fitformer import FITDecoder, FITEncoder, FITImageEncoder
 from fitformer.execution import Streamed
 from fitformer.generation import generate
+from fitformer.models.base import FITModel
 from fitformer.profiling import Geometry, flops
 from fitformer.profiling.geometry import candidate_group_sizes
+from fitformer.profiling.memory import StepConfig, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 # Dense bf16 operations per second, from NVIDIA's data sheets for the SXM modules.
 PEAKS = {"H100": 989e12, "H200": 989e12}
-SLICE_TOKENS = 65536
 DEVICE_LIMIT = 16 * 10**9
 
 
@@ -41,16 +43,50 @@ def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], T
     return model, stepper(model, lambda: model.latent_norm(model.execute(model.inputs(x)).latents).square().mean())
 
 
-def slices(model: FITEncoder, keep: str) -> Streamed:
-    return Streamed(max(1, SLICE_TOKENS // model.tokens_per_group), keep=keep)
+def planned(model: FITModel, **setup: Any) -> Row:
+    """The memory of a step as `fitformer plan` derives it."""
+    found = memory(model, StepConfig(precision="bf16", device="cuda", **setup))
+    return {"planned, GB": f"{found.total / 1e9:.2f}"}
 
 
 def mfu(scale: Scale) -> Iterator[Row]:
     """Seconds, operations per second, share of the peak and memory of a base step."""
     model, step = large_encoder(scale, "base")
-    for name, way in {"plain": "plain", "streamed, memory": slices(model, "memory")}.items():
+    few = max(1, 4096 // model.tokens_per_group)
+    rows: dict[str, tuple[Any, dict[str, Any]]] = {
+        "plain": ("plain", {"execution": "plain"}),
+        "streamed": (Streamed(), {"execution": "streamed"}),
+        "streamed, slices of 4,096 tokens": (Streamed(few), {"execution": "streamed", "slice_groups": few}),
+    }
+    for name, (way, setup) in rows.items():
         model.set_execution(way)
-        yield guarded(name, lambda: utilization(scale, model, step))
+        plan = planned(model, **setup)
+        yield guarded(name, lambda plan=plan: {**utilization(scale, model, step), **plan, **kernels(scale, step)})
+
+
+# Parts of the names of kernels that multiply matrices or attend, in cuBLAS, CUTLASS, cuDNN and FlashAttention.
+PRODUCTS = ("nvjet", "gemm", "splitk", "cutlass", "sdpa", "flash", "attention", "compute_dot_do_o")
+
+
+def kernels(scale: Scale, step: Callable[[], Tensor]) -> Row:
+    """Seconds of a step's kernels, and of those among them that no fusion of pointwise functions makes faster."""
+    found = [(name, end - start) for name, start, end in device_spans(scale, step) if not name.startswith("Mem")]
+    products = sum(took for name, took in found if any(part in name.lower() for part in PRODUCTS))
+    row = {"kernels, s": f"{sum(took for _, took in found) / 1e6:.3f}"}
+    return {**row, "products and attention, s": f"{products / 1e6:.3f}"} if found else {}
+
+
+def device_spans(scale: Scale, step: Callable[[], Tensor]) -> list[tuple[str, float, float]]:
+    """Name, start and end in microseconds of what ran on the GPU in a step: kernels and copies."""
+    if scale.device != "cuda":
+        return []
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+        step()
+        torch.cuda.synchronize()
+    events = [each for each in profiled.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    return [(each.name, each.time_range.start, each.time_range.end) for each in events]
 
 
 def utilization(scale: Scale, model: FITEncoder, step: Callable[[], Tensor]) -> Row:
@@ -105,11 +141,12 @@ def huge(scale: Scale) -> Iterator[Row]:
     geometry = next(candidate_group_sizes(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
     model = FITImageEncoder.from_config(geometry.config()[1]).to(scale.device)
-    slice_groups = max(1, SLICE_TOKENS // geometry.tokens_per_group)
-    model.set_execution(Streamed(slice_groups, keep="host", precision="bf16"))
+    model.set_execution(Streamed(keep="host", precision="bf16"))
     target = torch.tensor([1], device=scale.device)
     step = stepper(model, lambda: F.cross_entropy(model([Generated(side)]), target))
-    yield guarded(f"{side} x {side}", lambda: huge_step(scale, geometry, step))
+    setup = {"execution": "streamed", "keep": "host", "kept_precision": "bf16"}
+    plan = planned(model, groups=geometry.groups, **setup)
+    yield guarded(f"{side} x {side}", lambda: {**huge_step(scale, geometry, step), **plan})
 
 
 def huge_step(scale: Scale, geometry: Geometry, step: Callable[[], Tensor]) -> Row:
@@ -126,30 +163,32 @@ def huge_step(scale: Scale, geometry: Geometry, step: Callable[[], Tensor]) -> R
 def overlap(scale: Scale) -> Iterator[Row]:
     """A step with tokens on the host against one with tokens in memory, and the copies that kernels hide."""
     model, step = large_encoder(scale, "small")
-    took = {}
+    x = torch.randn(1, model.num_groups, model.tokens_per_group, model.stem.projection.in_features, device=scale.device)
+    took, gradients = {}, {}
     for keep in ("memory", "host"):
-        model.set_execution(slices(model, keep))
+        model.set_execution(Streamed(keep=keep))
+        with mixed(scale.device):
+            loss = model.latent_norm(model.execute(model.inputs(x)).latents)[..., 0].mean()
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        gradients[keep] = [each.double() for each in found if each is not None]
+    apart = error(gradients["host"], gradients["memory"])
+    for keep in ("memory", "host"):
+        model.set_execution(Streamed(keep=keep))
         took[keep] = seconds(step, scale.device, 1 if scale.tiny else 5)
     row = {"memory, s": f"{took['memory']:.3f}", "host, s": f"{took['host']:.3f}"}
-    yield {**row, "ratio": f"{took['host'] / took['memory']:.2f}", **hidden_copies(scale, step)}
+    row |= {"ratio": f"{took['host'] / took['memory']:.2f}", **hidden_copies(scale, step), "gradients": f"{apart:.1e}"}
+    yield row if apart <= 0.02 else {**row, "failed": "gradients differ by more than 2e-02"}
 
 
 def hidden_copies(scale: Scale, step: Callable[[], Tensor]) -> Row:
     """Seconds of copies in a step, and the share of them during which a kernel ran."""
-    if scale.device != "cuda":
-        return {}
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    events = [each for each in profiled.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(each.name.startswith("Memcpy"), each.time_range.start, each.time_range.end) for each in events]
-    copies = [(start, end) for copy, start, end in spans if copy]
-    kernels = [(start, end) for copy, start, end in spans if not copy]
+    spans = device_spans(scale, step)
+    copies = [(start, end) for name, start, end in spans if name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
+    running = [(start, end) for name, start, end in spans if not name.startswith("Mem")]
     total = sum(end - start for start, end in copies)
-    share = covered(copies, kernels) / total if total else 0.0
-    return {"copies, s": f"{total / 1e6:.3f}", "hidden behind kernels": f"{share:.0%}"}
+    if not total:
+        return {}
+    return {"copies, s": f"{total / 1e6:.3f}", "hidden behind kernels": f"{covered(copies, running) / total:.0%}"}
 
 
 def covered(spans: Iterable[tuple[float, float]], by: Iterable[tuple[float, float]]) -> float:
@@ -176,6 +215,7 @@ def compiled(scale: Scale) -> Iterator[Row]:
     step()
     synchronize(scale.device)
     row = {"first step, s": f"{time.perf_counter() - begun:.0f}", **utilization(scale, model, step)}
+    row |= kernels(scale, step)
     model.load_state_dict(start)
     row["outputs"] = f"{(apart := error([latents_of(model, x)], [wanted])):.1e}"
     yield row if apart <= 0.05 else {**row, "failed": "outputs differ by more than 5e-02"}

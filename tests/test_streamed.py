@@ -26,7 +26,7 @@ WAYS = [
     Streamed(3),
     Streamed(100),
     Streamed(2, keep="disk"),
-    Streamed(keep="host"),
+    Streamed(2, keep="host"),
     Streamed(2, recompute="local"),
     Streamed(3, keep="disk", recompute="selective"),
     Streamed(2, recompute="light"),

@@ -16,8 +16,14 @@ from torch.autograd.function import once_differentiable
 from fitformer.execution._streamed_pass import StreamedPass, StreamOptions
 from fitformer.execution.base import Execution, Inputs, Outputs, Trunk
 
-# Tokens of a slice where its size is not given: what a local layer makes of them stays in a processor's cache.
-SLICE_TOKENS = 4096
+# Tokens of a slice where its size is not given: what a local layer makes of them stays in a processor's cache; a GPU is
+# idle with fewer than its own.
+SLICE_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+def default_slice(device: str, tokens_per_group: int, batch: int) -> int:
+    """Groups of a slice where its size is not given, on a type of device."""
+    return max(1, SLICE_TOKENS.get(device, SLICE_TOKENS["cpu"]) // (tokens_per_group * batch))
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Streamed(StreamOptions, Execution):
     """Run the trunk over slices of groups.
 
     Attributes:
-        groups: of a slice, over all examples of the batch alike; by default so many that they hold 4,096 data tokens.
+        groups: of a slice, over all examples of the batch alike; by default so many that they hold 4,096 data tokens,
+            on a GPU 65,536.
         keep: where the data tokens between blocks are kept: in the `memory` of the device that computes, on the `host`,
             or on `disk`.
         precision: in which they are kept, that of the computation by default; in `bf16` results are no longer exact.
@@ -50,7 +57,8 @@ class Streamed(StreamOptions, Execution):
 
     def _slices(self, trunk: Trunk, inputs: Inputs) -> list[slice]:
         """The slices of groups, in their order."""
-        size = self.groups or max(1, SLICE_TOKENS // (trunk.tokens_per_group * inputs.latents.shape[0]))
+        latents = inputs.latents
+        size = self.groups or default_slice(latents.device.type, trunk.tokens_per_group, latents.shape[0])
         return [slice(k, min(k + size, inputs.groups)) for k in range(0, inputs.groups, size)]
 
 

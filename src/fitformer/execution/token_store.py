@@ -38,27 +38,58 @@ class TokenStore(Protocol):
 
 
 class MemoryStore:
-    """Tokens in a tensor: on the device that computes, or on the host of an accelerator."""
+    """Tokens in a tensor on the device that computes."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor, host: bool) -> None:
-        self.device, self.computed = like.device, like.dtype
-        away = host and like.device.type != "cpu"
-        place = torch.device("cpu") if away else like.device
-        self.tokens: Tensor | None = torch.empty(shape, dtype=dtype, device=place, pin_memory=away)
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor) -> None:
+        self.computed = like.dtype
+        self.tokens: Tensor | None = torch.empty(shape, dtype=dtype, device=like.device)
 
     def put(self, groups: slice, x: Tensor) -> None:
         """Copy in."""
         assert self.tokens is not None
-        # Converted before it travels: a copy from or to pinned memory that converts makes another copy.
-        self.tokens[:, groups].copy_(x.detach().to(self.tokens.dtype), non_blocking=True)
+        self.tokens[:, groups] = x.detach()
 
     def get(self, groups: slice) -> Tensor:
-        """Copy out, unless they are where and what they should be."""
+        """The tokens themselves, unless they are kept in another type."""
         assert self.tokens is not None
-        return self.tokens[:, groups].to(self.device, non_blocking=True).to(self.computed)
+        return self.tokens[:, groups].to(self.computed)
 
     def close(self) -> None:
         """Release the tensor."""
+        self.tokens = None
+
+
+class HostStore:
+    """Tokens of a CUDA device in pinned memory of its host; copies to it run on a stream beside the kernels."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, like: Tensor) -> None:
+        batch, groups, *token = shape
+        self.device, self.computed = like.device, like.dtype
+        # Groups first: a slice of groups is one piece of memory, which a copy needs to be asynchronous.
+        pinned = torch.empty((groups, batch, *token), dtype=dtype, device="cpu", pin_memory=True)
+        self.tokens: Tensor | None = pinned
+        self.stream = torch.cuda.Stream(like.device)
+        self.written: dict[int, torch.cuda.Event] = {}
+
+    def put(self, groups: slice, x: Tensor) -> None:
+        """Start to copy; later work on the caller's stream does not wait for it."""
+        assert self.tokens is not None
+        # Converted before it travels: a copy to pinned memory that converts makes another copy.
+        x = x.detach().to(self.tokens.dtype).transpose(0, 1).contiguous()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self.tokens[groups].copy_(x, non_blocking=True)
+            self.written[groups.start] = self.stream.record_event()
+        x.record_stream(self.stream)
+
+    def get(self, groups: slice) -> Tensor:
+        """Copy back on the caller's stream, once the tokens have arrived."""
+        assert self.tokens is not None
+        torch.cuda.current_stream(self.device).wait_event(self.written[groups.start])
+        return self.tokens[groups].to(self.device, non_blocking=True).to(self.computed).transpose(0, 1)
+
+    def close(self) -> None:
+        """Release the memory; torch reuses it once the copies from and to it are done."""
         self.tokens = None
 
 
@@ -144,4 +175,5 @@ def make_stores(
         folder = Path(tempfile.gettempdir()) if folder is None else folder
         check_disk_space(folder, count * prod(shape) * dtype.itemsize)
         return [DiskStore(shape, dtype, like, folder) for _ in range(count)]
-    return [MemoryStore(shape, dtype, like, keep == "host") for _ in range(count)]
+    kind = HostStore if keep == "host" and like.device.type == "cuda" else MemoryStore
+    return [kind(shape, dtype, like) for _ in range(count)]

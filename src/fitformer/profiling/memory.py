@@ -12,7 +12,7 @@ from fitformer.data.readers.cache import MOST_BYTES
 from fitformer.errors import InputError
 from fitformer.execution._streamed_pass import MANY_SLICES
 from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Recompute
-from fitformer.execution.streamed import SLICE_TOKENS
+from fitformer.execution.streamed import default_slice
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
@@ -230,7 +230,7 @@ class _Step:
     @property
     def slice_groups(self) -> int:
         """Groups of a slice."""
-        return self.setup.slice_groups or default_slice(self.plan.tokens_per_group, self.setup.batch)
+        return self.setup.slice_groups or default_slice(self.setup.device, self.plan.tokens_per_group, self.setup.batch)
 
     def is_last(self, i: int) -> bool:
         """Whether block i is the last."""
@@ -339,8 +339,3 @@ class _Step:
 
 def _remembered(stages: list[Stage]) -> int:
     return sum(stage.remembered for stage in stages)
-
-
-def default_slice(tokens_per_group: int, batch: int) -> int:
-    """Groups of a slice by default: as many as a processor's cache holds."""
-    return max(1, SLICE_TOKENS // (tokens_per_group * batch))

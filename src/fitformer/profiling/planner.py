@@ -8,15 +8,13 @@ from typing import Any, Literal, get_args
 from fitformer._support.bytesize import format_bytes
 from fitformer.errors import InputError
 from fitformer.execution.selective_checkpoint import Recompute
-from fitformer.execution.streamed import SLICE_TOKENS
+from fitformer.execution.streamed import default_slice
 from fitformer.models.config import PRESETS, preset
 from fitformer.patching.sizes import format_size
 from fitformer.profiling.flops import Flops, Model, count_parameters, group_plan
 from fitformer.profiling.geometry import Geometry, candidate_group_sizes
 from fitformer.profiling.memory import Execution, Keep, Memory, StepConfig, memory
 
-# Tokens of a slice that are worth having: a processor's cache holds no more; a GPU is idle with fewer.
-MOST_SLICE_TOKENS = {"cpu": SLICE_TOKENS, "cuda": 16 * SLICE_TOKENS}
 # Group sizes whose memory is looked at, where the one of fewest operations does not fit.
 TRIED = 12
 # What streamed execution may compute again, the least first.
@@ -151,8 +149,7 @@ def slice_for(model: Model, setup: StepConfig, budget: int | None = None) -> int
         budget: bytes of memory; None for no bound.
     """
     plan = group_plan(model, groups=setup.groups)
-    most = max(1, MOST_SLICE_TOKENS[setup.device] // (plan.tokens_per_group * setup.batch))
-    size = min(most, plan.groups)
+    size = min(default_slice(setup.device, plan.tokens_per_group, setup.batch), plan.groups)
     while budget is not None and size > 1 and memory(model, replace(setup, slice_groups=size)).total > budget:
         size = size * 3 // 4
     return size
