@@ -37,8 +37,8 @@ def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], T
     geometry = next(candidate_group_sizes(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
     shape = {"num_groups": geometry.groups, "tokens_per_group": geometry.tokens_per_group}
-    model = FITEncoder.from_preset(preset, in_channels=geometry.tiling.token_dim, **shape).to(scale.device)
-    x = torch.randn(1, *shape.values(), geometry.tiling.token_dim, device=scale.device)
+    model = FITEncoder.from_preset(preset, in_channels=geometry.patch_grid.token_dim, **shape).to(scale.device)
+    x = torch.randn(1, *shape.values(), geometry.patch_grid.token_dim, device=scale.device)
     # The answer of an encoder that ends in global layers is its latents: no data tokens are asked for.
     return model, stepper(model, lambda: model.latent_norm(model.execute(model.inputs(x)).latents).square().mean())
 

@@ -75,7 +75,7 @@ def draw(run: Run, folder: Path, count: int = 4) -> None:
     canvases, attention, relevance = [], [], []
     for index in range(count):
         image, label = dataset[index]["image"], int(dataset[index]["label"])
-        found = attribute(network, Grouping(network.tiling, network.glimpses, run.recipe.data)(image))
+        found = attribute(network, Grouping(network.patch_grid, network.glimpses, run.recipe.data)(image))
         print(f"test canvas {index}: {label}, taken for {int(found.logits.argmax())}", file=sys.stderr)
         canvases.append(viz.as_colour(image[None])[0].numpy())
         for maps, values, colours in ((attention, found.attention, "heat"), (relevance, found.relevance, "signed")):

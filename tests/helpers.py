@@ -14,4 +14,4 @@ def patch_task(monkeypatch, module, **functions):
 def grouped(network, image, settings=None):
     """An image as a dataset hands it out for a model of any size."""
     symmetries = (IDENTITY,) if settings is None else SYMMETRIES.get(settings.augmentation, (IDENTITY,))
-    return Grouping(network.tiling, network.glimpses, settings, symmetries)(image)
+    return Grouping(network.patch_grid, network.glimpses, settings, symmetries)(image)

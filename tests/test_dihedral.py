@@ -17,7 +17,8 @@ from fitformer.data.order import StepBatches
 from fitformer.data.readers import LazyImage, open_image, write_tiled_tiff
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling
+from fitformer.patching import PatchGrid
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource
 
 SIZE = (53, 38)
 ARRAY = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
@@ -90,16 +91,16 @@ def test_each_is_undone_by_one_of_them(image):
 @pytest.mark.parametrize("symmetry", DIHEDRAL)
 def test_groups_of_a_turned_image_are_those_of_the_turned_array(image, symmetry):
     """Groups at the edges, their masks, groups that are not square, and glimpses."""
-    tiling = Tiling((16, 24), 8)
-    found = GroupedImage(TransformedImage(image, symmetry), tiling, glimpses=1)
-    wanted = GroupedImage(PixelArray(by_numpy(ARRAY, symmetry)), tiling, glimpses=1)
+    patch_grid = PatchGrid(None, (16, 24), 8)
+    found = GroupedImage(TransformedImage(image, symmetry), patch_grid, glimpses=1)
+    wanted = GroupedImage(PixelArray(by_numpy(ARRAY, symmetry)), patch_grid, glimpses=1)
     assert torch.equal(found.coords, wanted.coords)
     tokens, mask = found.read(slice(1, None))
     same, inside = wanted.read(slice(1, None))
     assert torch.equal(tokens, same)
     assert torch.equal(mask, inside)
     small = by_numpy(image.thumbnail(*symmetry.sides(16, 24)), symmetry)
-    assert torch.equal(found.read(slice(0, 1))[0], GroupedImage(PixelArray(small), tiling).read(slice(None))[0])
+    assert torch.equal(found.read(slice(0, 1))[0], GroupedImage(PixelArray(small), patch_grid).read(slice(None))[0])
 
 
 def test_only_what_is_asked_for_is_read_and_no_pixel_travels(image):

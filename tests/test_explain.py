@@ -84,7 +84,7 @@ def odds_of(model, image, label):
 def test_what_moved_is_the_change_of_the_faded_image_s_log_odds_as_a_patch_fades_to_the_average(way):
     model = classifier(glimpses=1).double()
     model.set_execution(way)
-    image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(15, 7, 1))), model.tiling, glimpses=1)
+    image = GroupedImage(PixelArray(np.random.default_rng(1).normal(size=(15, 7, 1))), model.patch_grid, glimpses=1)
     seen, embed, step = attribute(model, image), model.encoder.embed, 1e-5
     label = int(seen.logits.argmax())
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_what_cannot_be_explained_is_refused():
 
 def test_a_map_lies_as_the_patches_do_and_is_empty_where_groups_were_skipped():
     occupied = np.array([[True, False], [False, True], [True, True]])
-    image = GroupedImage(image_of(19, 7), classifier().tiling, occupied, glimpses=2)
+    image = GroupedImage(image_of(19, 7), classifier().patch_grid, occupied, glimpses=2)
     values = torch.arange(6 * 16.0).reshape(6, 16)
     found = HeatMap.of(values, image)
     assert found.cells.shape == (10, 7)
@@ -610,8 +610,10 @@ def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
 
 def test_an_image_of_background_alone_is_blank(folder, tmp_path):
     def group(image):
-        tiling = classifier().tiling
-        return GroupedImage(image, tiling, np.full(tiling.grid(*image.shape[:2]), not image.path.endswith("a.npy")))
+        patch_grid = classifier().patch_grid
+        return GroupedImage(
+            image, patch_grid, np.full(patch_grid.cover(*image.shape[:2]), not image.path.endswith("a.npy"))
+        )
 
     made = work(tmp_path / "out", group=group)
     assert made.run(find([folder])) == 2
@@ -697,7 +699,7 @@ def test_an_output_that_cannot_be_written_is_no_broken_image(folder, tmp_path):
 
 def test_skipped_groups_are_empty_in_the_maps(folder, tmp_path):
     def group(image):
-        return GroupedImage(image, classifier().tiling, np.arange(6).reshape(2, 3) % 2 == 0)
+        return GroupedImage(image, classifier().patch_grid, np.arange(6).reshape(2, 3) % 2 == 0)
 
     work(tmp_path / "out", group=group).run(find([folder / "deep" / "a.npy"]))
     cells = tifffile.imread(tmp_path / "out" / "a.npy.attention.tif")

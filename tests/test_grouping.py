@@ -14,9 +14,10 @@ from fitformer.data.grouping import Grouping
 from fitformer.data.readers import open_image
 from fitformer.data.readers.lazy import LazyImage
 from fitformer.data.settings import ImageData
-from fitformer.patching.any_size import GroupedImage, PixelArray, Tiling
+from fitformer.patching import PatchGrid
+from fitformer.patching.any_size import GroupedImage, PixelArray
 
-TILING = Tiling(32, 16, 3)
+PATCH_GRID = PatchGrid(None, 32, 16, 3)
 WHITE = ImageData(background="white", image_size=None)
 
 
@@ -43,7 +44,7 @@ def dataset_of(folder, **options):
         source="folder", path=str(folder), image_size=None, holdout=0.34, background="white", **options
     )
     dataset = build_dataset(settings, "train")
-    dataset.group_for(TILING, 1, settings)
+    dataset.group_for(PATCH_GRID, 1, settings)
     return dataset
 
 
@@ -88,17 +89,17 @@ def test_a_worker_leaves_large_images_in_their_files(slides, monkeypatch):
 
 def test_an_image_is_scanned_once_whatever_the_run_until_it_changes(slides, monkeypatch):
     counted, path = scans(monkeypatch), slides / "0" / "0.tif"
-    first = Grouping(TILING, 0, WHITE)(open_image(path))
-    again = Grouping(TILING, 2, WHITE)(open_image(path))
+    first = Grouping(PATCH_GRID, 0, WHITE)(open_image(path))
+    again = Grouping(PATCH_GRID, 2, WHITE)(open_image(path))
     assert len(counted) == 1
     assert again.coords[2:].tolist() == first.coords.tolist() == [[0, 0]]
-    Grouping(TILING, 0, ImageData(background="white", tolerance=0.2))(open_image(path))
-    Grouping(Tiling(16, 16, 3), 0, WHITE)(open_image(path))
+    Grouping(PATCH_GRID, 0, ImageData(background="white", tolerance=0.2))(open_image(path))
+    Grouping(PatchGrid(None, 16, 16, 3), 0, WHITE)(open_image(path))
     assert len(counted) == 3
     pixels = np.full((70, 96, 3), 255, dtype=np.uint8)
     pixels[64:, 70:] = 0
     tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
-    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == [[2, 2]]
+    assert Grouping(PATCH_GRID, 0, WHITE)(open_image(path)).coords.tolist() == [[2, 2]]
     assert len(counted) == 4
 
 
@@ -110,30 +111,30 @@ def test_a_mask_that_changes_is_scanned_anew(slides, tmp_path, monkeypatch):
         mask = np.zeros((70, 96), dtype=np.uint8)
         mask[corner : corner + 4, corner : corner + 4] = 1
         tifffile.imwrite(masks / "0.tif", mask)
-        found = Grouping(TILING, 0, settings)(open_image(slides / "0" / "0.tif"))
+        found = Grouping(PATCH_GRID, 0, settings)(open_image(slides / "0" / "0.tif"))
         assert found.coords.tolist() == [[corner // 32, corner // 32]]
     assert len(counted) == 2
 
 
 def test_a_broken_cache_is_mended_and_one_that_cannot_be_written_stops_nothing(slides, cache, monkeypatch):
     counted, path = scans(monkeypatch), slides / "1" / "1.tif"
-    wanted = Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist()
+    wanted = Grouping(PATCH_GRID, 0, WHITE)(open_image(path)).coords.tolist()
     (kept,) = cache.rglob("*.npz")
     kept.write_bytes(kept.read_bytes()[:40])
-    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert Grouping(PATCH_GRID, 0, WHITE)(open_image(path)).coords.tolist() == wanted
     assert len(counted) == 2
-    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert Grouping(PATCH_GRID, 0, WHITE)(open_image(path)).coords.tolist() == wanted
     assert len(counted) == 2
     (cache.parent / "file").write_text("in the way")
     monkeypatch.setenv("FITFORMER_CACHE", str(cache.parent / "file"))
-    assert Grouping(TILING, 0, WHITE)(open_image(path)).coords.tolist() == wanted
+    assert Grouping(PATCH_GRID, 0, WHITE)(open_image(path)).coords.tolist() == wanted
     assert len(counted) == 3
     assert foreground_cache.cache_folder() == cache.parent / "file"
 
 
 def test_read_ahead_gives_what_reading_gives():
     pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-    image, ahead = (GroupedImage(PixelArray(pixels), TILING, glimpses=1) for _ in range(2))
+    image, ahead = (GroupedImage(PixelArray(pixels), PATCH_GRID, glimpses=1) for _ in range(2))
     ahead.read_ahead()
     ahead.source = None
     for groups in (slice(0, 1), slice(1, 4), slice(None)):

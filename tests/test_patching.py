@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fitformer import patching as g
 from fitformer.errors import InputError
+from fitformer.patching.any_size import GroupedImage, PixelArray
 
 
 def for_any(*strategies):
@@ -95,25 +96,40 @@ def test_one_number_and_numpy_numbers_are_sizes():
 
 
 @for_any(cuts(), st.integers(1, 4))
-def test_image_groups_say_the_numbers_that_the_tensors_have(cut, channels):
+def test_a_grid_says_the_numbers_that_the_tensors_have(cut, channels):
     image, group, patch = cut
-    groups = g.ImageGroups(image, group, patch, channels)
+    grid = g.PatchGrid(image, group, patch, channels)
     images = numbers(2, *image, channels)
-    x = groups.group(images)
-    assert x.shape == (2, groups.num_groups, groups.tokens_per_group, groups.token_dim)
-    assert groups.grid == (image[0] // group[0], image[1] // group[1])
-    assert torch.equal(groups.ungroup(x), images)
-    assert torch.equal(groups.map(x), g.groups_to_map(x, image, group, patch))
+    x = grid.group(images)
+    assert x.shape == (2, grid.num_groups, grid.tokens_per_group, grid.token_dim)
+    assert grid.shape == (image[0] // group[0], image[1] // group[1])
+    assert torch.equal(grid.ungroup(x), images)
+    assert torch.equal(grid.map(x), g.groups_to_map(x, image, group, patch))
+
+
+@for_any(cuts(), st.integers(1, 4))
+def test_an_image_in_a_file_is_cut_as_one_in_memory_by_either_grid(cut, channels):
+    image, group, patch = cut
+    pixels = numbers(1, *image, channels)
+    one, any_size = g.PatchGrid(image, group, patch, channels), g.PatchGrid(None, group, patch, channels)
+    for grid in (one, any_size):
+        x, mask = GroupedImage(PixelArray(pixels[0]), grid).read(slice(None))
+        assert torch.equal(x, one.group(pixels))
+        assert mask is None
+    assert any_size.cover(*image) == one.shape
+    assert (any_size.num_groups, any_size.shape, any_size.any_size, one.any_size) == (None, None, True, False)
+    with pytest.raises(InputError, match=f"{image[0]} x {image[1]}.*{2 * image[0]} x {image[1]}"):
+        GroupedImage(PixelArray(pixels[0]), g.PatchGrid((2 * image[0], image[1]), group, patch, channels))
 
 
 def test_equal_cuts_are_equal_and_hash_alike():
-    assert g.ImageGroups(16, [8, 8], 2) == g.ImageGroups((16, 16), 8, 2)
-    assert hash(g.ImageGroups(16, [8, 8], 2)) == hash(g.ImageGroups((16, 16), 8, 2))
+    assert g.PatchGrid(16, [8, 8], 2) == g.PatchGrid((16, 16), 8, 2)
+    assert hash(g.PatchGrid(16, [8, 8], 2)) == hash(g.PatchGrid((16, 16), 8, 2))
 
 
 def test_gradients_flow_and_graphs_compile_whole():
-    groups = g.ImageGroups((8, 12), 4, 2)
-    there_and_back = lambda images: groups.ungroup(groups.group(images)) * 2  # noqa: E731
+    grid = g.PatchGrid((8, 12), 4, 2)
+    there_and_back = lambda images: grid.ungroup(grid.group(images)) * 2  # noqa: E731
     images = torch.rand(2, 8, 12, 3, requires_grad=True)
     there_and_back(images).sum().backward()
     assert torch.equal(images.grad, torch.full_like(images, 2))
@@ -293,11 +309,11 @@ BAD = {
         lambda: g.image_to_groups(IMAGES, (4, 5), 1)
     ),
     "a group of 6 rows does not divide into patches of 4; 4 or 8 rows would do, or patches of 3 or 6": (
-        lambda: g.ImageGroups(24, 6, 4)
+        lambda: g.PatchGrid(24, 6, 4)
     ),
     # Among groups only those are named that the patches divide too.
     "an image of 30 rows does not divide into groups of 8; 24 or 32 rows would do, or groups of 6 or 10 rows": (
-        lambda: g.ImageGroups(30, 8, 2)
+        lambda: g.PatchGrid(30, 8, 2)
     ),
     "an image of 8 rows does not divide into groups of 16; 16 rows would do, or groups of 8 rows": (
         lambda: g.image_to_groups(IMAGES, 16, 2)
@@ -339,16 +355,16 @@ BAD = {
     "maps (b, channels, rows, columns) have 4 axes; got shape (4, 6)": lambda: g.map_to_groups(
         IMAGES[0, :4, :6, 0], 8, 4, 2
     ),
-    "images of shape (2, 8, 12, 3) where (b, 8, 8, 3) is expected": lambda: g.ImageGroups(8, 4, 2).group(IMAGES),
+    "images of shape (2, 8, 12, 3) where (b, 8, 8, 3) is expected": lambda: g.PatchGrid(8, 4, 2).group(IMAGES),
     "images of shape (2, 8, 12, 3) where (b, 8, 12, 1) is expected": (
-        lambda: g.ImageGroups((8, 12), 4, 2, channels=1).group(IMAGES)
+        lambda: g.PatchGrid((8, 12), 4, 2, channels=1).group(IMAGES)
     ),
     "(b, 8, 12, 3) is expected; channels come last: images.permute(0, 2, 3, 1)": (
-        lambda: g.ImageGroups((8, 12), 4, 2).group(IMAGES.permute(0, 3, 1, 2))
+        lambda: g.PatchGrid((8, 12), 4, 2).group(IMAGES.permute(0, 3, 1, 2))
     ),
-    "images need at least one channel, not 0": lambda: g.ImageGroups(8, 4, 2, channels=0),
+    "images need at least one channel, not 0": lambda: g.PatchGrid(8, 4, 2, channels=0),
     "tokens have width 12 where patches of 4 numbers are expected": (
-        lambda: g.ImageGroups((8, 12), 4, 2, channels=1).ungroup(GROUPS)
+        lambda: g.PatchGrid((8, 12), 4, 2, channels=1).ungroup(GROUPS)
     ),
     "the number of glimpses must be 0 or more, not -1": lambda: g.glimpses(IMAGES, 4, 2, copies=-1),
     "the one-hot index of groups (2, 6, 4, 12) is (2, 6, 1, 6), not (2, 6, 1, 7)": (
@@ -384,11 +400,11 @@ def test_bad_input_gives_one_clear_error(message):
 @for_any(st.integers(1, 60), st.integers(1, 60), st.integers(1, 4))
 def test_the_sizes_that_an_error_names_do_divide(image, group, patch):
     try:
-        g.ImageGroups(image, group * patch, patch)
+        g.PatchGrid(image, group * patch, patch)
     except InputError as error:
         ways = str(error).split("; ")[1]
         wholes, _, groups = ways.partition("or groups of ")
         for size in (int(word) for word in wholes.split() if word.isdigit()):
-            g.ImageGroups(size, group * patch, patch)
+            g.PatchGrid(size, group * patch, patch)
         for size in (int(word) for word in groups.split() if word.isdigit()):
-            g.ImageGroups(image, size, patch)
+            g.PatchGrid(image, size, patch)

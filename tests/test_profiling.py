@@ -320,7 +320,7 @@ def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
     geometry = Geometry.of_preset("encoder", "tiny", sides if upright else sides[::-1])
     extent = [-(-side // 16) for side in geometry.image_size]
     for candidate in candidate_group_sizes(geometry):
-        high, wide = candidate.tiling.patches
+        high, wide = candidate.patch_grid.patches
         assert high == wide or (high <= extent[0] and wide <= extent[1])
         assert high * wide <= 64 * 65 or high == wide
         assert high * wide >= min(16, math.prod(extent))
@@ -328,7 +328,7 @@ def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
 
 def test_a_strip_is_hardly_filled_up():
     best = next(candidate_group_sizes(Geometry.of_preset("encoder", "small", (3, 100000))))
-    assert best.tiling.patches[0] == 1
+    assert best.patch_grid.patches[0] == 1
     assert best.groups * best.tokens_per_group < 1.05 * best.length
 
 

@@ -447,7 +447,7 @@ def test_pixels_of_a_slice_are_read_when_its_turn_comes():
 @pytest.mark.parametrize("layers", ["(1)2(2)1", "(1)2(1)"])
 def test_a_masked_token_changes_nothing(layers):
     """Neither in the outputs nor in the gradients, whatever it holds."""
-    model, image = image_encoder(layers), GroupedImage(PixelArray(picture(29, 50)), image_encoder().tiling)
+    model, image = image_encoder(layers), GroupedImage(PixelArray(picture(29, 50)), image_encoder().patch_grid)
     read, mask, results = image.read, image.mask(slice(None)), []
     assert mask is not None
     assert 0 < int((~mask).sum()) < mask.numel()
@@ -471,11 +471,11 @@ def test_empty_groups_are_skipped_and_cost_nothing():
     model, pixels = image_encoder(), picture(32, 48)
     occupied = np.ones((4, 4), dtype=bool)
     occupied[1, 2] = occupied[3] = False
-    logits = model([GroupedImage(PixelArray(pixels), model.tiling, occupied)])
+    logits = model([GroupedImage(PixelArray(pixels), model.patch_grid, occupied)])
     changed = pixels.copy()
     changed[8:16, 24:36] = 0
     changed[24:] = 255
-    image = GroupedImage(PixelArray(changed), model.tiling, occupied)
+    image = GroupedImage(PixelArray(changed), model.patch_grid, occupied)
     assert image.num_groups == 11
     assert torch.equal(model([image]), logits)
     assert not torch.allclose(model([PixelArray(changed)]), model([PixelArray(pixels)]))
@@ -486,7 +486,7 @@ def test_where_a_group_stands_is_known_to_the_model():
     corner, far = (np.zeros((4, 4), dtype=bool) for _ in range(2))
     corner[0, 0] = far[2, 3] = True
     tiled = PixelArray(np.tile(pixels, (4, 4, 1)))
-    one, other = (model([GroupedImage(tiled, model.tiling, where)]) for where in (corner, far))
+    one, other = (model([GroupedImage(tiled, model.patch_grid, where)]) for where in (corner, far))
     assert not torch.allclose(one, other, atol=1e-4)
 
 
@@ -497,7 +497,7 @@ def test_a_glimpse_sees_what_was_skipped():
     changed = pixels.copy()
     changed[24:] = 255
     before, after = (
-        model([GroupedImage(PixelArray(each), model.tiling, occupied, glimpses=1)]) for each in (pixels, changed)
+        model([GroupedImage(PixelArray(each), model.patch_grid, occupied, glimpses=1)]) for each in (pixels, changed)
     )
     assert not torch.allclose(before, after, atol=1e-4)
 
@@ -521,7 +521,7 @@ def test_feature_maps_of_any_size():
     model = image_encoder("(1)2(1)")
     occupied = np.ones((4, 5), dtype=bool)
     occupied[0, 0] = False
-    image = GroupedImage(PixelArray(picture(29, 50)), model.tiling, occupied)
+    image = GroupedImage(PixelArray(picture(29, 50)), model.patch_grid, occupied)
     (maps,) = model.forward_features([image])
     assert maps.shape == (8, 8, 13)
     assert torch.equal(maps[:, :2, :3], torch.zeros(8, 2, 3))
@@ -551,15 +551,15 @@ def test_images_that_cannot_be():
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
         model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
     with pytest.raises(InputError, match="has no occupied group among 4"):
-        GroupedImage(PixelArray(picture(16, 24)), model.tiling, np.zeros((2, 2), bool))
+        GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.zeros((2, 2), bool))
     with pytest.raises(InputError, match="2 x 2 groups, and 3 x 2 are said"):
-        GroupedImage(PixelArray(picture(16, 24)), model.tiling, np.ones((3, 2), bool))
+        GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.ones((3, 2), bool))
     with pytest.raises(InputError, match="are a table"):
         fitformer.FITImageEncoder.from_config(layers="(1)1", image_size=None, group_size=8, patch_size=4, **SIZES)
     fixed = fitformer.FITImageEncoder.from_config(
         layers="(1)1", image_size=(16, 24), group_size=(8, 12), patch_size=4, channels=2, **SIZES
     )
-    with pytest.raises(InputError, match="image of 8 x 24 given to an encoder of 16 x 24"):
+    with pytest.raises(InputError, match="8 x 24.*16 x 24"):
         fixed([PixelArray(picture(8, 24))])
 
 

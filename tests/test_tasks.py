@@ -13,6 +13,7 @@ from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
+from fitformer.patching import PatchGrid
 from fitformer.tasks import build_model, bytes, classify, diffuse, optimizers, pixels, task_of
 from fitformer.tasks.preview import Preview, grid, save
 
@@ -271,7 +272,7 @@ def test_pixels_go_to_the_network_between_minus_one_and_one():
     seen = []
 
     class Network:
-        groups = True  # of images of one size
+        patch_grid = PatchGrid((1, 2), 1, 1, channels=1)
 
         def __call__(self, images):
             seen.append(images)

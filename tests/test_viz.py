@@ -45,7 +45,7 @@ def test_map_is_highest_at_the_odd_patch():
         model.trunk.position.weight.zero_()
         # All queries are the same vector, along the odd patch's key: only keys decide.
         read.attention.query.weight.zero_()
-        x = model.encoder.embed(model.groups.group(images)).flatten(0, 1)
+        x = model.encoder.embed(model.patch_grid.group(images)).flatten(0, 1)
         kinds, counts = torch.unique(x.flatten(0, 1), dim=0, return_counts=True)
         odd = kinds[counts.argmin()]
         read.attention.query.bias.copy_(10 * read.attention.key(read.context_norm(odd)))

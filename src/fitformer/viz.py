@@ -39,8 +39,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     def record(read: nn.Module, inputs: tuple[Any, ...]) -> None:
         calls.append((read, *inputs))
 
-    groups = encoder.groups
-    if groups is None:
+    if encoder.patch_grid.any_size:
         raise InputError("this encoder takes images of any size; `fitformer predict` writes its attention maps")
     reads = [read for block in encoder.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
@@ -52,7 +51,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     weights = [read.weights(*inputs).mean(dim=(1, 2)) for read, *inputs in calls]
-    maps = [groups.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
+    maps = [encoder.patch_grid.map(rearrange(w, "(b t) n -> b t n 1", b=len(images)) * w.shape[-1]) for w in weights]
     size = images.shape[1:3]
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
 

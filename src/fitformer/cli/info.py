@@ -81,7 +81,7 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
         InputError: options that the role has no use for, or sizes that do not fit.
     """
     from fitformer.models.config import preset
-    from fitformer.patching import ImageGroups
+    from fitformer.patching import PatchGrid
     from fitformer.profiling import on_meta
 
     asked = given(arguments)
@@ -94,7 +94,7 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
         config = _sequence(asked)
     else:
         cut = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
-        groups = ImageGroups(**cut)
+        groups = PatchGrid(**cut)
         config = {**cut, "num_classes": asked.pop("num_classes", 0)}
         if role == "denoiser":
             config = {

@@ -130,8 +130,8 @@ def as_plain(plan: "Plan") -> dict[str, Any]:
     return {
         "role": geometry.role,
         "image_size": geometry.image_size,
-        "group_size": geometry.tiling.group_size,
-        "patch_size": geometry.tiling.patch_size,
+        "group_size": geometry.patch_grid.group_size,
+        "patch_size": geometry.patch_grid.patch_size,
         "groups": geometry.groups,
         "tokens": geometry.length,
         "tokens_per_group": geometry.tokens_per_group,
@@ -159,9 +159,9 @@ def table(plan: "Plan") -> "Table":
     found.add_column(no_wrap=True)
     found.add_column(justify="right", no_wrap=True)
     found.add_column()
-    tiling = geometry.tiling
-    high, wide = tiling.grid(*geometry.image_size)  # type: ignore[misc]
-    cut = f"{high} x {wide} of {format_size(tiling.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
+    grid = geometry.patch_grid
+    high, wide = grid.cover(*geometry.image_size)  # type: ignore[misc]
+    cut = f"{high} x {wide} of {format_size(grid.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
     found.add_row("groups", f"{geometry.groups:,}", cut)
     beyond = plan.tokens - geometry.length
     found.add_row(

@@ -16,7 +16,8 @@ from fitformer.data.masks import Masks
 from fitformer.data.readers import LazyImage
 from fitformer.data.settings import ImageData
 from fitformer.errors import EmptyImageError
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, check_pixels
+from fitformer.patching import PatchGrid
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, check_pixels
 
 # A worker reads the groups of an image ahead if they are at most so many bytes; larger ones are read slice by slice.
 MOST_READ_AHEAD = 64 * 2**20
@@ -27,13 +28,13 @@ class Grouping:
     """How images become groups.
 
     Attributes:
-        tiling, glimpses: the model's cut, and its copies of the whole image.
+        patch_grid, glimpses: the model's cut, and its copies of the whole image.
         settings: say which groups are background or masked out; None for none.
         symmetries: in which an image may be turned; one scan serves them all.
         trained: the type of the pixels that the model was trained on; None for any.
     """
 
-    tiling: Tiling
+    patch_grid: PatchGrid
     glimpses: int = 0
     settings: ImageData | None = None
     symmetries: Sequence[Symmetry] = (IDENTITY,)
@@ -49,7 +50,7 @@ class Grouping:
         source = PixelArray(image) if isinstance(image, Tensor) else image
         if self.trained is not None:
             check_pixels(str(getattr(source, "path", "an image")), source.dtype, self.trained)
-        grouped = GroupedImage(source, self.tiling, self._foreground(source), self.glimpses)
+        grouped = GroupedImage(source, self.patch_grid, self._foreground(source), self.glimpses)
         if get_worker_info() is not None and grouped.nbytes <= MOST_READ_AHEAD:
             grouped.read_ahead()
         return grouped
@@ -75,7 +76,7 @@ class Grouping:
         background = None if self.settings.background == "none" else self.settings.background
         found = foreground_groups_transformed(
             image,
-            self.tiling.group_size,
+            self.patch_grid.group_size,
             symmetries,
             background=background,
             tolerance=self.settings.tolerance,
@@ -89,7 +90,7 @@ class Grouping:
         return {
             "image": file_identity(image.path),
             "mask": None if mask is None else file_identity(mask),
-            "group_size": list(self.tiling.group_size),  # type: ignore[arg-type]
+            "group_size": list(self.patch_grid.group_size),  # type: ignore[arg-type]
             "symmetries": [[each.transposed, *each.backwards] for each in symmetries],
             **{name: getattr(self.settings, name) for name in ("background", "tolerance", "min_foreground")},
         }

@@ -32,7 +32,7 @@ class Labeller:
     @property
     def takes_any_size(self) -> bool:
         """Whether images are read piece by piece, whatever their size."""
-        return self.network.groups is None
+        return self.network.patch_grid.any_size
 
     def stream(self, keep: Keep | None = None, scratch: str | None = None) -> None:
         """Read images piece by piece, also where the run was trained otherwise.
@@ -100,7 +100,7 @@ class Labeller:
 
     def _grouping(self) -> Grouping:
         network = self.network
-        return Grouping(network.tiling, network.glimpses, self.recipe.data, trained=self.run.pixels)
+        return Grouping(network.patch_grid, network.glimpses, self.recipe.data, trained=self.run.pixels)
 
     def _masks(self, files: Sequence[Path]) -> Masks | None:
         """The masks of the run's data, none of which two of these images share."""

@@ -17,7 +17,7 @@ from fitformer.data.pixels import UnreadableImageError, convert, decode, fit, su
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.patching import ImageGroups
+from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage
 from fitformer.tasks.classify import logits
 
@@ -86,8 +86,8 @@ def predict(
 
     shares = (
         _of_any_size(classifier, files, group or classifier.grouped, note)
-        if classifier.groups is None
-        else _of_one_size(classifier, _readable(classifier.groups, files, resize, note), batch_size)
+        if classifier.patch_grid.any_size
+        else _of_one_size(classifier, _readable(classifier.patch_grid, files, resize, note), batch_size)
     )
     for file, row in shares:
         yield decided(file, row, classes)
@@ -98,8 +98,8 @@ def predict(
 
 def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tensor:
     """Images uint8 `(b, H, W, ch)`, resized and converted to the size and channels of a classifier."""
-    channels = classifier.tiling.channels
-    rows, columns = images.shape[1:3] if classifier.groups is None else classifier.groups.image_size  # type: ignore[misc]
+    channels = classifier.patch_grid.channels
+    rows, columns = classifier.patch_grid.image_size or images.shape[1:3]  # type: ignore[misc]
     if tuple(images.shape[1:]) == (rows, columns, channels):
         return images
     fitted = (convert(fit(image.numpy(), (rows, columns), "stretch"), channels) for image in images.cpu())
@@ -149,12 +149,12 @@ def _of_any_size(
 
 
 def _readable(
-    groups: ImageGroups, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[UnreadableImageError], None]
+    grid: PatchGrid, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[UnreadableImageError], None]
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    rows, columns = groups.image_size  # type: ignore[misc]
+    rows, columns = grid.image_size  # type: ignore[misc]
     for file in files:
         try:
-            pixels = decode(file, str(file), groups.channels)
+            pixels = decode(file, str(file), grid.channels)
         except UnreadableImageError as fault:
             on_unreadable(fault)
             continue

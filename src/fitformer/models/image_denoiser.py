@@ -19,7 +19,7 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.layers import check_sizes
 from fitformer.models.trunk import Trunk
-from fitformer.patching import ImageGroups
+from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import Size
 
 OnStep = Callable[[int, Tensor], None]
@@ -71,13 +71,13 @@ class FITImageDenoiser(FITModel):
         sampler_of(diffusion.sampler)
         for schedule in (diffusion.train_schedule, diffusion.sample_schedule):
             maths.gamma(schedule, 0.5)
-        self.groups = ImageGroups(image_size, group_size, patch_size, channels)
+        grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
         self.diffusion, self.num_classes, self.self_cond = diffusion, num_classes, self_cond != "none"
         self.denoiser = FITDenoiser(
             trunk,
-            self.groups.num_groups,
-            self.groups.tokens_per_group,
-            self.groups.token_dim,
+            grid.num_groups,
+            grid.tokens_per_group,
+            grid.token_dim,
             cond_dim=num_classes or None,
             cond_proj=cond_proj,
             self_cond=self_cond,
@@ -90,7 +90,7 @@ class FITImageDenoiser(FITModel):
 
     def grids(self) -> tuple[Grid, Grid | None]:
         """Rows and columns of the patches of a group, and of the groups."""
-        return self.groups.patches, self.groups.grid
+        return self.patch_grid.patches, self.patch_grid.shape
 
     def forward(
         self,
@@ -120,11 +120,11 @@ class FITImageDenoiser(FITModel):
         Raises:
             InputError: images of another size or number of channels.
         """
-        return self.groups.group(maths.pixels_to_signal(images, self.diffusion.b_scale))
+        return self.patch_grid.group(maths.pixels_to_signal(images, self.diffusion.b_scale))
 
     def images(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`; values outside [-b_scale, b_scale] are clipped."""
-        return maths.signal_to_pixels(self.groups.ungroup(tokens), self.diffusion.b_scale)
+        return maths.signal_to_pixels(self.patch_grid.ungroup(tokens), self.diffusion.b_scale)
 
     def condition(self, labels: Tensor) -> Tensor | None:
         """Condition `(b, num_classes)` of labels `(b,)`: one-hot, zeros for -1; None for an unconditional model."""
@@ -186,8 +186,9 @@ class FITImageDenoiser(FITModel):
 
     def _sample(self, numbers: Sequence[int], cond: Tensor | None, seed: int, **options: Any) -> Tensor:
         """The images of these numbers, uint8 `(b, H, W, channels)`; `options` of `fitformer.diffusion.sample`."""
-        own, groups = self.diffusion, self.groups
-        shape = (groups.num_groups, groups.tokens_per_group, groups.token_dim)
+        own, grid = self.diffusion, self.patch_grid
+        assert grid.num_groups is not None
+        shape = (grid.num_groups, grid.tokens_per_group, grid.token_dim)
         noise = partial(maths.seeded_noise, seed, numbers, shape)
         tokens = maths.sample(
             self,

@@ -15,9 +15,9 @@ from fitformer.models.encoder import FITEncoder
 from fitformer.models.layers import check_sizes, linear
 from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Trunk
-from fitformer.patching import ImageGroups
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, Tiling, stacked, to_signal
-from fitformer.patching.sizes import Size, format_size
+from fitformer.patching import PatchGrid
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, stacked, to_signal
+from fitformer.patching.sizes import Size
 
 Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
 
@@ -58,13 +58,11 @@ class FITImageEncoder(FITModel):
     ) -> None:
         super().__init__()
         check_trunk(trunk)
-        self.groups = None if image_size is None else ImageGroups(image_size, group_size, patch_size, channels)
-        self.tiling = Tiling(group_size, patch_size, channels)
-        if glimpses < 0 or (glimpses and self.groups is not None):
+        grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
+        if glimpses < 0 or (glimpses and not grid.any_size):
             raise InputError(f"glimpses is {glimpses}; it is 0 or more, and only with image_size=None above 0")
         self.glimpses, self.channels = glimpses, channels
-        num_groups = None if self.groups is None else self.groups.num_groups
-        self.encoder = FITEncoder(trunk, num_groups, self.tiling.tokens_per_group, self.tiling.token_dim, mask=mask)
+        self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
         check_sizes(num_classes=num_classes or 1)  # 0 is no head
         self.num_classes = num_classes
@@ -77,7 +75,7 @@ class FITImageEncoder(FITModel):
 
     def grids(self) -> tuple[Grid, Grid | None]:
         """Rows and columns of the patches of a group, and of the groups of an image of one size."""
-        return self.tiling.patches, None if self.groups is None else self.groups.grid
+        return self.patch_grid.patches, self.patch_grid.shape
 
     def reset_classifier(self, num_classes: int) -> None:
         """Put a new head for `num_classes` classes in the place of the head; 0 for none.
@@ -107,8 +105,8 @@ class FITImageEncoder(FITModel):
         Raises:
             InputError: no images, or images of another size or number of channels.
         """
-        if isinstance(images, Tensor) and self.groups is not None:
-            x, latents = self.encoder(self.groups.group(images))
+        if isinstance(images, Tensor) and not self.patch_grid.any_size:
+            x, latents = self.encoder(self.patch_grid.group(images))
             pooled = (latents if self.ends_in_latents else x).mean(dim=(1, 2))
         else:
             if not len(images):
@@ -143,9 +141,9 @@ class FITImageEncoder(FITModel):
             raise InputError(f"no block {absent[0]}: the layer string has {count}, counted from 0")
         blocks = sorted({i % count for i in wanted})
         places = [blocks.index(i % count) for i in wanted]
-        if isinstance(images, Tensor) and self.groups is not None:
-            inputs = self.encoder.inputs(self.groups.group(images), blocks=blocks)
-            maps = [self.groups.map(x) for x in self._features(inputs)]
+        if isinstance(images, Tensor) and not self.patch_grid.any_size:
+            inputs = self.encoder.inputs(self.patch_grid.group(images), blocks=blocks)
+            maps = [self.patch_grid.map(x) for x in self._features(inputs)]
             return [maps[k] for k in places]
         each = []
         for image in map(self.grouped, images):
@@ -170,17 +168,11 @@ class FITImageEncoder(FITModel):
                     f"an image is given as {type(source).__name__}: wrap an array as "
                     "fitformer.patching.any_size.PixelArray(...), open a file by fitformer.data.readers.open_image(...)"
                 )
-            image = GroupedImage(source, self.tiling, glimpses=self.glimpses)
-        if image.tiling != self.tiling or image.glimpses != self.glimpses:
+            image = GroupedImage(source, self.patch_grid, glimpses=self.glimpses)
+        if image.patch_grid != self.patch_grid or image.glimpses != self.glimpses:
             raise InputError(
-                f"an image cut as {image.tiling} with {image.glimpses} glimpses, given to an encoder of {self.tiling} "
-                f"with {self.glimpses}"
-            )
-        if self.groups is not None and image.shape[:2] != self.groups.image_size:
-            raise InputError(
-                f"an image of {format_size(image.shape[:2])} given to an encoder of "
-                f"{format_size(self.groups.image_size)} pixels; "  # type: ignore[arg-type]
-                "build it with image_size=None and latent_position='row_column' for any size"
+                f"an image cut as {image.patch_grid} with {image.glimpses} glimpses, given to an encoder of "
+                f"{self.patch_grid} with {self.glimpses}"
             )
         return image
 
@@ -188,7 +180,7 @@ class FITImageEncoder(FITModel):
         """The initial latents `(b, t, m, d)` of images with the same number of groups."""
         trunk, groups = self.trunk, images[0].num_groups
         if isinstance(trunk.latent_position, PositionTable):
-            if self.groups is None or any(image.num_groups != self.groups.num_groups for image in images):
+            if any(image.num_groups != self.patch_grid.num_groups for image in images):
                 raise InputError("groups cannot be skipped with a table of latents; take latent_position='row_column'")
             return trunk.initial_latents(len(images), groups)
         coords = torch.stack([image.coords for image in images]).to(trunk.latent_position.slots.device)

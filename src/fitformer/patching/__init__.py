@@ -7,8 +7,8 @@ Images of any size, read when they are needed, are in `any_size`.
 """
 
 from fitformer.patching.glimpse import glimpses, glimpses_to_image
+from fitformer.patching.grid import PatchGrid
 from fitformer.patching.image import (
-    ImageGroups,
     extract_patches,
     groups_to_image,
     groups_to_map,
@@ -28,7 +28,7 @@ from fitformer.patching.sequence import (
 from fitformer.patching.video import groups_to_video, video_to_groups
 
 __all__ = [
-    "ImageGroups",
+    "PatchGrid",
     "bytes_to_tokens",
     "extract_patches",
     "glimpses",

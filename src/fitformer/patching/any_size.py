@@ -1,12 +1,11 @@
 """Images of any size as groups, read when they are needed: padded edges, skipped groups, glimpses of the whole.
 
 A `PixelSource` is anything that hands out windows of pixels: a file that is opened lazily, or an array in memory.
-`Tiling` says how images are cut, `GroupedImage` is one image cut so: which groups it has, and any slice of them as raw
-tokens with a mask.
+`PatchGrid` says how images are cut, `GroupedImage` is one image cut so: which groups it has, and any slice of them as
+raw tokens with a mask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fitformer.errors import EmptyImageError, InputError
+from fitformer.patching.grid import PatchGrid
 from fitformer.patching.image import image_to_groups
-from fitformer.patching.sizes import Size, axis_lengths, format_size, to_sides
+from fitformer.patching.sizes import format_size
 
 
 @runtime_checkable
@@ -120,53 +120,12 @@ def check_pixels(name: str, found: np.dtype, trained: np.dtype) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How images of any size are cut: groups of `group_size` pixels, in patches of `patch_size`.
-
-    Raises:
-        InputError: patches that do not divide a group, or sizes that are not positive whole numbers.
-    """
-
-    group_size: Size
-    patch_size: Size
-    channels: int = 3
-
-    def __post_init__(self) -> None:
-        axis_lengths(self.group_size, self.group_size, self.patch_size, "hw")
-        if self.channels < 1:
-            raise InputError(f"images need at least one channel, not {self.channels}")
-        for name in ("group_size", "patch_size"):
-            object.__setattr__(self, name, to_sides(getattr(self, name), "hw"))
-
-    @property
-    def patches(self) -> tuple[int, int]:
-        """Rows and columns of the patches of a group."""
-        (gh, gw), (ph, pw) = self.group_size, self.patch_size  # type: ignore[misc]
-        return gh // ph, gw // pw
-
-    @property
-    def tokens_per_group(self) -> int:
-        """Patches in a group, n."""
-        return prod(self.patches)
-
-    @property
-    def token_dim(self) -> int:
-        """Numbers in a patch: rows * columns * channels."""
-        return prod(self.patch_size) * self.channels  # type: ignore[arg-type]
-
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of the groups that cover an image; those at its edges may reach beyond."""
-        gh, gw = self.group_size  # type: ignore[misc]
-        return -(-rows // gh), -(-columns // gw)
-
-
 class GroupedImage:
     """An image cut into groups, of which any slice can be read.
 
     Args:
         source: the image.
-        tiling: how it is cut.
+        patch_grid: how it is cut.
         occupied: booleans (rows, columns) of the grid of groups; the others are skipped. All by default.
         glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
 
@@ -174,20 +133,22 @@ class GroupedImage:
         places: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
 
     Raises:
-        InputError: another number of channels, a grid of another size, nothing occupied.
+        InputError: another number of channels, another size than that of the grid, another number of groups said to be
+            occupied, nothing occupied.
     """
 
     def __init__(
-        self, source: PixelSource, tiling: Tiling, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
+        self, source: PixelSource, patch_grid: PatchGrid, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
     ) -> None:
-        if source.shape[2] != tiling.channels:
+        if source.shape[2] != patch_grid.channels:
             raise InputError(
-                f"{_name(source)} has {source.shape[2]} channels, the model was built for {tiling.channels}"
+                f"{_name(source)} has {source.shape[2]} channels, the model was built for {patch_grid.channels}"
             )
-        self.source, self.tiling, self.glimpses = source, tiling, glimpses
+        patch_grid.check_size(*source.shape[:2])
+        self.source, self.patch_grid, self.glimpses = source, patch_grid, glimpses
         # Noted, so that asking for it never opens a file again.
         self.shape, self.dtype = source.shape, source.dtype
-        self.grid = tiling.grid(*source.shape[:2])
+        self.grid = patch_grid.cover(*source.shape[:2])
         kept = np.ones(self.grid, dtype=bool) if occupied is None else np.asarray(occupied, dtype=bool)
         if kept.shape != self.grid:
             raise InputError(
@@ -211,7 +172,7 @@ class GroupedImage:
     @property
     def nbytes(self) -> int:
         """Bytes of the pixels of all groups that are read."""
-        return self.num_groups * prod(self.tiling.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
+        return self.num_groups * prod(self.patch_grid.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
 
     def read_ahead(self) -> None:
         """Read the pixels of all groups now: `read` takes them from memory, in whatever process."""
@@ -229,14 +190,14 @@ class GroupedImage:
         at the edge lacks is filled with the image's last row and column.
         """
         pixels = torch.from_numpy(self._groups(groups)) if self._pixels is None else self._pixels[groups]
-        tokens = image_to_groups(pixels, self.tiling.group_size, self.tiling.patch_size)
+        tokens = image_to_groups(pixels, self.patch_grid.group_size, self.patch_grid.patch_size)
         return tokens.transpose(0, 1), self.mask(groups)
 
     def mask(self, groups: slice) -> Tensor | None:
         """Which tokens of a slice of groups hold pixels, booleans `(1, s, n)`; None if all do."""
-        (rows, columns, _), (gh, gw), (ph, pw) = self.shape, self.tiling.group_size, self.tiling.patch_size  # type: ignore[misc]
+        (rows, columns, _), (gh, gw), (ph, pw) = self.shape, self.patch_grid.group_size, self.patch_grid.patch_size  # type: ignore[misc]
         coords = self.coords[groups]
-        high, wide = self.tiling.patches
+        high, wide = self.patch_grid.patches
         inside = [
             (place[:, None] * side + torch.arange(count) * patch < size) | glimpse
             for place, side, count, patch, size, glimpse in (
@@ -250,18 +211,18 @@ class GroupedImage:
     def count(self) -> int:
         """Tokens that hold pixels."""
         mask = self.mask(slice(None))
-        return self.num_groups * self.tiling.tokens_per_group if mask is None else int(mask.sum())
+        return self.num_groups * self.patch_grid.tokens_per_group if mask is None else int(mask.sum())
 
     def map(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Lay tokens `(t, n, c)` out as a map `(c, rows, columns)` of patches; `fill` where groups were skipped.
 
         Glimpses are left out, and so are patches beyond the image.
         """
-        (high, wide), (rows, columns) = self.tiling.patches, self.grid
+        (high, wide), (rows, columns) = self.patch_grid.patches, self.grid
         cells = x.new_full((rows, columns, high, wide, x.shape[-1]), fill)
         own = self.coords[self.glimpses :].to(x.device)
         cells[own[:, 0], own[:, 1]] = x[self.glimpses :].unflatten(1, (high, wide))
-        ph, pw = self.tiling.patch_size  # type: ignore[misc]
+        ph, pw = self.patch_grid.patch_size  # type: ignore[misc]
         whole = rearrange(cells, "gh gw h w c -> c (gh h) (gw w)")
         return whole[:, : -(-self.shape[0] // ph), : -(-self.shape[1] // pw)]
 
@@ -271,7 +232,7 @@ class GroupedImage:
 
     def _group(self, row: int, column: int) -> np.ndarray:
         """Pixels of one group, filled up at the edges."""
-        gh, gw = self.tiling.group_size  # type: ignore[misc]
+        gh, gw = self.patch_grid.group_size  # type: ignore[misc]
         if row < 0:
             if self._glimpse is None:
                 self._glimpse = self.source.thumbnail(gh, gw)

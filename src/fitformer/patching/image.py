@@ -1,12 +1,9 @@
-"""Images and maps of features as groups of patches, and back (spec section 6); of one size, `ImageGroups`.
+"""Images and maps of features as groups of patches, and back (spec section 6).
 
 Shapes: images are `(b, H, W, ch)`, feature maps `(b, c, H / p, W / p)`, grouped tokens `(b, t, n, c)`.
 Groups stand row by row, and so do the patches in a group, or in `snake` order: every second row of patches reversed,
 which makes neighbours in the sequence neighbours in the image.
 """
-
-from dataclasses import dataclass
-from math import prod
 
 from einops import rearrange
 from torch import Tensor
@@ -21,7 +18,6 @@ from fitformer.patching.sizes import (
     inverse_pattern,
     map_sizes,
     reorder,
-    to_sides,
 )
 
 IMAGE = "b (gh h ph) (gw w pw) ch -> b (gh gw) (h w) (ph pw ch)"
@@ -93,84 +89,3 @@ def map_to_groups(maps: Tensor, image_size: Size, group_size: Size, patch_size: 
             f"the image has {format_size(map_size)} patches"
         )
     return image_to_groups(rearrange(maps, "b c h w -> b h w c"), group, 1, order)
-
-
-@dataclass(frozen=True)
-class ImageGroups:
-    """How images of one size are cut: checked once, then `group` and its inverse `ungroup`, and `map` for features.
-
-    Raises:
-        InputError: sizes that do not divide (names the nearest that do), or are not positive whole numbers.
-    """
-
-    image_size: Size
-    group_size: Size
-    patch_size: Size
-    channels: int = 3
-
-    def __post_init__(self) -> None:
-        axis_lengths(self.image_size, self.group_size, self.patch_size, "hw")
-        if self.channels < 1:
-            raise InputError(f"images need at least one channel, not {self.channels}")
-        # One way to write a size, so that equal cuts are equal objects.
-        for name in ("image_size", "group_size", "patch_size"):
-            object.__setattr__(self, name, to_sides(getattr(self, name), "hw"))
-
-    @property
-    def _lengths(self) -> dict[str, int]:
-        return axis_lengths(self.image_size, self.group_size, self.patch_size, "hw")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the grid of groups."""
-        return self._lengths["gh"], self._lengths["gw"]
-
-    @property
-    def patches(self) -> tuple[int, int]:
-        """Rows and columns of the patches of a group."""
-        return self._lengths["h"], self._lengths["w"]
-
-    @property
-    def num_groups(self) -> int:
-        """Groups in an image, t."""
-        return prod(self.grid)
-
-    @property
-    def tokens_per_group(self) -> int:
-        """Patches in a group, n."""
-        return self._lengths["h"] * self._lengths["w"]
-
-    @property
-    def token_dim(self) -> int:
-        """Numbers in a patch: rows * columns * channels."""
-        return self._lengths["ph"] * self._lengths["pw"] * self.channels
-
-    def group(self, images: Tensor) -> Tensor:
-        """Cut images `(b, H, W, channels)` into `(b, t, n, token_dim)`.
-
-        Raises:
-            InputError: images of another size or channel count, or with the channels first.
-        """
-        (h, w), got = to_sides(self.image_size, "hw"), tuple(images.shape)
-        if got[1:] != (h, w, self.channels):
-            hint = "; channels come last: images.permute(0, 2, 3, 1)" if got[1:] == (self.channels, h, w) else ""
-            raise InputError(f"images of shape {got} where (b, {h}, {w}, {self.channels}) is expected{hint}")
-        return image_to_groups(images, self.group_size, self.patch_size)
-
-    def ungroup(self, x: Tensor) -> Tensor:
-        """Put `(b, t, n, token_dim)` back into images `(b, H, W, channels)`.
-
-        Raises:
-            InputError: `x` has another shape.
-        """
-        if x.shape[-1] != self.token_dim:
-            raise InputError(f"tokens have width {x.shape[-1]} where patches of {self.token_dim} numbers are expected")
-        return groups_to_image(x, self.image_size, self.group_size, self.patch_size)
-
-    def map(self, x: Tensor) -> Tensor:
-        """Lay tokens `(b, t, n, c)` of any width out as a feature map `(b, c, H / ph, W / pw)`.
-
-        Raises:
-            InputError: `x` has another number of groups or of tokens in a group.
-        """
-        return groups_to_map(x, self.image_size, self.group_size, self.patch_size)

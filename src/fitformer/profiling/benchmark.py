@@ -160,8 +160,8 @@ def as_plain(found: Measured) -> dict[str, object]:
         "role": plan.geometry.role,
         "layers": plan.geometry.sizes["layers"],
         "image_size": format_size(to_sides(plan.geometry.image_size, "hw")),
-        "group_size": format_size(plan.geometry.tiling.group_size),  # type: ignore[arg-type]
-        "patch_size": format_size(plan.geometry.tiling.patch_size),  # type: ignore[arg-type]
+        "group_size": format_size(plan.geometry.patch_grid.group_size),  # type: ignore[arg-type]
+        "patch_size": format_size(plan.geometry.patch_grid.patch_size),  # type: ignore[arg-type]
         "execution": plan.setup.execution,
         "keep": plan.setup.keep if plan.setup.execution == "streamed" else None,
         "slice_groups": plan.setup.slice_groups,

@@ -8,7 +8,7 @@ from typing import Any
 
 from fitformer.errors import InputError
 from fitformer.models.config import preset
-from fitformer.patching.any_size import Tiling
+from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import Size, format_size, to_sides
 from fitformer.profiling.flops import Flops, Model, on_meta, parts, sum_flops
 
@@ -63,7 +63,7 @@ class Geometry:
         return cls(role, sizes, image_size, patch, **rest)
 
     @property
-    def tiling(self) -> Tiling:
+    def patch_grid(self) -> PatchGrid:
         """How the image is cut.
 
         Raises:
@@ -71,7 +71,7 @@ class Geometry:
         """
         if self.group_size is None:
             raise InputError("the group size is not chosen yet")
-        return Tiling(self.group_size, self.patch_size, self.channels)
+        return PatchGrid(None, self.group_size, self.patch_size, self.channels)
 
     def checked(self) -> "Geometry":
         """Itself, if its model can be built.
@@ -86,12 +86,12 @@ class Geometry:
     def groups(self) -> int:
         """Groups that cover the image, t."""
         rows, columns = to_sides(self.image_size, "hw")
-        return prod(self.tiling.grid(rows, columns))
+        return prod(self.patch_grid.cover(rows, columns))
 
     @property
     def tokens_per_group(self) -> int:
         """Tokens in a group, n."""
-        return self.tiling.tokens_per_group * (self.channels if self.role == "decoder" else 1)
+        return self.patch_grid.tokens_per_group * (self.channels if self.role == "decoder" else 1)
 
     @property
     def length(self) -> int:
@@ -104,16 +104,16 @@ class Geometry:
         """The name of the class in `fitformer` and its arguments.
 
         Raises:
-            InputError: as `tiling`.
+            InputError: as `patch_grid`.
         """
-        tiling = self.tiling
+        grid = self.patch_grid
         if self.role == "encoder":
-            cut = {"image_size": None, "group_size": tiling.group_size, "patch_size": tiling.patch_size}
+            cut = {"image_size": None, "group_size": grid.group_size, "patch_size": grid.patch_size}
             rest = {"channels": self.channels, "num_classes": self.num_classes, "latent_position": "row_column"}
             return "FITImageEncoder", {**self.sizes, **cut, **rest}
         of_groups: dict[str, Any] = {"tokens_per_group": self.tokens_per_group, "num_groups": None}
         if self.role == "denoiser":
-            of_groups |= {"out_dim": tiling.token_dim, "latent_position": "row_column"}
+            of_groups |= {"out_dim": grid.token_dim, "latent_position": "row_column"}
             return "FITDenoiser", {**self.sizes, **of_groups}
         return "FITDecoder", {**self.sizes, **of_groups, "num_groups": self.groups, "vocab_size": 256}
 

@@ -21,7 +21,7 @@ def loss_of(
     model: nn.Module, geometry: Geometry, sources: list[PixelSource], device: torch.device
 ) -> Callable[[], Tensor]:
     """A function that computes the loss of a batch of images: of their class, their noise, or the next pixel value."""
-    images = [GroupedImage(source, geometry.tiling) for source in sources]
+    images = [GroupedImage(source, geometry.patch_grid) for source in sources]
     if isinstance(model, FITImageEncoder):
         labels = torch.arange(len(images), device=device) % model.num_classes
         return lambda: F.cross_entropy(model(images), labels)
@@ -33,7 +33,7 @@ def loss_of(
 
 def _denoising(model: FITDenoiser, images: list[GroupedImage], device: torch.device) -> Tensor:
     """Mean squared error of the noise that was mixed into the images."""
-    count = sum(image.num_groups * image.tiling.tokens_per_group * image.tiling.token_dim for image in images)
+    count = sum(image.num_groups * image.patch_grid.tokens_per_group * image.patch_grid.token_dim for image in images)
     coords = torch.stack([image.coords for image in images]).to(device)
     time = torch.full((len(images),), GAMMA, device=device)
 

@@ -28,9 +28,9 @@ def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
 
 def group_images(network: "FITModel", dataset: Any, recipe: Recipe) -> None:
     """Have a dataset hand images out as a model of any size cuts them; nothing for other models."""
-    tiling = getattr(network, "tiling", None)
-    if tiling is not None and getattr(network, "groups", None) is None and dataset is not None:
-        dataset.group_for(tiling, getattr(network, "glimpses", 0), recipe.data)
+    grid = getattr(network, "patch_grid", None)
+    if grid is not None and grid.any_size and dataset is not None:
+        dataset.group_for(grid, getattr(network, "glimpses", 0), recipe.data)
 
 
 def set_execution(network: "FITModel", training: Training) -> None:

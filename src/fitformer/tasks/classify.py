@@ -51,7 +51,7 @@ def logits(network: FITImageEncoder, images: Tensor | Sequence[Any]) -> Tensor:
         network: the classifier.
         images: uint8 `(b, H, W, ch)`; for a model of any size a sequence of `GroupedImage`s or pixel sources.
     """
-    if network.groups is not None:
+    if not network.patch_grid.any_size:
         assert isinstance(images, Tensor)
         return network(pixels_to_signal(images))
     return network(list(images))
@@ -65,7 +65,7 @@ def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tupl
     """
     predicted = logits(network, batch["image"])
     value = F.cross_entropy(predicted.float(), batch["label"], label_smoothing=recipe.objective.label_smoothing)
-    if network.groups is None and not bool(predicted.isfinite().all()):
+    if network.patch_grid.any_size and not bool(predicted.isfinite().all()):
         _refuse_logits(predicted, batch["image"])
     return value, {"accuracy": _accuracy(predicted, batch["label"])}
 

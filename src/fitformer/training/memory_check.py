@@ -120,7 +120,7 @@ def _device(training: Training) -> Any:
 
 def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyImage], None]) -> int | None:
     """Groups of the largest image, none of them skipped; None where the model knows them."""
-    if not isinstance(network, FITImageEncoder) or network.groups is not None:
+    if not isinstance(network, FITImageEncoder) or not network.patch_grid.any_size:
         return None
     if examples.image_size is not None:
         sizes = [examples.image_size]
@@ -128,5 +128,5 @@ def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyIma
         sizes = sizes_of(examples.source, on_header) or [(1, 1)]
         # Groups that are not square may be more, laid across by a quarter turn.
         sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
-    counts = (rows * columns for rows, columns in (network.tiling.grid(*size) for size in sizes))
+    counts = (rows * columns for rows, columns in (network.patch_grid.cover(*size) for size in sizes))
     return network.glimpses + max(counts)

@@ -17,7 +17,7 @@ from fitformer.data.pixels import UnreadableImageError, fit, jitter, random_crop
 from fitformer.data.readers import LazyImage
 from fitformer.data.settings import Augmentation, ImageData, Resize
 from fitformer.errors import InputError
-from fitformer.patching.any_size import Tiling
+from fitformer.patching import PatchGrid
 
 _log = logging.getLogger("fitformer.data")
 
@@ -121,13 +121,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         # One shared byte per image, so that all workers of a loader see and count what any of them found.
         self._broken = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
-    def group_for(self, tiling: Tiling, glimpses: int, settings: ImageData) -> None:
+    def group_for(self, patch_grid: PatchGrid, glimpses: int, settings: ImageData) -> None:
         """Hand images out as the groups of a model of any size, without those that `settings` call empty.
 
         Then `image` is a `GroupedImage`. It is made where the data are read, so in the workers of a loader, which also
         read its pixels ahead where these are not too many.
         """
-        self._grouping = Grouping(tiling, glimpses, settings, self.symmetries)
+        self._grouping = Grouping(patch_grid, glimpses, settings, self.symmetries)
 
     @property
     def classes(self) -> tuple[str, ...]:

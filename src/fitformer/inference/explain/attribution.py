@@ -65,7 +65,7 @@ def attribute(
         raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
     grouped = classifier.grouped(image)
     inputs = classifier.inputs([grouped])
-    relevance = torch.zeros(inputs.groups, classifier.tiling.tokens_per_group)
+    relevance = torch.zeros(inputs.groups, classifier.patch_grid.tokens_per_group)
     gate = torch.ones(1, device=inputs.latents.device, requires_grad=True)
     average = _Average(grouped, classifier.trunk.position)
     with _frozen(classifier), _read_attention(classifier, inputs.groups, tell) as attention:
@@ -174,7 +174,7 @@ def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None)
     reads = [read for block in classifier.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
         raise InputError("no block of this encoder has global layers, so its latents read nothing")
-    attention = torch.zeros(groups, classifier.tiling.tokens_per_group)
+    attention = torch.zeros(groups, classifier.patch_grid.tokens_per_group)
     done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
 
     def note(read: Any, inputs: tuple[Any, ...]) -> None:

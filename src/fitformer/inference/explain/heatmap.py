@@ -42,8 +42,8 @@ class HeatMap:
     def of(cls, values: Tensor, image: GroupedImage) -> "HeatMap":
         """Values `(t, n)` of the patches of all groups of an image, glimpses counted (and left out of the map)."""
         cells = image.map(values.detach().float().cpu()[..., None], fill=float("nan"))[0]
-        tiling = image.tiling
-        return cls(cells.numpy(), image.source.shape[:2], tiling.group_size, tiling.patch_size)  # type: ignore[arg-type]
+        patch_grid = image.patch_grid
+        return cls(cells.numpy(), image.source.shape[:2], patch_grid.group_size, patch_grid.patch_size)  # type: ignore[arg-type]
 
     def shrunk(self, rows: int, columns: int) -> np.ndarray:
         """The map averaged over the pixels `(rows, columns)` of a picture of the whole image; NaN where all is skipped.
