@@ -1,10 +1,13 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
-from fitformer import FITImageEncoder
+from fitformer import FITImageDenoiser, FITImageEncoder
 from fitformer.cli import main
 from fitformer.cli.info import short
+from fitformer.models.config import TrunkConfig
+from fitformer.profiling import flops
 
 SIZE = {"dim": 8, "latent_dim": 8, "heads": 1, "latent_heads": 1, "latents_per_group": 2}
 
@@ -41,6 +44,32 @@ def test_a_denoiser_knows_its_classes_and_a_decoder_its_length(capsys):
     for found in (of_bytes, of_pixels):
         assert (found["groups"]["groups"], found["groups"]["tokens_per_group"]) == (4, 32)
     assert info(capsys, "tiny", "--layers", "(3)2", "--dim", "64")["groups"]["layers"] == "(3)2"
+
+
+CHANGED = {
+    "layers": "(2)1", "dim": 64, "latent_dim": 32, "heads": 4, "latent_heads": 2, "latents_per_group": 8,
+    "position": "sin_cos", "latent_position": "sin_cos", "mlp_ratio": 2.0, "drop_path": 0.1, "drop_units": 0.1,
+    "drop_att": 0.1, "x_self_attention": False, "xattn_with_mlp": True, "xattn_enc_ln": False, "qk_norm": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", TrunkConfig.names())
+def test_every_option_of_the_trunk_is_taken(capsys, option):
+    value = CHANGED[option]
+    flag = "--" + ("no-" if value is False else "") + option.replace("_", "-")
+    found = info(capsys, "tiny", flag, *([] if isinstance(value, bool) else [str(value)]))
+    cut = {"image_size": 256, "group_size": 64, "patch_size": 8}
+    model = FITImageEncoder.from_preset("tiny", **cut, **{option: value})
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["flops"] == asdict(flops(model))
+
+
+def test_a_saved_denoiser_of_images_is_shown(capsys, tmp_path):
+    cut = {"image_size": 8, "group_size": 4, "patch_size": 2}
+    model = FITImageDenoiser.from_preset("tiny", **cut)
+    assert "sigmoid" in model.diffusion.train_schedule  # A schedule that evaluates its ends when it is built.
+    model.save_pretrained(tmp_path)
+    assert info(capsys, str(tmp_path))["parameters"] == sum(each.numel() for each in model.parameters())
 
 
 def test_a_saved_model_and_a_run_are_what_they_are(capsys, tmp_path):

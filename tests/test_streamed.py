@@ -559,7 +559,7 @@ def test_images_that_cannot_be():
     fixed = fitformer.FITImageEncoder.from_config(
         layers="(1)1", image_size=(16, 24), group_size=(8, 12), patch_size=4, channels=2, **SIZES
     )
-    with pytest.raises(InputError, match="8 x 24.*16 x 24"):
+    with pytest.raises(InputError, match=r"8 x 24.*16 x 24"):
         fixed([PixelArray(picture(8, 24))])
 
 

@@ -7,20 +7,18 @@ fitformer info runs/digits-classify
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fitformer.cli.options import add_trunk, positive, size, trunk_of
 from fitformer.errors import InputError
-from fitformer.models.config import SIZES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fitformer.profiling import Model
 
-ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITDenoiser", "decoder": "FITDecoder"}
+ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITImageDenoiser", "decoder": "FITDecoder"}
 CONFIG = "config.json"
 
 
@@ -33,14 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_preset.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS; 256 by default")
     of_preset.add_argument("--group-size", type=size, metavar="PIXELS", help="of encoder and denoiser; 64 by default")
     of_preset.add_argument("--patch-size", type=size, metavar="PIXELS", help="8 by default")
-    of_preset.add_argument("--channels", type=int, help="of an image; 3 by default")
+    of_preset.add_argument("--channels", type=positive, help="of an image; 3 by default")
     of_preset.add_argument("--num-classes", type=int, help="of an encoder's head or a denoiser's condition; none")
-    of_preset.add_argument("--length", type=int, help="tokens of a decoder's sequence, instead of an image")
-    of_preset.add_argument("--tokens-per-group", type=int, help="with --length; 64 by default")
-    of_preset.add_argument("--vocab-size", type=int, help="of a decoder; 256 by default")
-    for name in SIZES:
-        kind: Callable[[str], Any] = str if name == "layers" else int
-        of_preset.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the preset's")
+    of_preset.add_argument("--length", type=positive, help="tokens of a decoder's sequence, instead of an image")
+    of_preset.add_argument("--tokens-per-group", type=positive, help="with --length; 64 by default")
+    of_preset.add_argument("--vocab-size", type=positive, help="of a decoder; 256 by default")
+    add_trunk(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,15 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def size(text: str) -> int | tuple[int, int]:
-    """Read `64` or `64x128` (rows, columns)."""
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-        return sides[0] if len(sides) == 1 else (sides[0], *sides[1:])  # type: ignore[return-value]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 64, or 64x128 for rows x columns") from None
-
-
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a preset that were set."""
     apart = {"what", "json", "overrides"}
@@ -80,35 +67,21 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
     Raises:
         InputError: options that the role has no use for, or sizes that do not fit.
     """
-    from fitformer.models.config import preset
-    from fitformer.patching import PatchGrid
     from fitformer.profiling import on_meta
 
-    asked = given(arguments)
+    trunk = trunk_of(arguments)
+    asked = {name: value for name, value in given(arguments).items() if name not in trunk}
     role = asked.pop("role", "encoder")
-    sizes = {
-        **asdict(preset(arguments.what, ends_local=role != "encoder")),
-        **{k: asked.pop(k) for k in SIZES if k in asked},
-    }
     if role == "decoder":
-        config = _sequence(asked)
+        numbers = _sequence(asked)
     else:
-        cut = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
-        groups = PatchGrid(**cut)
-        config = {**cut, "num_classes": asked.pop("num_classes", 0)}
-        if role == "denoiser":
-            config = {
-                "num_groups": groups.num_groups,
-                "tokens_per_group": groups.tokens_per_group,
-                "out_dim": groups.token_dim,
-                "cond_dim": config["num_classes"] or None,
-            }
+        numbers = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
     if asked:
         raise InputError(f"--{next(iter(asked)).replace('_', '-')} means nothing to this {role}; leave it out")
-    return on_meta(ROLES[role], {**sizes, **config})
+    return on_meta(ROLES[role], {**numbers, **trunk}, preset=arguments.what)
 
 
-DEFAULT_CUT: dict[str, Any] = {"image_size": 256, "group_size": 64, "patch_size": 8, "channels": 3}
+DEFAULT_CUT: dict[str, Any] = {"image_size": 256, "group_size": 64, "patch_size": 8, "channels": 3, "num_classes": 0}
 
 
 def _sequence(asked: dict[str, Any]) -> dict[str, Any]:

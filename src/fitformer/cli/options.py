@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, get_args
 
 from fitformer.errors import InputError
+from fitformer.models.config import TrunkConfig
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,34 @@ def at_least(lowest: int, text: str) -> int:
     if number < lowest:
         raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {lowest}")
     return number
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """Read `64` or `64x128` (rows, columns)."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[0], *sides[1:])  # type: ignore[return-value]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 64, or 64x128 for rows x columns") from None
+
+
+def add_trunk(parser: argparse.ArgumentParser) -> None:
+    """Every option of `TrunkConfig`, to replace the preset's."""
+    trunk = parser.add_argument_group("trunk, in place of the preset's options")
+    for field in fields(TrunkConfig):
+        flag, kind = f"--{field.name.replace('_', '-')}", field.type
+        if kind is bool:
+            trunk.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif choices := get_args(kind):
+            trunk.add_argument(flag, choices=choices)
+        else:
+            trunk.add_argument(flag, type=positive if kind is int else kind)
+
+
+def trunk_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the trunk that were given."""
+    options = {name: getattr(arguments, name) for name in TrunkConfig.names()}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

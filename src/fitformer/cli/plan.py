@@ -5,13 +5,10 @@ fitformer plan --image-size 40000x30000 --preset base --memory 16GB
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.info import size
-from fitformer.cli.options import positive
+from fitformer.cli.options import add_trunk, positive, size, trunk_of
 from fitformer.errors import InputError
-from fitformer.models.config import SIZES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +34,7 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
     geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")
     geometry.add_argument("--channels", type=positive, default=3, help="of the image (default: 3)")
-    for name in SIZES:
-        kind: Callable[[str], Any] = str if name == "layers" else positive
-        geometry.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the preset's")
+    add_trunk(parser)
 
 
 def add_wish(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +68,8 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
     wanted = image_size if arguments.image_size is None else arguments.image_size
     if wanted is None:
         raise InputError("say the size of the image, such as --image-size 6400 or --image-size 40000x30000")
-    sizes = {name: getattr(arguments, name) for name in SIZES}
     cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels}
-    found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **sizes)
+    found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **trunk_of(arguments))
     return found if found.group_size is None else found.checked()
 
 

@@ -59,7 +59,8 @@ def _cosine(schedule: str, start: float, end: float, tau: float) -> Curve:
 
 def _falling(schedule: str, v: Callable[[Tensor], Tensor], start: float, end: float, lowest: float) -> Curve:
     """`(v(t (end - start) + start) - v(end)) / (v(start) - v(end))`: any monotone `v`, rescaled to fall from 1 to 0."""
-    first, last = (v(torch.tensor(s, dtype=torch.float64)).item() for s in (start, end))
+    # On the CPU also where a model is built on another default device, such as `meta`.
+    first, last = (v(torch.tensor(s, dtype=torch.float64, device="cpu")).item() for s in (start, end))
     if not math.isfinite(first - last) or first == last:
         raise _bad_schedule(schedule, f"does not fall: its curve is {first:g} at the start and {last:g} at the end")
     return lambda t: ((v(t * (end - start) + start) - last) / (first - last)).clamp(lowest, 1)

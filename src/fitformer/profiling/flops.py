@@ -71,19 +71,23 @@ class GroupPlan:
     layers: str
 
 
-def on_meta(role: str, config: dict[str, Any]) -> Model:
-    """Build a role without memory for its weights; `config` holds the arguments of `fitformer.<role>`.
+def on_meta(role: str, config: dict[str, Any], preset: str | None = None) -> Model:
+    """Build a role without memory for its weights.
+
+    Args:
+        role: name of a class of `fitformer`; of a `FITImageDenoiser` its `FITDenoiser` is built.
+        config: its arguments, as `from_config` takes them; where there is a preset, as `from_preset` does.
+        preset: the size that `config` overrides.
 
     Raises:
         InputError: an unknown role, or arguments that the role refuses.
     """
-    if role == FITImageDenoiser.__name__:
-        with torch.device("meta"):
-            return FITImageDenoiser.from_config(config).denoiser
-    if role not in ROLES:
-        raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
+    roles = {**ROLES, FITImageDenoiser.__name__: FITImageDenoiser}
+    if role not in roles:
+        raise InputError(f"there is no role {role!r}; there are {', '.join(roles)}")
     with torch.device("meta"):
-        return ROLES[role].from_config(config)
+        built = roles[role].from_config(config) if preset is None else roles[role].from_preset(preset, **config)
+    return built.denoiser if isinstance(built, FITImageDenoiser) else built
 
 
 def count_parameters(module: nn.Module | None) -> int:
