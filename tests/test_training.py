@@ -197,6 +197,95 @@ def test_a_signal_stops_after_the_running_step_with_everything_saved(number, str
     assert_equal_runs(run_dir, straight)
 
 
+# Every third step is saved and validated, the last one too, and the best is kept.
+COINCIDING = ["--trainer.checkpoint_every=3", "--trainer.validate_every=3", "--trainer.keep_best=true"]
+IN_TRAINING = "fitformer.training."
+
+
+@pytest.fixture(scope="module")
+def coinciding(tmp_path_factory, one_thread):
+    """Such a run that nothing stopped."""
+    run_dir = tmp_path_factory.mktemp("coinciding") / "run"
+    assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 0
+    return run_dir
+
+
+def assert_read_alike(run_dir, wanted):
+    """What a user reads of two runs is the same: measurements, weights, the best checkpoint, the files."""
+    assert_equal_runs(run_dir, wanted)
+    assert measured(run_dir) == measured(wanted)
+    ours, theirs = (torch.load(each / "checkpoints/best.ckpt", weights_only=True) for each in (run_dir, wanted))
+    assert ours["global_step"] == theirs["global_step"]
+    assert all(torch.equal(ours["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
+    names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (run_dir, wanted)]
+    # TensorBoard and CSV begin another file with every start.
+    ours, theirs = ([name for name in each if not name.startswith(("tensorboard", "csv"))] for each in names)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("how", [Killed(), RuntimeError("the validation fails")], ids=["killed", "failing"])
+@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize(
+    ("where", "before"),
+    [
+        ("checkpoint.CheckpointCallback.on_train_batch_end", True),
+        ("module.FITModule.validation_step", True),
+        ("callbacks.MetricsLogger.on_validation_end", True),
+        ("callbacks.MetricsLogger.on_validation_end", False),
+        ("checkpoint.CheckpointCallback.on_validation_end", True),
+        ("checkpoint.export", False),
+        ("checkpoint.CheckpointCallback.on_validation_end", False),
+    ],
+)
+def test_a_run_broken_off_at_a_validation_loses_none(where, before, step, how, coinciding, tmp_path, monkeypatch):
+    from fitformer.training import checkpoint
+
+    run_dir, trainers = tmp_path / "run", []
+    path, name = (IN_TRAINING + where).rsplit(".", 1)
+    owner = (
+        checkpoint
+        if where == "checkpoint.export"
+        else getattr(sys.modules[path.rsplit(".", 1)[0]], where.split(".")[1])
+    )
+    of = getattr(owner, name)
+
+    def broken(*given, **named):
+        result = None if before else of(*given, **named)
+        if trainers[0].global_step == step:
+            raise how
+        return of(*given, **named) if before else result
+
+    with monkeypatch.context() as patch:
+        real = checkpoint.CheckpointCallback.on_train_start
+        patch.setattr(
+            checkpoint.CheckpointCallback,
+            "on_train_start",
+            lambda self, trainer, *rest: (trainers.append(trainer), real(self, trainer, *rest))[1],
+        )
+        patch.setattr(owner, name, broken)
+        with pytest.raises(type(how)):
+            main(words("digits-classify", None, run_dir, *COINCIDING))
+    assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 0
+    assert_read_alike(run_dir, coinciding)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_at_a_validation_leaves_it_to_the_next_start(step, coinciding, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        ask = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patch_task(patch, classify, loss=at_call(2 * step, ask, classify.loss))
+        assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 130
+    assert f"stopped at step {step} of 6; the same command goes on from there" in capsys.readouterr().out
+    assert not any("val/loss" in line for line in measured(run_dir) if line["step"] == step)
+    assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 0
+    assert_read_alike(run_dir, coinciding)
+    # The checkpoint was written again with the validation: nothing is left to do.
+    assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert_read_alike(run_dir, coinciding)
+
+
 TERMINATED = """
 import sys
 from dataclasses import replace

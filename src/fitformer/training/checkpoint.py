@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -64,6 +64,12 @@ def load(path: str | Path, lazily: bool = False) -> dict[str, Any]:
         ) from error
 
 
+def validation_pending(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written before the validation of its step."""
+    states = checkpoint.get("callbacks", {})
+    return bool(states.get(CheckpointCallback.__qualname__, {}).get("validation_pending"))
+
+
 def tensor_bytes(checkpoint: Any) -> int:
     """Bytes of all tensors in nested containers: nearly the size of a checkpoint on disk."""
     leaves = tree_leaves(checkpoint)
@@ -101,8 +107,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class CheckpointCallback(Callback):
+class CheckpointCallback(Checkpoint):
     """Writes `last.ckpt` and the exported model every so many steps, at the end, on a signal, and after an error.
+
+    A checkpoint of a step that is validated too is written after the validation, so that it holds the best score. After
+    a signal or an error in the validation it is written without, and says that the validation is pending: a run that
+    goes on from it begins with that. As a `Checkpoint` the callback runs after the one that keeps the best.
 
     Weights, optimizer and average change only between `on_before_optimizer_step` and the end of that batch. Elsewhere
     they belong to the last complete step, and only Lightning's counters run ahead, over the micro-batches of the step
@@ -118,14 +128,36 @@ class CheckpointCallback(Callback):
     def __init__(self, run: Run, average: EMACallback | None, step: int = 0) -> None:
         self.run, self.average = run, average
         self.saved_at = self._tried_at = step
-        self.stop_asked = False
+        self.stop_asked = self.validation_pending = False
         self._failure: Exception | None = None
         # Lightning's counters at the last complete step; None during an optimizer step.
         self._counters: dict[str, Any] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the step's validation is still to come."""
+        return {"validation_pending": self.validation_pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.validation_pending = bool(state_dict["validation_pending"])
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take the counters of the step that the run goes on from."""
+        self._counters = checkpoint["loops"]["fit_loop"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the signal handlers again: Lightning's own would end the run in the middle of a step."""
+        """Install the signal handlers again, since Lightning's own would end the run in the middle of a step.
+
+        Run the validation that the checkpoint lacks, if it lacks one.
+        """
         self.install_signal_handlers()
+        # One more if only the last step's validation is missing: Lightning would not start otherwise.
+        trainer.fit_loop.epoch_loop.max_steps = self.run.recipe.trainer.steps
+        if self.validation_pending:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting, trainer.validating = False, True
+            validation.run()
+            trainer.training = True
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Mark the weights as those of no complete step."""
@@ -139,15 +171,36 @@ class CheckpointCallback(Callback):
             OSError: no space on the disk.
             InputError: weights are NaN or infinite, and would replace a good checkpoint.
         """
-        training, step = self.run.recipe.trainer, trainer.global_step
         if trainer.fit_loop._should_accumulate():
             return
-        self._counters = trainer.fit_loop.state_dict()
+        self._note_step(trainer)
         stop = self._all_agree_to_stop(trainer)
-        if (stop or step % training.checkpoint_every == 0 or step == training.steps) and step != self.saved_at:
+        if not self.validation_pending or stop:
+            self._save_if_due(trainer, pl_module, stop)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save after the validation, if a checkpoint is due or the present one lacks it.
+
+        Raises:
+            TrainingInterruptedError, OSError, InputError: as `on_train_batch_end`.
+        """
+        lacking = self.validation_pending and self.saved_at == trainer.global_step
+        self.validation_pending = False
+        self._save_if_due(trainer, pl_module, self._all_agree_to_stop(trainer), lacking)
+
+    def _note_step(self, trainer: pl.Trainer) -> None:
+        """Take the counters of a complete step, and whether its validation follows."""
+        loop: Any = trainer.fit_loop
+        self._counters = loop.state_dict()
+        self.validation_pending = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def _save_if_due(self, trainer: pl.Trainer, pl_module: Any, stop: bool, again: bool = False) -> None:
+        training, step = self.run.recipe.trainer, trainer.global_step
+        due = stop or step % training.checkpoint_every == 0 or step == training.steps
+        if again or (due and step != self.saved_at):
             self._save(trainer, pl_module)
             trainer.strategy.barrier()
-        if stop and step < training.steps:
+        if stop and (step < training.steps or self.validation_pending):
             raise TrainingInterruptedError
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -164,7 +217,7 @@ class CheckpointCallback(Callback):
                 # A later callback failed: the step itself is complete but for its average.
                 if self.average:
                     self.average.on_train_batch_end(trainer, pl_module, None, None, 0)
-                self._counters = trainer.fit_loop.state_dict()
+                self._note_step(trainer)
             if self._counters is not None:
                 self._save(trainer, pl_module)
         except Exception as error:

@@ -64,7 +64,7 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
     training = fit_to_memory(recipe, network, examples, masks)
     check_run(run_dir, recipe)
     run = Run(Path(run_dir), recipe)
-    step = _resumed_step(run, network)
+    step, validation_pending = _resumed_step(run, network)
     _check_steps(run, step)
     _check_source(run, init_from, step)
     note = None if init_from is None or step else _initialise(network, init_from)
@@ -72,14 +72,15 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
     if step:
         run.check_pixels(examples)
     write_data_card(run, examples, held_out)
-    if step >= recipe.trainer.steps:
+    if step >= recipe.trainer.steps and not validation_pending:
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
     for dataset in (examples, held_out):
         group_images(network, dataset, recipe)
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
-    return _fit(run, FITModule(network, replace(recipe, trainer=training)), Data(recipe, examples, held_out), step)
+    learner = FITModule(network, replace(recipe, trainer=training))
+    return _fit(run, learner, Data(recipe, examples, held_out), step, validation_pending)
 
 
 def _say(text: str) -> None:
@@ -97,12 +98,13 @@ def _held_out(recipe: Recipe, masks: Masks | None) -> Any:
     return held_out
 
 
-def _resumed_step(run: Run, network: torch.nn.Module) -> int:
+def _resumed_step(run: Run, network: torch.nn.Module) -> tuple[int, bool]:
+    """The step of the last checkpoint, 0 if there is none, and whether the validation of that step is still to come."""
     if not run.last_checkpoint.is_file():
-        return 0
+        return 0, False
     saved = checkpoint.load(run.last_checkpoint, lazily=True)
     checkpoint.check_fits(saved, network, run.last_checkpoint)
-    return int(saved["global_step"])
+    return int(saved["global_step"]), checkpoint.validation_pending(saved)
 
 
 def _check_steps(run: Run, step: int) -> None:
@@ -152,13 +154,14 @@ def _digest(source: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit(run: Run, learner: FITModule, examples: Data, step: int) -> bool:
-    truncate_metrics(run, step)
+def _fit(run: Run, learner: FITModule, examples: Data, step: int, validation_pending: bool) -> bool:
+    truncate_metrics(run, step, validation_pending)
     average = EMACallback(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
     keeper = checkpoint.CheckpointCallback(run, average, step)
     with _quiet(), checkpoint.stopping_cleanly(keeper):
         try:
             trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
+            trainer.fit_loop.epoch_loop.max_steps += validation_pending  # See `CheckpointCallback.on_train_start`.
         except (MisconfigurationException, ValueError) as error:
             raise InputError(f"these devices cannot be used: {error}") from error
         try:
@@ -201,7 +204,7 @@ def _trainer(
     observer = MetricsLogger(run)
     bar = ProgressBar(observer) if sys.stdout.isatty() else ConsoleLogger(observer)
     # The order matters: previews before the average is put back, checkpoints after it was updated.
-    callbacks = [observer, *filter(None, [average]), bar, keeper, *_best(run, validate), *skipping(run.recipe)]
+    callbacks = [observer, *filter(None, [average]), bar, *skipping(run.recipe), *_best(run, validate), keeper]
     return pl.Trainer(
         max_steps=training.steps,
         max_epochs=1,
@@ -219,7 +222,6 @@ def _trainer(
         logger=loggers(run, step),
         callbacks=callbacks,
         plugins=[checkpoint.AtomicCheckpointIO()],
-        enable_checkpointing=training.keep_best and validate,
         enable_progress_bar=isinstance(bar, ProgressBar),
         enable_model_summary=False,
         use_distributed_sampler=False,

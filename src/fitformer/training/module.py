@@ -115,7 +115,7 @@ class Data(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
             trainer.global_step * training.accumulate,
-            total_steps=training.steps * training.accumulate,
+            total_steps=trainer.max_steps * training.accumulate,
         )
         return StepLoader(self.train, batch_sampler=batches, **self._reading(self.train))
 

@@ -198,10 +198,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return parsed
 
 
-def truncate_metrics(run: Run, step: int) -> None:
-    """Drop measurements made after `step`: a run that goes on from there makes them again."""
+def truncate_metrics(run: Run, step: int, validation_pending: bool = False) -> None:
+    """Drop measurements that a run which goes on from `step` makes again: later ones, and a pending validation's."""
     if is_first_process() and run.metrics_file.is_file():
         kept = [line for line in run.metrics() if line["step"] <= step]
+        if validation_pending:
+            kept = [line for line in kept if line["step"] < step or not any(name.startswith("val/") for name in line)]
         _write(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
