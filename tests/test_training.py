@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from helpers import patch_task
 
@@ -501,6 +504,58 @@ def test_a_torn_checkpoint_is_one_clear_error(text, tmp_path, capsys):
     last.write_bytes(last.read_bytes()[:1000])
     assert main(words("digits-classify", text, tmp_path / "run", *more)) == 2
     assert "is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(coinciding, tmp_path):
+    from fitformer.training.checkpoint import load
+
+    whole, path = (coinciding / "checkpoints/last.ckpt").read_bytes(), tmp_path / "last.ckpt"
+    wanted = load(coinciding / "checkpoints/last.ckpt")
+    made, refused = random.Random(0), 0
+    for _ in range(40):
+        place = made.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << made.randrange(8)]) + whole[place + 1 :])
+        try:
+            found = load(path)
+        except InputError:
+            refused += 1
+            continue
+        # Bytes between the records, which nothing reads.
+        leaves = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in leaves)
+    assert refused > 20
+
+
+def test_a_file_of_something_else_is_no_checkpoint(coinciding, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(coinciding, run_dir)
+    torch.save({"weights": torch.zeros(3)}, run_dir / "checkpoints/last.ckpt")
+    assert main(words("digits-classify", None, run_dir, *COINCIDING)) == 2
+    assert "last.ckpt is not a checkpoint of a run: it has no state_dict" in last_line(capsys)
+
+
+def test_the_best_checkpoint_is_read_by_name_and_by_path(coinciding, tmp_path, capsys):
+    run = Run.open(coinciding)
+    best = torch.load(run.best_checkpoint, weights_only=True)["state_dict"]
+    for which in ("best", run.best_checkpoint):
+        state = run.model(which).state_dict()
+        assert all(torch.equal(value, best[f"network.{name}"]) for name, value in state.items())
+    last = run.model().state_dict()
+    assert not all(torch.equal(value, best[f"network.{name}"]) for name, value in last.items())
+    with pytest.raises(InputError, match=r"there is no checkpoint nowhere\.ckpt"):
+        run.model("nowhere.ckpt")
+    found = {}
+    for which in ("best", "last", str(run.best_checkpoint)):
+        assert main(["evaluate", str(coinciding), "--checkpoint", which, "--split", "val", "--json"]) == 0
+        found[which] = json.loads(capsys.readouterr().out)
+    assert found["best"] == found[str(run.best_checkpoint)]
+    assert found["best"]["loss"] != found["last"]["loss"]
+
+
+def test_without_keep_best_there_is_none(straight, capsys):
+    for verb in (["evaluate"], ["predict"]):
+        assert main([*verb, str(straight), *(["."] if verb == ["predict"] else []), "--checkpoint", "best"]) == 2
+        assert "trainer.keep_best=true" in last_line(capsys)
 
 
 def test_devices_that_are_not_there_are_one_clear_error(text, tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a scratch path beside `path`, and rename it to `path` if the block raises nothing.
 
-    A failure (a full disk, an interrupt) leaves `path` unchanged and removes the scratch file.
+    A failure (a full disk, an interrupt, a power cut) leaves `path` unchanged; but for the last, no scratch file stays.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
@@ -24,7 +24,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield scratch
         # safetensors creates private files; the umask decides.
         scratch.chmod(mode)
+        # On the disk before the name is, and the name before this returns.
+        _sync(scratch)
         os.replace(scratch, path)
+        _sync(path.parent)
     except OSError as error:
         # An error of writing to an open file names no file, and the scratch file's name helps nobody.
         if error.errno is None or error.filename not in (None, str(scratch)):
@@ -32,3 +35,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk now."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

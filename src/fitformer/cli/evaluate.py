@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.options import add_device, add_drawing, device_of, open_run, positive, progress
+from fitformer.cli.options import add_checkpoint, add_device, add_drawing, device_of, open_run, positive, progress
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--no-baselines", action="store_true", help="leave out the baselines of the task")
+    add_checkpoint(parser)
     add_device(parser)
     drawn = parser.add_argument_group(
         "for a diffusion run: the share of samples that a classifier assigns to their class"
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     unused = [name for name in ("count", *sampling) if getattr(arguments, name) is not None]
     if classifier is None and unused:
         raise InputError(f"--{unused[0]} is for samples that are classified; give --classifier RUN as well")
-    hardware = {"device": device, "batch_size": arguments.batch_size}
+    hardware = {"device": device, "batch_size": arguments.batch_size, "checkpoint": arguments.checkpoint}
     with progress("evaluate") as show:
         metrics = list(evaluate(run, arguments.split, baselines=not arguments.no_baselines, on_batch=show, **hardware))
     if classifier is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitformer._support.atomic_files import write_atomically
-from fitformer.cli.options import add_device, device_of, natural, open_run, positive
+from fitformer.cli.options import add_checkpoint, add_device, device_of, natural, open_run, positive
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, default=0)
     where = "file for text (default: none), folder for images (default: RUN/samples/seed-SEED)"
     parser.add_argument("--output", type=Path, help=where)
+    add_checkpoint(parser)
     add_device(parser)
     text = parser.add_argument_group("for a bytes run")
     prompt = text.add_mutually_exclusive_group()
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise InputError(f"{run.path} is a {run.recipe.task} run, which --{option} does not apply to; leave it out")
-    network = run.model().to(device)
+    network = run.model(arguments.checkpoint).to(device)
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     return (_text if is_text else _images)(run, network, arguments, sampling)
 

@@ -70,6 +70,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`."""
+    words = "last, best (of a run with trainer.keep_best), or the path of a checkpoint (default: last)"
+    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help=words)
+
+
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Options of sampling from a diffusion run."""
     parser.add_argument("--steps", type=positive, help="steps of sampling (default: the recipe's sample_steps)")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitformer._support.atomic_files import write_atomically
-from fitformer.cli.options import add_device, device_of, open_run, positive, progress
+from fitformer.cli.options import add_checkpoint, add_device, device_of, open_run, positive, progress
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="file to write (default: standard output); any size: a folder, or a .csv or .json"
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="of images of one size")
+    add_checkpoint(parser)
     add_device(parser)
     large = parser.add_argument_group("of a run that takes images of any size")
     large.add_argument(
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.inference.labelling import Labeller
 
     run = open_run(arguments.run, "predict")
-    labeller = Labeller(run, run.model().to(device_of(arguments)))
+    labeller = Labeller(run, run.model(arguments.checkpoint).to(device_of(arguments)))
     if not labeller.takes_any_size:
         if arguments.keep or arguments.scratch or arguments.y != "down":
             raise InputError(

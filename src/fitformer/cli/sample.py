@@ -9,7 +9,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.options import add_device, add_drawing, device_of, open_run, positive, progress
+from fitformer.cli.options import add_checkpoint, add_device, add_drawing, device_of, open_run, positive, progress
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,22 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_drawing(parser)
     parser.add_argument("--batch-size", type=positive, default=64, help="images at once; changes no image")
     parser.add_argument("--output", type=Path, help="folder (default: samples/seed-SEED in the run or model)")
+    add_checkpoint(parser)
     add_device(parser)
 
 
-def load(folder: Path) -> "tuple[FITImageDenoiser, tuple[str, ...]]":
+def load(folder: Path, checkpoint: str = "last") -> "tuple[FITImageDenoiser, tuple[str, ...]]":
     """The model of a run or of a model folder, and the names of its classes; numbers where there is no run.
 
     Raises:
-        InputError: neither a run of the task diffuse nor a saved `FITImageDenoiser`.
+        InputError: neither a run of the task diffuse nor a saved `FITImageDenoiser`; a checkpoint that is not there.
     """
     from fitformer.models.image_denoiser import FITImageDenoiser
 
     if (folder / "config.json").is_file():
+        if checkpoint != "last":
+            raise InputError(f"--checkpoint is for a run, and {folder} is a saved model; leave it out")
         model = FITImageDenoiser.from_pretrained(folder)
         return model, tuple(map(str, range(model.num_classes)))
     run = open_run(str(folder), "sample")
-    loaded = run.model()
+    loaded = run.model(checkpoint)
     assert isinstance(loaded, FITImageDenoiser)
     return loaded, run.classes if loaded.num_classes else ()
 
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.inference.sample import class_numbers, write_samples
 
     folder, device = Path(arguments.model), device_of(arguments)
-    model, classes = load(folder)
+    model, classes = load(folder, arguments.checkpoint)
     if arguments.classes is not None and not classes:
         raise InputError(f"{folder} was trained without classes; leave --classes out")
     asked = class_numbers(arguments.classes, classes)

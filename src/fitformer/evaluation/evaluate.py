@@ -28,14 +28,16 @@ def evaluate(
     *,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
+    checkpoint: str = "last",
     baselines: bool = True,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[str, Any]]:
-    """Measure the exported model of a run on a part of its data.
+    """Measure the model of a run on a part of its data.
 
     Args:
         run: the run. split: `test`, `val` or `train`; the last without augmentation.
         device: where to run. batch_size: examples at once; it does not change the values.
+        checkpoint: `last`, `best` or a path, see `Run.model`.
         baselines: also measure the baselines of the task, if it has any.
         on_batch: called after every batch with the number of batches done and the number of all.
 
@@ -46,7 +48,7 @@ def evaluate(
     Raises:
         InputError: no model was exported yet, there is no such part, or the data are missing or have changed.
     """
-    network, recipe, task = run.model().to(device), run.recipe, task_of(run.recipe)
+    network, recipe, task = run.model(checkpoint).to(device), run.recipe, task_of(run.recipe)
     dataset = plain_dataset(run, split)
     _check_images(run, dataset)
     group_images(network, dataset, recipe)
@@ -111,11 +113,13 @@ def recognition(
     *,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
+    checkpoint: str = "last",
     **sampling: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Draw `count` samples of a class-conditional diffusion run, classes in turn, and classify them with another run.
 
-    `sampling` are the options of `FITImageDenoiser.sample` (steps, sampler, guidance, seed).
+    `checkpoint` is that of the diffusion run, see `Run.model`; `sampling` are the options of `FITImageDenoiser.sample`
+    (steps, sampler, guidance, seed).
 
     Yields:
         the metrics of `sample_accuracy`.
@@ -129,7 +133,7 @@ def recognition(
             f"a classifier can look at the samples of a diffusion run; {run.path} is a {run.recipe.task} run and "
             f"{classifier.path} a {classifier.recipe.task} run"
         )
-    network, judge = run.model().to(device), classifier.model().to(device)
+    network, judge = run.model(checkpoint).to(device), classifier.model().to(device)
     if not network.num_classes:
         raise InputError(f"{run.path} was trained without classes, so its samples have no class to recognise")
     if run.classes != classifier.classes:

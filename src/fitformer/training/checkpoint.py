@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with (
             check_disk_space(path, tensor_bytes(checkpoint)),
             write_atomically(path) as scratch,
-            open(scratch, "wb") as file,
         ):
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, scratch)
+            # Read back before it takes the place of the one before.
+            check_whole(scratch)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint, never anything but tensors and plain values."""
@@ -52,9 +54,10 @@ def load(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     """Read a checkpoint's tensors and plain values; `lazily`, each tensor on its first use.
 
     Raises:
-        InputError: the file is not a whole checkpoint.
+        InputError: the file is not a whole checkpoint, or its checksums do not fit its content.
     """
     try:
+        check_whole(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except OSError:
         raise
@@ -62,6 +65,17 @@ def load(path: str | Path, lazily: bool = False) -> dict[str, Any]:
         raise InputError(
             f"{path} is not a whole checkpoint ({_first_line(error)}); remove it to start afresh"
         ) from error
+
+
+def check_whole(path: str | Path) -> None:
+    """Compare the checksums of a checkpoint's records, which torch writes and does not read, with their content.
+
+    Raises:
+        ValueError: a record has changed since it was written. zipfile.BadZipFile: the file is not whole.
+    """
+    with zipfile.ZipFile(path) as records:
+        if damaged := records.testzip():
+            raise ValueError(f"its record {damaged} has changed since it was written")
 
 
 def validation_pending(checkpoint: dict[str, Any]) -> bool:
@@ -298,12 +312,27 @@ def export(network: Any, folder: Path) -> None:
         network.save_pretrained(folder)
 
 
+def load_network(network: nn.Module, path: Path) -> None:
+    """Give a network the weights of a checkpoint, the averaged ones where there are such.
+
+    Raises:
+        InputError: the file is not a whole checkpoint, or one of another architecture.
+    """
+    checkpoint = load(path, lazily=True)
+    check_fits(checkpoint, network, path)
+    state = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
+    network.load_state_dict(state)
+
+
 def check_fits(checkpoint: dict[str, Any], network: nn.Module, path: Path) -> None:
-    """Refuse a checkpoint of another architecture before anything is loaded.
+    """Refuse a file of something else, or a checkpoint of another architecture, before anything is loaded.
 
     Raises:
         InputError: names what is missing, unknown or misshapen.
     """
+    parts = ("state_dict", "global_step", "loops", "callbacks")
+    if absent := [part for part in parts if not isinstance(checkpoint, dict) or part not in checkpoint]:
+        raise InputError(f"{path} is not a checkpoint of a run: it has no {absent[0]}; remove it to start afresh")
     given = {name.removeprefix("network."): tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     faults = difference(given, {name: tuple(value.shape) for name, value in network.state_dict().items()})
     if faults:

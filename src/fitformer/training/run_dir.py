@@ -58,6 +58,11 @@ class Run:
         return self.path / "checkpoints" / "last.ckpt"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """The one of the best validation, of a recipe with `trainer.keep_best`."""
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
     def model_folder(self) -> Path:
         """The exported model, written with every checkpoint: averaged weights if the recipe averages."""
         return self.path / "model"
@@ -114,17 +119,28 @@ class Run:
         if image is not None and trained is not None:
             check_pixels(image.path, image.dtype, trained)
 
-    def model(self) -> Any:
-        """The exported model in eval mode, loaded strictly; its class is the `model` of the recipe's task.
+    def model(self, checkpoint: str | Path = "last") -> Any:
+        """The trained model in eval mode, loaded strictly; its class is the `model` of the recipe's task.
+
+        Args:
+            checkpoint: `last`, the exported model; `best`, that of the best validation; or the path of a checkpoint of
+                this run. Of a recipe that averages, all give the averaged weights.
 
         Raises:
-            InputError: no model was exported yet; the folder holds another role or weights that do not fit.
+            InputError: no model was exported yet, no such checkpoint; another role or weights that do not fit.
         """
         from fitformer.tasks import set_execution, task_of
+        from fitformer.training.checkpoint import load_network
 
         if not (self.model_folder / "model.safetensors").is_file():
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
         network = task_of(self.recipe).model.from_pretrained(self.model_folder)
+        if checkpoint != "last":
+            path = self.best_checkpoint if checkpoint == "best" else Path(checkpoint)
+            if not path.is_file():
+                way = "train with trainer.keep_best=true, or take --checkpoint last" if checkpoint == "best" else ""
+                raise InputError(f"there is no checkpoint {path}{'; ' * bool(way)}{way}")
+            load_network(network, path)
         set_execution(network, self.recipe.trainer)
         return network
 
