@@ -10,7 +10,7 @@ from PIL import Image
 
 from fitformer.data.background import band_of
 from fitformer.data.dihedral import DIHEDRAL, IDENTITY, Symmetry
-from fitformer.data.foreground import foreground_groups_transformed, occupied
+from fitformer.data.foreground import foreground_groups, foreground_groups_transformed
 from fitformer.data.readers import open_image, write_tiled_tiff
 from fitformer.errors import InputError
 
@@ -45,7 +45,7 @@ def test_every_single_pixel_counts(seed, min_foreground, tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "image.npy"
     np.save(path, array)
     with open_image(path) as image:
-        found = occupied(image, (rows, columns), background="white", min_foreground=min_foreground)
+        found = foreground_groups(image, (rows, columns), background="white", min_foreground=min_foreground)
     assert found.dtype == bool
     assert np.array_equal(found, by_hand(something, rows, columns, min_foreground))
 
@@ -54,17 +54,17 @@ def test_a_single_pixel_of_a_large_image_is_not_missed(tmp_path):
     array = np.full((1500, 1700, 3), 250, np.uint8)
     array[1499, 1699, 1] = 200
     with saved(tmp_path / "image.tif", array, pyramid=True) as image:
-        found = occupied(image, 300, background="white")
+        found = foreground_groups(image, 300, background="white")
         assert np.argwhere(found).tolist() == [[4, 5]]
-        assert not occupied(image, 300, background="white", min_foreground=0.001).any()
+        assert not foreground_groups(image, 300, background="white", min_foreground=0.001).any()
         # A coarse look does not see it, but it sees what is larger than the pixels of the reduction.
-        assert not occupied(image, 300, background="white", exact=False).any()
+        assert not foreground_groups(image, 300, background="white", exact=False).any()
     array[700:740, 100:140] = 100
     with saved(tmp_path / "image.tif", array, pyramid=True) as image:
-        assert np.argwhere(occupied(image, 300, background="white", exact=False)).tolist() == [[2, 0]]
+        assert np.argwhere(foreground_groups(image, 300, background="white", exact=False)).tolist() == [[2, 0]]
     with saved(tmp_path / "image.tif", array) as image:
         # Without a reduction in the file, the coarse look is the exact one.
-        assert occupied(image, 300, background="white", exact=False)[4, 5]
+        assert foreground_groups(image, 300, background="white", exact=False)[4, 5]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_threshold_is_a_share_of_the_range(dtype, background, level, other, 
     array[5, 2] = other
     np.save(tmp_path / "image.npy", array)
     with open_image(tmp_path / "image.npy") as image:
-        assert occupied(image, 4, background=background).tolist() == [[False, False], [True, False]]
+        assert foreground_groups(image, 4, background=background).tolist() == [[False, False], [True, False]]
 
 
 def off_white(dtype="uint8", size=(512, 640), noise=3.0):
@@ -104,11 +104,11 @@ def off_white(dtype="uint8", size=(512, 640), noise=3.0):
 def test_auto_is_the_commonest_colour_and_its_noise(dtype, noise, tmp_path):
     np.save(tmp_path / "image.npy", off_white(dtype, noise=noise))
     with open_image(tmp_path / "image.npy") as image:
-        found = occupied(image, 64, background="auto")
+        found = foreground_groups(image, 64, background="auto")
         assert np.argwhere(found).tolist() == [[2, 3]]
-        assert np.array_equal(found, occupied(image, 64, background="auto"))
+        assert np.array_equal(found, foreground_groups(image, 64, background="auto"))
         # Nothing of it is white.
-        assert occupied(image, 64, background="white", tolerance=0.02).all()
+        assert foreground_groups(image, 64, background="white", tolerance=0.02).all()
 
 
 def test_auto_reaches_as_far_as_noise_and_no_further(tmp_path):
@@ -117,9 +117,9 @@ def test_auto_reaches_as_far_as_noise_and_no_further(tmp_path):
     array[100, 100] = 230
     np.save(tmp_path / "image.npy", array)
     with open_image(tmp_path / "image.npy") as image:
-        assert not occupied(image, 64, background=240).any()
-        assert np.argwhere(occupied(image, 64, background="auto")).tolist() == [[1, 1]]
-        assert np.argwhere(occupied(image, 64, background="auto", tolerance=0)).tolist() == [[1, 1]]
+        assert not foreground_groups(image, 64, background=240).any()
+        assert np.argwhere(foreground_groups(image, 64, background="auto")).tolist() == [[1, 1]]
+        assert np.argwhere(foreground_groups(image, 64, background="auto", tolerance=0)).tolist() == [[1, 1]]
 
 
 @given(seed=st.integers(0, 2**31), channels=st.integers(1, 9), dtype=st.sampled_from(["uint8", "uint16", "float32"]))
@@ -143,8 +143,8 @@ def test_auto_looks_at_any_image(seed, channels, dtype, tmp_path_factory):
 def test_without_background_or_mask_all_groups_count(tmp_path):
     np.save(tmp_path / "image.npy", np.zeros((9, 5, 3), np.uint8))
     with open_image(tmp_path / "image.npy") as image:
-        assert occupied(image, 4).tolist() == [[True] * 2] * 3
-        assert not occupied(image, 4, background="black").any()
+        assert foreground_groups(image, 4).tolist() == [[True] * 2] * 3
+        assert not foreground_groups(image, 4, background="black").any()
 
 
 @given(seed=st.integers(0, 2**31), factor=st.integers(1, 9), up=st.booleans())
@@ -161,7 +161,7 @@ def test_masks_of_the_same_size_or_reduced(seed, factor, up, tmp_path_factory):
     # Repeated until both sizes divide, a mask is a picture of what it covers.
     covered = mask.repeat(height, 0).repeat(width, 1)
     with open_image(folder / "image.npy") as image:
-        found = occupied(image, (rows, columns), mask=folder / "mask.png")
+        found = foreground_groups(image, (rows, columns), mask=folder / "mask.png")
     assert np.array_equal(found, by_hand(covered, rows * of_rows, columns * of_columns))
 
 
@@ -174,9 +174,9 @@ def test_mask_and_background_must_agree(tmp_path):
     mask[:, :10, 0] = 1
     Image.fromarray(mask).save(tmp_path / "mask.png")
     with saved(tmp_path / "image.tif", array) as image:
-        found = occupied(image, 20, background="white", mask=tmp_path / "mask.png")
+        found = foreground_groups(image, 20, background="white", mask=tmp_path / "mask.png")
         assert found.tolist() == [[True, False], [False, False]]
-        assert occupied(image, 20, mask=tmp_path / "mask.png").tolist() == [[True, False], [True, False]]
+        assert foreground_groups(image, 20, mask=tmp_path / "mask.png").tolist() == [[True, False], [True, False]]
 
 
 @given(seed=st.integers(0, 2**31), min_foreground=st.sampled_from([0.0, 0.05]), factor=st.integers(1, 4))
@@ -197,7 +197,7 @@ def test_a_turned_image_has_the_groups_of_the_turned_array(seed, min_foreground,
         np.save(folder / "turned.npy", symmetry.turn(array))
         np.save(folder / "turned_mask.npy", symmetry.turn(mask))
         with open_image(folder / "turned.npy") as turned:
-            wanted = occupied(turned, (rows, columns), mask=folder / "turned_mask.npy", **asked)
+            wanted = foreground_groups(turned, (rows, columns), mask=folder / "turned_mask.npy", **asked)
         assert np.array_equal(groups, wanted)
 
 
@@ -230,7 +230,7 @@ def test_a_mask_of_another_size(size, tmp_path):
     np.save(tmp_path / "mask.npy", np.zeros(size, np.uint8))
     message = rf"the mask .*mask\.npy has {size[0]} x {size[1]} pixels and .*image\.npy 40 x 40: a mask has the size"
     with open_image(tmp_path / "image.npy") as image, pytest.raises(InputError, match=message):
-        occupied(image, 20, mask=tmp_path / "mask.npy")
+        foreground_groups(image, 20, mask=tmp_path / "mask.npy")
 
 
 @pytest.mark.parametrize(
@@ -247,4 +247,4 @@ def test_a_mask_of_another_size(size, tmp_path):
 def test_bad_settings(arguments, message, tmp_path):
     np.save(tmp_path / "image.npy", np.zeros((40, 40, 3), np.uint8))
     with open_image(tmp_path / "image.npy") as image, pytest.raises(InputError, match=message):
-        occupied(image, **({"group_size": 20} | arguments))
+        foreground_groups(image, **({"group_size": 20} | arguments))

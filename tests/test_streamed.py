@@ -550,9 +550,9 @@ def test_images_that_cannot_be():
         encoder(latent_position="row_column")(torch.ones(1, T, N, 5), coords=torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(InputError, match="has 3 channels, the model was built for 2"):
         model([PixelArray(np.zeros((8, 8, 3), np.uint8))])
-    with pytest.raises(InputError, match="has no occupied group among 4"):
+    with pytest.raises(InputError, match=r"4 groups.* none"):
         GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.zeros((2, 2), bool))
-    with pytest.raises(InputError, match="2 x 2 groups, and 3 x 2 are said"):
+    with pytest.raises(InputError, match=r"2 x 2 .*3 x 2"):
         GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.ones((3, 2), bool))
     with pytest.raises(InputError, match="are a table"):
         fitformer.FITImageEncoder.from_config(layers="(1)1", image_size=None, group_size=8, patch_size=4, **SIZES)

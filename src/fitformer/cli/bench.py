@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitformer.cli.options import natural, positive
-from fitformer.cli.plan import add_geometry, add_wish, geometry_of, wish_of
+from fitformer.cli.plan import add_geometry, add_run_options, geometry_of, request_of
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="read this image instead of a generated one")
     parser.add_argument("--sizes", type=sizes, metavar="PIXELS", help="of scaling: sides such as 1600,3200,6400")
     parser.add_argument("--output", metavar="FILE", help="of scaling: a plot, .png or .svg, and a .json beside it")
-    add_wish(parser)
+    add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
 
 
@@ -51,7 +51,7 @@ def _step(arguments: argparse.Namespace) -> int:
     from fitformer.profiling.benchmark import Bench, as_plain, measure
 
     geometry = geometry_of(arguments, None if arguments.image is None else 1)
-    bench = Bench(geometry, wish_of(arguments), arguments.steps, arguments.warmup, arguments.image)
+    bench = Bench(geometry, request_of(arguments), arguments.steps, arguments.warmup, arguments.image)
     found = measure(bench)
     print(json.dumps(as_plain(found), indent=2) if arguments.json else format_bytes(found))
     return 0

@@ -65,7 +65,7 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
     """The model of a preset and the geometry asked for, without weights.
 
     Raises:
-        InputError: options that the role has no use for, or sizes that do not fit.
+        InputError: options that do not apply to the role, or sizes that do not fit.
     """
     from fitformer.profiling import on_meta
 
@@ -77,7 +77,7 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
     else:
         numbers = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
     if asked:
-        raise InputError(f"--{next(iter(asked)).replace('_', '-')} means nothing to this {role}; leave it out")
+        raise InputError(f"--{next(iter(asked)).replace('_', '-')} does not apply to this {role}; leave it out")
     return on_meta(ROLES[role], {**numbers, **trunk}, preset=arguments.what)
 
 
@@ -118,7 +118,9 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
             f"({'it has no config.json' if folder.is_dir() else 'there is no such folder'})"
         )
     if asked := given(arguments):
-        raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for presets; {arguments.what} is what it is")
+        raise InputError(
+            f"--{next(iter(asked)).replace('_', '-')} is for presets; leave it out with {arguments.what}, a saved model"
+        )
     try:
         config = dict(json.loads(path.read_text()))
     except ValueError as error:

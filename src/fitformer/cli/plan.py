@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer plan`."""
     add_geometry(parser)
-    add_wish(parser)
+    add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
-    """What the model is and what it is given."""
+    """Options of the model and of its input."""
     geometry = parser.add_argument_group("model and image")
     geometry.add_argument(
         "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
@@ -37,15 +37,15 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     add_trunk(parser)
 
 
-def add_wish(parser: argparse.ArgumentParser) -> None:
-    """How it is to run."""
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the execution."""
     running = parser.add_argument_group("how to run")
     running.add_argument("--memory", metavar="AMOUNT", help="budget, such as 16GB (10^9 bytes each) or 7.5GiB")
     running.add_argument(
         "--execution", choices=("auto", "plain", "checkpointed", "streamed"), default="auto", help="default: what fits"
     )
     running.add_argument("--keep", choices=("memory", "host", "disk"), help="of streamed: where data tokens are kept")
-    running.add_argument("--kept-precision", choices=("bf16",), help="of streamed: keep data tokens in half the room")
+    running.add_argument("--kept-precision", choices=("bf16",), help="of streamed: keep data tokens in half the memory")
     running.add_argument("--slice", type=positive, metavar="GROUPS", help="of streamed: groups computed at a time")
     running.add_argument(
         "--recompute",
@@ -67,17 +67,17 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
 
     wanted = image_size if arguments.image_size is None else arguments.image_size
     if wanted is None:
-        raise InputError("say the size of the image, such as --image-size 6400 or --image-size 40000x30000")
+        raise InputError("no image size is given: add --image-size 6400, or --image-size 40000x30000 (rows x columns)")
     cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels}
     found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **trunk_of(arguments))
     return found if found.group_size is None else found.checked()
 
 
-def wish_of(arguments: argparse.Namespace) -> "PlanRequest":
-    """The way to run that was asked for.
+def request_of(arguments: argparse.Namespace) -> "PlanRequest":
+    """The execution that was asked for.
 
     Raises:
-        InputError: an amount of memory that is none, or options of streamed execution with another one.
+        InputError: an amount of memory that cannot be read, or options of streamed execution with another one.
     """
     from fitformer._support.bytesize import parse_bytes
     from fitformer.profiling import PlanRequest
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; the exit status is 1 if nothing fits."""
     from fitformer.profiling import choose
 
-    plan = choose(geometry_of(arguments), wish_of(arguments))
+    plan = choose(geometry_of(arguments), request_of(arguments))
     if arguments.json:
         print(json.dumps(as_plain(plan), indent=2))
     else:
@@ -173,7 +173,7 @@ def table(plan: "Plan") -> "Table":
         ("kept tokens", memory.kept, f"data tokens between blocks, latents{remembered}"),
         ("working set", memory.working, "of one slice or layer" if streamed else "activations"),
         ("process", memory.process, "Python, torch, decoded tiles"),
-        ("allocator", memory.slack, "freed, and not given back"),
+        ("allocator", memory.slack, "freed memory that is not returned"),
     ):
         found.add_row(name, format_bytes(count), what)
     found.add_row("peak memory", format_bytes(memory.total), end_section=True)

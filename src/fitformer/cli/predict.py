@@ -2,9 +2,9 @@
 
 fitformer predict runs/digits-classify photos/ one.png --format json --output labels.json
 
-A run that takes images of any size reads them piece by piece, however large, and writes into a folder for each what it
-saw: where the latents looked and what moved the decision, as pictures, GeoJSON and TIFF. The same command again goes on
-where it was stopped. With no --output, or a file, it labels only.
+A run that takes images of any size reads them piece by piece, however large, and writes maps of attention and relevance
+into a folder for each image, as pictures, GeoJSON and TIFF. The same command again goes on where it was stopped.
+Without --output, or with a file, it labels only.
 
 fitformer predict RUN slides/ --output seen/
 """
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     large = parser.add_argument_group("of a run that takes images of any size")
     large.add_argument(
         "--keep", choices=("memory", "host", "disk"),
-        help="where data tokens wait between blocks (default: the recipe's trainer.keep)",
+        help="where data tokens are kept between blocks (default: the recipe's trainer.keep)",
     )  # fmt: skip
-    large.add_argument("--scratch", help="folder they wait in on disk (default: the recipe's trainer.scratch)")
+    large.add_argument("--scratch", help="folder for data tokens on disk (default: the recipe's trainer.scratch)")
     large.add_argument(
         "--y", choices=("down", "up"), default="down",
         help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",

@@ -8,19 +8,19 @@ from fitformer.errors import InputError
 Background = str | float | tuple[float, ...]
 """`white`, `black`, `auto`, one level for all channels, or one for each."""
 
-# Of `auto`: windows along a side that are looked at, and pixels along a window's side.
+# Of `auto`: sampled windows along a side, and pixels along a window's side.
 _WINDOWS, _SIDE = 16, 16
-# The range of a channel is cut into so many parts, in which pixels of about the same colour are counted together.
+# Bins of a channel's range, in which pixels of about the same colour are counted.
 _PARTS = 32
-# How far from its middle noise reaches: deviations, and at the least this share of the range.
+# Reach of noise around the colour: deviations, and at least this share of the range.
 _DEVIATIONS, _LEAST = 6.0, 2 / 255
 
 
 def band_of(image: Pixels, background: Background, tolerance: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and highest level (channels,) that is background, in the type of the pixels where that is whole.
+    """The lowest and highest level (channels,) that is background, in the type of integer pixels.
 
     Raises:
-        InputError: no background, or one of other channels than the image's, which is called `name`.
+        InputError: an unknown background, or a number of levels that is not that of the channels of `name`.
     """
     top = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
     if background == "auto":
@@ -57,7 +57,7 @@ def _sample(image: Pixels) -> np.ndarray:
 
 
 def _found(pixels: np.ndarray, tolerance: float, top: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """The commonest colour of pixels (k, channels), and how far from it (channels,) its noise reaches.
+    """The commonest colour of pixels (k, channels), and the reach (channels,) of noise around it.
 
     `tolerance` bounds the reach as a share of the range: up to `top`, or to the largest of floats.
     """
@@ -69,13 +69,13 @@ def _found(pixels: np.ndarray, tolerance: float, top: float | None) -> tuple[np.
     parts, counts = np.unique((pixels // part).astype(np.int64), axis=0, return_counts=True)
     middle = (parts[counts.argmax()] + 0.5) * part
     near = pixels
-    # An edge between two parts may run through the colour: it is looked for again around the middle.
+    # The border of a bin may run through the colour: search again around the middle.
     for _ in range(3):
         around = (np.abs(pixels - middle) <= np.maximum(part, tolerance * extent / 2)).all(axis=1)
         if around.any():
             near = pixels[around]
         middle = np.median(near, axis=0)
-    # The deviation of noise that is not disturbed by a few other pixels. Of whole numbers a median may be half too low.
+    # A robust deviation. The median of integers may be half a level too low.
     deviation = 1.4826 * (np.median(np.abs(near - middle), axis=0) + (0 if top is None else 0.5))
     reach = np.maximum(_DEVIATIONS * deviation, _LEAST * extent)
     return middle, np.minimum(reach, tolerance * extent)

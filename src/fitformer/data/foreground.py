@@ -1,4 +1,4 @@
-"""Foreground: the groups of an image that hold something, by a threshold against the background or by a mask file."""
+"""Foreground: the groups of an image that are not empty, by a threshold against the background or by a mask file."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from fitformer.data.readers.levels import Pixels, blocks
 from fitformer.errors import InputError
 from fitformer.patching.sizes import Size, to_sides
 
-# A coarse scan has at least so many pixels along the side of a group.
+# Pixels that a coarse scan has at least along the side of a group.
 _COARSE = 16
 
 
-def occupied(
+def foreground_groups(
     image: LazyImage,
     group_size: Size,
     *,
@@ -29,18 +29,18 @@ def occupied(
     min_foreground: float = 0.0,
     exact: bool = True,
 ) -> np.ndarray:
-    """The groups that hold something, bool (group rows, group columns); groups at the edges may reach beyond the image.
+    """The groups with foreground, bool (group rows, group columns); groups at the edges may reach beyond the image.
 
     A pixel is foreground if one of its channels is further from `background` than `tolerance`, a share of the range
     (255 or 65535; 1 for floats, of which NaN is background). The background `auto` is the image's own: the commonest
-    colour of pixels spread evenly over it, and what its noise makes of that, `tolerance` at the most. With a `mask`,
-    an image of the same size or an even reduction of it, what is not zero there is foreground. A group is occupied if
-    more than the share `min_foreground` of its pixels inside the image is foreground, by each of the two that is given;
-    without either, all are.
+    colour of pixels spread evenly over it, within its noise, at most `tolerance`. With a `mask`, an image of the same
+    size or an even reduction of it, a pixel that is not zero there is foreground. A group counts if more than the share
+    `min_foreground` of its pixels inside the image is foreground, by each of the two that is given; without either, all
+    groups count.
 
     All pixels are scanned, block by block: with `min_foreground` 0 not even a single one is missed. With `exact` off, a
     reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
-    faster, and blind to what is smaller than its pixels.
+    faster, but details smaller than its pixels are missed.
 
     Raises:
         InputError: a mask of another shape, a background of other channels, a share outside [0, 1).
@@ -69,13 +69,13 @@ def foreground_groups_transformed(
     min_foreground: float = 0.0,
     exact: bool = True,
 ) -> dict[Symmetry, np.ndarray]:
-    """What `occupied` would say of an image, and its mask, turned by each of some symmetries; read once for all.
+    """`foreground_groups` of an image and its mask under each of several symmetries, in one scan.
 
     The groups of a turned image are other ones, not the same ones elsewhere: they are counted from another edge, and
     if their sides differ, a quarter turn lays them across.
 
     Raises:
-        InputError: as `occupied`.
+        InputError: as `foreground_groups`.
     """
     for name, share in (("min_foreground", min_foreground), ("tolerance", tolerance)):
         if not 0 <= share < 1:
@@ -105,7 +105,7 @@ def foreground_groups_transformed(
 
 
 def _drawn(pixels: np.ndarray) -> np.ndarray:
-    """What is not zero in a mask; of four channels the last is alpha and says nothing."""
+    """Pixels of a mask that are not zero; the fourth of four channels is alpha and is ignored."""
     colours = pixels[..., :3] if pixels.shape[2] == 4 else pixels
     return np.asarray((colours != 0).any(axis=2))
 
@@ -118,14 +118,14 @@ def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:
 
 @dataclass(frozen=True)
 class _Scan:
-    """How much of each cell between `edges` (of rows, of columns, in pixels) is something, and how much could be."""
+    """Foreground `found` in each cell between `edges` (of rows, of columns, in pixels), and the cell's `whole` area."""
 
     edges: tuple[np.ndarray, np.ndarray]
     found: np.ndarray
     whole: np.ndarray
 
     def shares(self, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
-        """The share of each group of the turned image that is something."""
+        """The share of foreground in each group of the turned image."""
         return np.asarray(self._by_groups(self.found, symmetry, group) / self._by_groups(self.whole, symmetry, group))
 
     def _by_groups(self, cells: np.ndarray, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
@@ -150,21 +150,21 @@ def _edges(
 
 
 def _scan(
-    source: Pixels, is_something: Callable[[np.ndarray], np.ndarray], edges: tuple[np.ndarray, np.ndarray]
+    source: Pixels, is_foreground: Callable[[np.ndarray], np.ndarray], edges: tuple[np.ndarray, np.ndarray]
 ) -> _Scan:
     """One scan of all pixels of a source, which lie evenly over the image between these edges."""
     down, across = (_over_cells(count, ends) for count, ends in zip(source.shape, edges))
     whole = np.outer(*(np.bincount(each.bins, each.lengths) for each in (down, across)))
     found = np.zeros(whole.shape)
     for top, left, height, width in blocks(source):
-        part, row = down.sums(is_something(source.window(top, left, height, width)), top)
+        part, row = down.sums(is_foreground(source.window(top, left, height, width)), top)
         part, column = across.sums(part.T, left)
         found[row : row + part.shape[1], column : column + part.shape[0]] += part.T
     return _Scan(edges, found, whole)
 
 
 def _over_cells(count: int, edges: np.ndarray) -> Overlap:
-    """How so many evenly spread pixels of a source lie over the cells between edges."""
+    """Overlap of `count` evenly spread pixels of a source with the cells between edges."""
     return overlap(np.arange(count + 1, dtype=np.int64) * edges[-1], edges * count)
 
 

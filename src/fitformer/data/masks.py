@@ -1,4 +1,4 @@
-"""Mask files that say which parts of an image count: which is whose, and whether every image has one."""
+"""Mask files: which mask belongs to which image, and whether every image has one."""
 
 import os
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
 
 OME = (".tif", ".tiff", ".tf8", ".btf", ".zarr")
-"""Which endings make another one together with the `.ome` before them."""
+"""Suffixes that `.ome` may precede."""
 
 
 def masks_of(settings: ImageData | ByteData) -> "Masks | None":
@@ -28,7 +28,7 @@ class Masks:
     """A folder of masks, named as their images but for the ending, in the same subfolders as these or in none.
 
     The mask of `slides/x/1.ome.tif` is `x/1.png` in the folder, or `slides/x/1.png`, or else `1.png`. If no name is the
-    same but for the ending, one that goes on after a dot (`1.mask.png`), or stops at one, is taken if there is but one.
+    same but for the ending, one that continues after a dot (`1.mask.png`), or ends at one, is taken if it is the one.
 
     Raises:
         InputError: there is no such folder.
@@ -64,13 +64,13 @@ class Masks:
         )
 
     def check(self, image: LazyImage) -> tuple[str, int]:
-        """Check by its header that the mask of an image is there, is no other image's, and has the right size.
+        """Check by its header that the mask of an image exists, belongs to no other image, and has the right size.
 
         Returns:
             its path, and the bytes of it that are decoded at once.
 
         Raises:
-            InputError: it is not so.
+            InputError: no mask, another image's mask, or another size.
         """
         mask = self._take(image.path)
         with open_image(mask) as drawn:
@@ -124,7 +124,7 @@ class Masks:
 
 
 class _Names:
-    """Files of one folder by what they may be the mask of; among thousands, each is found without a search."""
+    """Files of one folder by the image that they may be the mask of, so that each lookup takes constant time."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._by_stem: dict[str, list[Path]] = {}
@@ -145,7 +145,7 @@ class _Names:
 
 
 def _beginnings(name: str) -> list[str]:
-    """What stands before each dot of a name."""
+    """The part of a name before each of its dots."""
     return [name[:place] for place, letter in enumerate(name) if letter == "."]
 
 

@@ -130,7 +130,7 @@ def recognition(
     """
     if task_of(run.recipe).verb != "sample" or task_of(classifier.recipe).logits is None:
         raise InputError(
-            f"a classifier can look at the samples of a diffusion run; {run.path} is a {run.recipe.task} run and "
+            f"a classifier is applied to the samples of a diffusion run; {run.path} is a {run.recipe.task} run and "
             f"{classifier.path} a {classifier.recipe.task} run"
         )
     network, judge = run.model(checkpoint).to(device), classifier.model().to(device)

@@ -38,8 +38,8 @@ class Labeller:
         """Read images piece by piece, also where the run was trained otherwise.
 
         Args:
-            keep: where data tokens wait between blocks; as the recipe says by default.
-            scratch: folder for them on disk; as the recipe says by default.
+            keep: where data tokens are kept between blocks; by default as in the recipe.
+            scratch: folder for them on disk; by default as in the recipe.
 
         Raises:
             InputError: a scratch folder for tokens that are kept elsewhere.
@@ -47,7 +47,7 @@ class Labeller:
         training = self.recipe.trainer
         keep = keep or ("disk" if scratch else training.keep)
         if scratch and keep != "disk":
-            raise InputError(f"--scratch is where data tokens wait on disk; --keep {keep} keeps them elsewhere")
+            raise InputError(f"--scratch is for data tokens on disk, and --keep is {keep}; leave one of them out")
         folder = scratch or training.scratch
         self.network.set_execution(Streamed(training.slice_groups, keep, training.keep_precision, folder))
 

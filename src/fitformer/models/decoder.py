@@ -96,7 +96,7 @@ def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
     """Refuse tokens outside 0 to vocab_size - 1.
 
     Only where looking costs nothing: on an accelerator it would make the host wait for the device, and a graph that is
-    being traced has no values to look at.
+    being traced has no values to check.
 
     Raises:
         InputError: a token outside, or tokens that are no whole numbers.

@@ -133,8 +133,8 @@ class GroupedImage:
         places: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
 
     Raises:
-        InputError: another number of channels, another size than that of the grid, another number of groups said to be
-            occupied, nothing occupied.
+        InputError: another number of channels, another size than that of the grid, a grid of another size, no
+            occupied group.
     """
 
     def __init__(
@@ -152,13 +152,10 @@ class GroupedImage:
         kept = np.ones(self.grid, dtype=bool) if occupied is None else np.asarray(occupied, dtype=bool)
         if kept.shape != self.grid:
             raise InputError(
-                f"{_name(source)} has {format_size(self.grid)} groups, and {format_size(kept.shape)} are said to be "
-                "occupied"
+                f"{_name(source)} has {format_size(self.grid)} groups, and `occupied` has {format_size(kept.shape)}"
             )
         if not kept.any():
-            raise EmptyImageError(
-                f"{_name(source)} has no occupied group among {kept.size}: nothing is left to look at"
-            )
+            raise EmptyImageError(f"{_name(source)} has {kept.size} groups, and none is occupied")
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.coords = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
         self._glimpse: np.ndarray | None = None

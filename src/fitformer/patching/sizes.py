@@ -21,7 +21,7 @@ def inverse_pattern(pattern: str) -> str:
 
 
 def format_size(sides: Iterable[int]) -> str:
-    """Write a size as people do: `8 x 16`."""
+    """A size as text: `8 x 16`."""
     return " x ".join(str(side) for side in sides)
 
 

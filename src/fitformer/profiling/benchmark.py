@@ -25,16 +25,16 @@ from fitformer.profiling.synthetic_image import write_image
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure: a plan's question, and how often.
+    """What to measure: a plan request, and how often.
 
     Attributes:
-        geometry, wish: as `fitformer.profiling.choose` takes them.
+        geometry, request: as `fitformer.profiling.choose` takes them.
         steps: training steps that are timed. warmup: steps before, which are not.
-        image: a file to read; None for one that is made for the occasion, of the geometry's size.
+        image: a file to read; None for a generated one of the geometry's size.
     """
 
     geometry: Geometry
-    wish: PlanRequest
+    request: PlanRequest
     steps: int = 1
     warmup: int = 0
     image: str | Path | None = None
@@ -79,7 +79,7 @@ def measure(bench: Bench) -> Measured:
     Raises:
         InputError: no plan fits the budget, or an image of another size.
     """
-    device = torch.device(bench.wish.device)
+    device = torch.device(bench.request.device)
     if bench.image is not None:
         rows, columns, channels = open_image(bench.image).shape
         geometry = replace(bench.geometry, image_size=(rows, columns), channels=channels)
@@ -92,8 +92,8 @@ def measure(bench: Bench) -> Measured:
 
 
 def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
-    budget = bench.wish.budget or available_memory(bench.wish.device)
-    plan = choose(bench.geometry, replace(bench.wish, budget=budget))
+    budget = bench.request.budget or available_memory(bench.request.device)
+    plan = choose(bench.geometry, replace(bench.request, budget=budget))
     if not plan.fits:
         raise InputError(plan.verdict)
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
     model = getattr(fitformer, role).from_config(config).to(device)
     model.set_execution(execution_of(plan.setup))
     optimizer = _optimizer(model)
-    # An image for each example, though of one file: a batch reads as many.
+    # One open image for each example, although all are of one file: a batch reads as many.
     sources: list[PixelSource] = [open_image(path) for _ in range(plan.setup.batch)]
     loss = loss_of(model, plan.geometry, sources, device)
     mixed = torch.autocast(device.type, torch.bfloat16) if plan.setup.precision == "bf16" else nullcontext()
@@ -117,7 +117,7 @@ def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
 
 
 def execution_of(setup: StepConfig, folder: str | Path | None = None) -> Execution:
-    """The way to run that a setup means; `folder` for scratch on disk."""
+    """The execution of a setup; `folder` for scratch on disk."""
     if setup.execution == "plain":
         return plain
     if setup.execution == "checkpointed":

@@ -1,4 +1,4 @@
-"""What the three roles do with a huge image in a training step: a loss, computed slice by slice."""
+"""The loss of each role on a huge image, computed slice by slice."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ def _denoising(model: FITDenoiser, images: list[GroupedImage], device: torch.dev
         return tokens.to(device, non_blocking=True), None if mask is None else mask.to(device)
 
     def noise(groups: slice, like: Tensor) -> Tensor:
-        # Drawn again when it is needed again: a whole image's noise would be four times the image.
+        # Drawn again on each use: the noise of a whole image would take four times the image's memory.
         generator = torch.Generator(device).manual_seed(groups.start)
         return torch.randn(like.shape, generator=generator, device=device)
 

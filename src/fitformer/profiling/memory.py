@@ -113,7 +113,7 @@ class Memory:
     """Bytes at the peak of a training step.
 
     Attributes:
-        weights: parameters and all their gradients (at an earlier peak, the room of later ones counts as slack).
+        weights: parameters and all their gradients (at an earlier peak, memory of later ones counts as slack).
         optimizer: the two averages of AdamW.
         kept: data tokens between blocks, latents, and remembered results, until the backward pass uses them.
         working: tensors of one stage, forward and backward, and pixels.

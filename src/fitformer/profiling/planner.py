@@ -19,7 +19,7 @@ from fitformer.profiling.memory import Execution, Keep, Memory, StepConfig, memo
 TRIED = 12
 # What streamed execution may compute again, the least first.
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)[::-1]
-# The share of a budget that may be filled with what need not be there: a prediction is right to some percent only.
+# The share of a budget that remembered results may fill: a prediction is right to some percent only.
 FILLED = 0.9
 # Forward passes that the operations of a training step are counted as: a backward pass is two. What is computed again
 # is not counted, as is usual, so that ways to run can be compared.
@@ -28,11 +28,11 @@ PASSES = 3
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is given of a `Setup`; None, and execution `auto`, are chosen.
+    """What a user fixes of a `StepConfig`; None, and execution `auto`, are chosen.
 
     Attributes:
         budget: bytes of memory; None for no bound.
-        execution, keep, slice_groups, kept_precision, recompute, batch, precision, device: as in `Setup`.
+        execution, keep, slice_groups, kept_precision, recompute, batch, precision, device: as in `StepConfig`.
     """
 
     budget: int | None = None
@@ -68,7 +68,7 @@ class Plan:
     verdict: str = ""
 
 
-def choose(geometry: Geometry, wish: PlanRequest) -> Plan:
+def choose(geometry: Geometry, request: PlanRequest) -> Plan:
     """The cheapest plan that fits; if none does, the one of least memory, with a verdict that says what to change.
 
     Raises:
@@ -76,40 +76,40 @@ def choose(geometry: Geometry, wish: PlanRequest) -> Plan:
     """
     least: Plan | None = None
     for candidate in islice(candidate_group_sizes(geometry), TRIED):
-        for plan in _plans(candidate, wish):
-            if _fits(plan, wish):
-                return replace(plan, fits=True, verdict=_fitting(plan, wish))
+        for plan in _plans(candidate, request):
+            if _fits(plan, request):
+                return replace(plan, fits=True, verdict=_verdict(plan, request))
             if least is None or plan.memory.total < least.memory.total:
                 least = plan
     assert least is not None
-    return replace(least, fits=False, verdict=_advice(least, geometry, wish))
+    return replace(least, fits=False, verdict=_advice(least, geometry, request))
 
 
-def _plans(geometry: Geometry, wish: PlanRequest) -> Iterator[Plan]:
+def _plans(geometry: Geometry, request: PlanRequest) -> Iterator[Plan]:
     """Plans of a geometry in the order in which they are wanted: the faster first."""
     model = geometry.model()
     step, numbers = geometry.flops(), group_plan(model, groups=geometry.groups)
     parameters = count_parameters(model)
     tokens, latents = (numbers.groups * each for each in (numbers.tokens_per_group, numbers.latents_per_group))
-    for setup in _setups(model, geometry, wish):
+    for setup in _setups(model, geometry, request):
         times = PASSES * setup.batch
         flops = Flops(times * step.linear, times * step.attention)
         yield Plan(geometry, setup, memory(model, setup), flops, parameters, tokens, latents)
 
 
-def _setups(model: Model, geometry: Geometry, wish: PlanRequest) -> Iterator[StepConfig]:
-    rest: dict[str, Any] = {"batch": wish.batch, "precision": wish.precision, "device": wish.device}
+def _setups(model: Model, geometry: Geometry, request: PlanRequest) -> Iterator[StepConfig]:
+    rest: dict[str, Any] = {"batch": request.batch, "precision": request.precision, "device": request.device}
     # Checkpointing spares less than streaming, for the same operations.
-    executions: list[Execution] = ["plain", "streamed"] if wish.execution == "auto" else [wish.execution]
+    executions: list[Execution] = ["plain", "streamed"] if request.execution == "auto" else [request.execution]
     for execution in executions:
         setup = StepConfig(groups=geometry.groups, execution=execution, **rest)
         if execution != "streamed":
             yield setup
             continue
-        keeps: list[Keep] = ["memory", *(["host"] if wish.device == "cuda" else []), "disk"]  # type: ignore[list-item]
-        for keep in keeps if wish.keep is None else [wish.keep]:
-            kept = replace(setup, keep=keep, kept_precision=wish.kept_precision)
-            yield streaming_for(model, kept, wish.budget, wish.recompute, wish.slice_groups)
+        keeps: list[Keep] = ["memory", *(["host"] if request.device == "cuda" else []), "disk"]  # type: ignore[list-item]
+        for keep in keeps if request.keep is None else [request.keep]:
+            kept = replace(setup, keep=keep, kept_precision=request.kept_precision)
+            yield streaming_for(model, kept, request.budget, request.recompute, request.slice_groups)
 
 
 def streaming_for(
@@ -119,10 +119,10 @@ def streaming_for(
     recompute: Recompute | None = None,
     slice_groups: int | None = None,
 ) -> StepConfig:
-    """A setup of the streamed execution with what is computed again and the size of slices, those given or chosen.
+    """A streamed setup with its recomputation and slice size filled in, as given or chosen.
 
-    Computed again is the least that fits nine tenths of a budget with slices of the size worth having, everything where
-    there is no budget to fill. If everything computed again does not fit, slices are made smaller.
+    The backward pass recomputes the least that fits nine tenths of the budget with default slices, and everything where
+    there is no budget. If full recomputation does not fit, slices are made smaller.
 
     Args:
         model: on any device.
@@ -141,7 +141,7 @@ def streaming_for(
 
 
 def slice_for(model: Model, setup: StepConfig, budget: int | None = None) -> int:
-    """Groups of a slice of the streamed execution: the most that fit a budget and are worth having, at least 1.
+    """Groups of a slice: the default size, or the largest below it that fits a budget; at least 1.
 
     Args:
         model: on any device.
@@ -159,13 +159,13 @@ def check_fits(model: Model, setup: StepConfig, budget: int) -> Memory:
     """The memory of a setup, if it fits a budget.
 
     Raises:
-        InputError: it does not; says what it needs, for what, and what to change.
+        InputError: it does not; names both sizes, the breakdown, and what to change.
     """
     found = memory(model, setup)
     if found.total > budget:
         raise InputError(
             f"a training step needs {format_bytes(found.total)} of memory and the budget is {format_bytes(budget)}: "
-            f"{_split(found)}; {_way_out(model, setup, budget)}"
+            f"{_breakdown(found)}; {_way_out(model, setup, budget)}"
         )
     return found
 
@@ -175,51 +175,53 @@ def _way_out(model: Model, setup: StepConfig, budget: int) -> str:
         streamed = replace(setup, execution="streamed", keep=keep, slice_groups=1, recompute="full")
         needed = memory(model, streamed).total
         if needed <= budget:
-            return f"streamed execution kept {_where(keep)} fits, from {format_bytes(needed)} on"
+            return f"streamed execution kept {_storage_text(keep)} fits, from {format_bytes(needed)} on"
     return f"streamed execution kept on disk needs {format_bytes(needed)}: take a smaller model, or larger groups"
 
 
-def _fits(plan: Plan, wish: PlanRequest) -> bool:
-    return wish.budget is None or plan.memory.total <= wish.budget
+def _fits(plan: Plan, request: PlanRequest) -> bool:
+    return request.budget is None or plan.memory.total <= request.budget
 
 
-def _fitting(plan: Plan, wish: PlanRequest) -> str:
-    needed = f"needs {format_bytes(plan.memory.total)}" + (f" of {format_bytes(wish.budget)}" if wish.budget else "")
+def _verdict(plan: Plan, request: PlanRequest) -> str:
+    needed = f"needs {format_bytes(plan.memory.total)}" + (
+        f" of {format_bytes(request.budget)}" if request.budget else ""
+    )
     aside = f", and {format_bytes(plan.memory.scratch)} of scratch on disk" if plan.memory.scratch else ""
     aside += f", and {format_bytes(plan.memory.host)} on the host" if plan.memory.host else ""
-    return f"{'fits: ' if wish.budget else ''}{_way(plan.setup)} {needed}{aside}"
+    return f"{'fits: ' if request.budget else ''}{_execution_text(plan.setup)} {needed}{aside}"
 
 
-def _advice(plan: Plan, geometry: Geometry, wish: PlanRequest) -> str:
+def _advice(plan: Plan, geometry: Geometry, request: PlanRequest) -> str:
     """Why the best plan does not fit, and the nearest one that does."""
-    assert wish.budget is not None
-    short = f"{_way(plan.setup)} needs {format_bytes(plan.memory.total)} of {format_bytes(wish.budget)}"
-    for words, better, loosened in _looser(geometry, wish):
+    assert request.budget is not None
+    short = f"{_execution_text(plan.setup)} needs {format_bytes(plan.memory.total)} of {format_bytes(request.budget)}"
+    for words, better, loosened in _relaxed(geometry, request):
         for candidate in islice(candidate_group_sizes(better), TRIED):
             for found in _plans(candidate, loosened):
                 if _fits(found, loosened):
                     return f"does not fit: {short}; {words(found)}"
-    return f"does not fit: {short}, and nothing smaller does; {_split(plan.memory)}"
+    return f"does not fit: {short}, and nothing smaller does; {_breakdown(plan.memory)}"
 
 
-def _looser(geometry: Geometry, wish: PlanRequest) -> Iterator[tuple[Any, Geometry, PlanRequest]]:
-    """Wishes that ask for less, each with the words that say so of a plan."""
+def _relaxed(geometry: Geometry, request: PlanRequest) -> Iterator[tuple[Any, Geometry, PlanRequest]]:
+    """Requests that ask for less, each with the text that describes a plan for it."""
 
     def fitting(what: str) -> Any:
-        return lambda plan: f"{what} {_way(plan.setup)} would: {format_bytes(plan.memory.total)}"
+        return lambda plan: f"{what} {_execution_text(plan.setup)} would: {format_bytes(plan.memory.total)}"
 
-    free = replace(wish, execution="auto", keep=None, slice_groups=None, recompute=None)
+    free = replace(request, execution="auto", keep=None, slice_groups=None, recompute=None)
     yield fitting("but"), geometry, free
     if geometry.group_size is not None:
         yield (
             lambda plan: (
-                f"groups of {format_size(plan.geometry.group_size)} pixels and {_way(plan.setup)} would: "
+                f"groups of {format_size(plan.geometry.group_size)} pixels and {_execution_text(plan.setup)} would: "
                 f"{format_bytes(plan.memory.total)}"
             ),
             replace(geometry, group_size=None),
             free,
         )
-    if wish.batch > 1:
+    if request.batch > 1:
         yield fitting("a batch of 1 and"), geometry, replace(free, batch=1)
     names = [name for name in PRESETS if _smaller(name, geometry)]
     for name in reversed(names):
@@ -231,22 +233,22 @@ def _smaller(name: str, geometry: Geometry) -> bool:
     return PRESETS[name].dim < geometry.sizes["dim"]
 
 
-def _way(setup: StepConfig) -> str:
-    """A way to run in words."""
+def _execution_text(setup: StepConfig) -> str:
+    """An execution in words."""
     if setup.execution != "streamed":
         return f"{setup.execution} execution"
     plural = "s" if setup.slice_groups != 1 else ""
     return (
-        f"streamed execution in slices of {setup.slice_groups} group{plural}, kept {_where(setup.keep)}, "
+        f"streamed execution in slices of {setup.slice_groups} group{plural}, kept {_storage_text(setup.keep)}, "
         f"with {setup.recompute} recomputation,"
     )
 
 
-def _where(keep: str) -> str:
+def _storage_text(keep: str) -> str:
     return {"memory": "in memory", "host": "on the host", "disk": "on disk"}[keep]
 
 
-def _split(of: Memory) -> str:
+def _breakdown(of: Memory) -> str:
     parts = {
         "weights and gradients": of.weights,
         "optimizer": of.optimizer,

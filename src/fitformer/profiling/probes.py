@@ -1,4 +1,4 @@
-"""Single layers, and a model without its trunk, to run on tensors that hold no numbers.
+"""Single layers, and a model without its trunk, to run on tensors without data.
 
 FLOPs are counted on torch's meta device, saved tensors on fake CPU tensors: those dispatch to the kernels of a CPU,
 whose attention saves other tensors than the decomposition that meta tensors go through. Nothing here allocates memory
@@ -51,7 +51,7 @@ def run_layer(
 
 
 def without_trunk(model: nn.Module, device: str) -> Any:
-    """A copy of a role but for its trunk, whose parameters hold no numbers on `device` (or on fake tensors)."""
+    """A copy of a role but for its trunk, whose parameters have no data, on `device` (or on fake tensors)."""
     memo: dict[int, Any] = {id(model.trunk): nn.Identity()}
     inside = {id(tensor) for tensor in chain(model.trunk.parameters(), model.trunk.buffers())}  # type: ignore[union-attr]
     for tensor in chain(model.parameters(), model.buffers()):

@@ -43,27 +43,27 @@ def exponent(lengths: Sequence[float], values: Sequence[float]) -> Fit:
     return Fit(slope, math.exp(mean_up - slope * mean_across))
 
 
-def scaling(sizes: Sequence[int], options: Sequence[str], tell: Callable[[Result], None]) -> dict[str, Any]:
+def scaling(sizes: Sequence[int], options: Sequence[str], on_result: Callable[[Result], None]) -> dict[str, Any]:
     """Measure a step at each size in a fresh process and fit the growth.
 
     Args:
         sizes: sides of the images in pixels.
         options: of `fitformer bench step`, but for the size.
-        tell: is called with each result as it comes.
+        on_result: called with each result.
 
     Returns:
         `steps`, the results as `fitformer bench step --json` gives them, and `exponents` of time, CPU time, memory,
         attention and all operations against the number of tokens.
 
     Raises:
-        InputError: fewer than two sizes, or a step that failed; says what it said.
+        InputError: fewer than two sizes, or a step that failed; quotes its message.
     """
     if len(set(sizes)) < 2:
         raise InputError(f"scaling needs at least two different sizes, not {list(sizes)}")
     steps = []
     for size in sizes:
         steps.append(in_process(["--image-size", str(size), *options]))
-        tell(steps[-1])
+        on_result(steps[-1])
     return {"steps": steps, "exponents": exponents(steps)}
 
 
@@ -81,16 +81,16 @@ def exponents(steps: Sequence[Result]) -> dict[str, float]:
 
 
 def in_process(options: Sequence[str]) -> Result:
-    """What `fitformer bench step --json` says with these options, run in a process of its own.
+    """The result of `fitformer bench step --json` with these options, run in a process of its own.
 
     Raises:
-        InputError: it failed; says what it said.
+        InputError: it failed; quotes its message.
     """
     command = [sys.executable, "-m", "fitformer", "bench", "step", *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}; was it out of memory?"]
-        raise InputError(f"`{' '.join(['fitformer', *command[3:]])}`: {said[-1].removeprefix('fitformer: error: ')}")
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}; was it out of memory?"]
+        raise InputError(f"`{' '.join(['fitformer', *command[3:]])}`: {lines[-1].removeprefix('fitformer: error: ')}")
     return dict(json.loads(done.stdout))
 
 

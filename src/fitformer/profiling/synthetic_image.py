@@ -1,4 +1,4 @@
-"""Images to measure with: tiled TIFF on disk, made window by window."""
+"""Generated images for benchmarks: tiled TIFF on disk, written window by window."""
 
 import os
 
@@ -20,7 +20,7 @@ def write_image(path: str | os.PathLike[str], rows: int, columns: int, channels:
 
     def window(top: int, left: int, height: int, width: int) -> np.ndarray:
         level = np.uint8(80 * (top / rows + left / columns))
-        # Rolled by another amount in each tile: no two are alike, for the price of a copy.
+        # Rolled by another amount in each tile, so that no two tiles are equal.
         return np.roll(grain, (top // TILE * 37, left // TILE * 53), axis=(0, 1))[:height, :width] + level
 
     write_tiled_tiff(path, (rows, columns, channels), np.uint8, window, tile=TILE, compression=None)

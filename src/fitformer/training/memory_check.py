@@ -74,9 +74,9 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
     model: Any = getattr(network, "denoiser", network)
     if training.execution == "streamed":
         # Without a stated budget, only free memory is used. A compiled layer decides itself what it recomputes.
-        room = budget if training.memory is not None else available_memory(device) // max(1, sharing)
+        available = budget if training.memory is not None else available_memory(device) // max(1, sharing)
         recompute = "full" if training.compile else training.recompute
-        setup = streaming_for(model, setup, room, recompute, training.slice_groups)
+        setup = streaming_for(model, setup, available, recompute, training.slice_groups)
     _check_decoding(model, setup, budget, headers.largest)
     if training.memory is not None or memory(model, setup).total > budget:
         check_fits(model, setup, budget)

@@ -14,7 +14,7 @@ MOST_BYTES = 128 * 2**20
 class TileCache:
     """The tiles used last, up to `most_bytes` together; a single tile larger than that is kept until the next one.
 
-    Tiles make room for the next one before it is decoded: two pictures are not held at once.
+    Tiles are evicted before the next one is decoded: two pictures are not held at once.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES):

@@ -62,7 +62,7 @@ class Level(Pixels, Protocol):
 
 @dataclass(frozen=True)
 class OpenImage:
-    """An open file: its levels, full size first, and how to let go of the file."""
+    """An open file: its levels, full size first, and how to close the file."""
 
     levels: Sequence[Level]
     release: Callable[[], None] = lambda: None
