@@ -36,7 +36,7 @@ def large_encoder(scale: Scale, preset: str) -> tuple[FITEncoder, Callable[[], T
     side, preset = (128, "tiny") if scale.tiny else (6400, preset)
     geometry = next(candidate_group_sizes(Geometry.of_preset("encoder", preset, (side, side))))
     torch.manual_seed(0)
-    shape = {"num_groups": geometry.groups, "tokens_per_group": geometry.tokens_per_group}
+    shape = {"num_groups": geometry.num_groups, "tokens_per_group": geometry.tokens_per_group}
     model = FITEncoder.from_preset(preset, in_channels=geometry.patch_grid.token_dim, **shape).to(scale.device)
     x = torch.randn(1, *shape.values(), geometry.patch_grid.token_dim, device=scale.device)
     # The answer of an encoder that ends in global layers is its latents: no data tokens are asked for.
@@ -149,7 +149,7 @@ def huge(scale: Scale) -> Iterator[Row]:
     target = torch.tensor([1], device=scale.device)
     step = stepper(model, lambda: F.cross_entropy(model([Generated(side)]), target))
     setup = {"execution": "streamed", "keep": "host", "kept_precision": "bf16"}
-    plan = planned(model, groups=geometry.groups, **setup)
+    plan = planned(model, num_groups=geometry.num_groups, **setup)
     yield guarded(f"{side} x {side}", lambda: {**huge_step(scale, geometry, step), **plan})
 
 
@@ -157,7 +157,7 @@ def huge_step(scale: Scale, geometry: Geometry, step: Callable[[], Tensor]) -> R
     start = time.perf_counter()
     loss = float(step())
     took, resident = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = {"tokens": str(geometry.length), "groups": str(geometry.groups), "seconds": f"{took:.1f}"}
+    row = {"tokens": str(geometry.length), "groups": str(geometry.num_groups), "seconds": f"{took:.1f}"}
     row |= {**device_memory(scale), "host peak, GB": f"{resident / 1e9:.1f}", "loss": f"{loss:.3f}"}
     if loss != loss:
         row["failed"] = "the loss is NaN"

@@ -79,8 +79,8 @@ def compare(tokens: int, preset: str, few: int | None, repeats: int) -> Row:
     side = math.isqrt(tokens) * PATCH
     planned = candidate_group_sizes(Geometry.of_preset("encoder", preset, side, patch_size=PATCH))
     # The best of those that need no filling up at the edges.
-    geometry = next(each for each in planned if each.groups * each.tokens_per_group == tokens)
-    size, n, groups = geometry.sizes, geometry.tokens_per_group, geometry.groups
+    geometry = next(each for each in planned if each.num_groups * each.tokens_per_group == tokens)
+    size, n, groups = geometry.sizes, geometry.tokens_per_group, geometry.num_groups
     fit = FITEncoder.from_config(num_groups=groups, tokens_per_group=n, in_channels=TOKEN, **size)
     count = sum(local + glob for local, glob in fit.trunk.block_depths)
     vit = ViT(tokens, few or count, size["dim"], size["heads"])

@@ -319,7 +319,7 @@ def test_the_recipe_of_a_run_says_how_it_is_evaluated(recipe, tmp_path, capsys):
     assert main(["train", recipe, *words, "--run-dir", str(run)]) == 0
     loaded = Run.open(run)
     assert isinstance(loaded.recipe, ClassifyRecipe)
-    assert loaded.model().execution.groups == 2
+    assert loaded.model().execution.slice_groups == 2
     assert main(["evaluate", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
 
@@ -411,7 +411,9 @@ def test_what_files_decode_at_once_is_planned_for(recipe, tmp_path, suffix):
         except InputError as error:
             return str(error)
 
-    setup = StepConfig(groups=63 * 63, execution="streamed", slice_groups=1, trainer=True, data_bytes=2 * 12 * 10**6)
+    setup = StepConfig(
+        num_groups=63 * 63, execution="streamed", slice_groups=1, trainer=True, data_bytes=2 * 12 * 10**6
+    )
     min_foreground = memory(network, setup).total
     if suffix == "tif":
         assert fits(min_foreground) is None

@@ -30,7 +30,7 @@ def test_a_preset_is_cut_as_asked(capsys):
     words = ["--role", "encoder", "--image-size", "512x256", "--patch-size", "16", "--group-size", "128"]
     found = info(capsys, "small", *words)
     assert found["role"] == "FITImageEncoder"
-    assert (found["groups"]["groups"], found["groups"]["tokens_per_group"]) == (8, 64)
+    assert (found["groups"]["num_groups"], found["groups"]["tokens_per_group"]) == (8, 64)
     assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
 
 
@@ -42,7 +42,7 @@ def test_a_denoiser_knows_its_classes_and_a_decoder_its_length(capsys):
     of_bytes = info(capsys, "tiny", "--role", "decoder", "--length", "128", "--tokens-per-group", "32")
     of_pixels = info(capsys, "tiny", "--role", "decoder", "--image-size", "8", "--patch-size", "4", "--channels", "2")
     for found in (of_bytes, of_pixels):
-        assert (found["groups"]["groups"], found["groups"]["tokens_per_group"]) == (4, 32)
+        assert (found["groups"]["num_groups"], found["groups"]["tokens_per_group"]) == (4, 32)
     assert info(capsys, "tiny", "--layers", "(3)2", "--dim", "64")["groups"]["layers"] == "(3)2"
 
 

@@ -27,7 +27,7 @@ from fitformer.tasks import build_model
 from fitformer.training import run_dir
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
-WAYS = [plain, checkpointed, Streamed(groups=1), Streamed(groups=3), Streamed(groups=2, keep="disk")]
+WAYS = [plain, checkpointed, Streamed(slice_groups=1), Streamed(slice_groups=3), Streamed(slice_groups=2, keep="disk")]
 
 
 def classifier(layers="(1)1(1)1", seed=0, **more):
@@ -80,7 +80,7 @@ def odds_of(model, image, label):
         return float(model([image])[0].double().softmax(-1)[label].logit())
 
 
-@pytest.mark.parametrize("way", [plain, Streamed(groups=2)])
+@pytest.mark.parametrize("way", [plain, Streamed(slice_groups=2)])
 def test_what_moved_is_the_change_of_the_faded_image_s_log_odds_as_a_patch_fades_to_the_average(way):
     model = classifier(glimpses=1).double()
     model.set_execution(way)
@@ -550,7 +550,7 @@ def test_the_same_images_called_otherwise_are_not_made_again(folder, tmp_path, m
     assert len(rows_of(tmp_path / "out" / "results.csv")) == 3
 
 
-@pytest.mark.parametrize("way", [plain, Streamed(groups=1)])
+@pytest.mark.parametrize("way", [plain, Streamed(slice_groups=1)])
 def test_an_image_that_is_damaged_in_the_middle_is_broken(folder, tmp_path, way):
     pixels = image_of(64, 64).pixels[..., 0]
     tifffile.imwrite(folder / "b.tif", pixels, tile=(16, 16), compression="zlib")

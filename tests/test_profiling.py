@@ -28,7 +28,7 @@ from fitformer.profiling import (
 )
 from fitformer.profiling.activations import Numerics, layer_stage
 from fitformer.profiling.geometry import candidate_group_sizes
-from fitformer.profiling.memory import _Step
+from fitformer.profiling.memory import MOST_BYTES, TRAINER, _Step
 from fitformer.profiling.planner import RECOMPUTES
 from fitformer.profiling.probes import build_layer
 
@@ -106,7 +106,7 @@ def test_the_group_plan_says_how_the_input_is_cut():
     plan = group_plan(
         on_meta("FITImageEncoder", dict(layers="(2)1(2)", image_size=(8, 16), group_size=4, patch_size=2, **SIZE))
     )
-    assert (plan.groups, plan.tokens_per_group, plan.latents_per_group) == (8, 4, 3)
+    assert (plan.num_groups, plan.tokens_per_group, plan.latents_per_group) == (8, 4, 3)
     assert (plan.dim, plan.latent_dim, plan.layers) == (16, 24, "(2)1(2)")
 
 
@@ -217,7 +217,7 @@ def test_a_layer_is_counted_to_the_byte(options):
 
 def small(**setup):
     config = dict(asdict(preset("small")), image_size=None, group_size=256, patch_size=16, latent_position="row_column")
-    return on_meta("FITImageEncoder", config), StepConfig(**{"groups": 100, **setup})
+    return on_meta("FITImageEncoder", config), StepConfig(**{"num_groups": 100, **setup})
 
 
 def test_streaming_needs_less_than_checkpointing_and_that_less_than_plain():
@@ -235,18 +235,18 @@ def test_the_working_set_of_streaming_does_not_grow_with_the_image():
     few, many = (memory(*small(execution="streamed", keep="disk", slice_groups=8, groups=t)) for t in (100, 400))
     latents = 300 * 16 * 512 * 4
     assert many.working - few.working < 40 * latents
-    plain = [memory(*small(groups=t)).working for t in (100, 400)]
+    plain = [memory(*small(num_groups=t)).working for t in (100, 400)]
     assert plain[1] / plain[0] == pytest.approx(4, rel=0.02)
 
 
 def test_a_run_of_training_counts_its_libraries_and_the_tiles_of_all_images():
-    model, setup = small(execution="streamed", groups=10)
-    one, mib = memory(model, setup).process, 2**20
-    assert memory(model, replace(setup, trainer=True)).process == one + 150 * mib
+    model, setup = small(execution="streamed", num_groups=10)
+    one = memory(model, setup).process
+    assert memory(model, replace(setup, trainer=True)).process == one + TRAINER
     image = 10 * 256 * 256 * 3
     assert memory(model, replace(setup, data_bytes=5 * image)).process == one + 4 * image
     # Of which the cache keeps no more than it may.
-    assert memory(model, replace(setup, data_bytes=500 * image)).process == one - image + 128 * mib
+    assert memory(model, replace(setup, data_bytes=500 * image)).process == one - image + MOST_BYTES
 
 
 def test_a_slice_is_the_largest_that_fits_a_budget():
@@ -329,11 +329,11 @@ def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
 def test_a_strip_is_hardly_filled_up():
     best = next(candidate_group_sizes(Geometry.of_preset("encoder", "small", (3, 100000))))
     assert best.patch_grid.patches[0] == 1
-    assert best.groups * best.tokens_per_group < 1.05 * best.length
+    assert best.num_groups * best.tokens_per_group < 1.05 * best.length
 
 
 def test_what_files_decode_at_once_counts_as_memory():
-    model, setup = small(groups=2, execution="streamed")
+    model, setup = small(num_groups=2, execution="streamed")
     tiles, picture = (memory(model, replace(setup, decode_bytes=piece)) for piece in (10**4, 10**9))
     assert tiles == memory(model, setup)
     assert picture.total - tiles.total == pytest.approx(2.5e9, rel=0.06)
@@ -346,7 +346,7 @@ def test_a_model_of_any_size_wants_to_know_the_number_of_groups():
     model, _ = small()
     with pytest.raises(InputError, match="say how many"):
         flops(model)
-    assert flops(model, groups=200).linear == pytest.approx(2 * flops(model, groups=100).linear, rel=1e-3)
+    assert flops(model, num_groups=200).linear == pytest.approx(2 * flops(model, num_groups=100).linear, rel=1e-3)
 
 
 @pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), (7, 7)])

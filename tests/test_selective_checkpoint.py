@@ -191,11 +191,11 @@ def test_compiled_layers_are_exact():
 
 def test_memory_grows_with_what_is_remembered():
     model = Geometry.of_preset("encoder", "small", 1600, group_size=320).model()
-    setups = [StepConfig(groups=25, execution="streamed", slice_groups=1, recompute=choice) for choice in CHOICES]
+    setups = [StepConfig(num_groups=25, execution="streamed", slice_groups=1, recompute=choice) for choice in CHOICES]
     kept = [memory(model, setup).kept for setup in setups]
     # What is remembered of global layers is gone when the first block's slices, the peak here, have their turn.
     assert kept[0] == kept[1] < kept[2] < kept[3]
-    plain_kept = memory(model, StepConfig(groups=25)).working
+    plain_kept = memory(model, StepConfig(num_groups=25)).working
     assert kept[-1] < plain_kept / 2
 
 

@@ -366,7 +366,7 @@ def test_an_error_of_the_reader_reaches_the_caller():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": 0}, "slice of 0 groups"),
+        ({"slice_groups": 0}, "slice of 0 groups"),
         ({"keep": "tape"}, "keep is 'tape'; known are memory, host, disk"),
         ({"precision": "fp4"}, "precision is 'fp4'"),
     ],

@@ -376,14 +376,14 @@ def test_an_error_that_comes_back_keeps_the_checkpoint(straight, tmp_path, monke
 
 
 def test_an_error_while_saving_after_an_error_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
-    from fitformer.training import checkpoint
+    from fitformer.training import checkpoint_file
 
     run_dir, more = tmp_path / "run", [*RARELY_SAVED, "--trainer.checkpoint_every=2"]
     kept = []
 
     def fail():
         kept.append((run_dir / "checkpoints/last.ckpt").read_bytes())
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
+        monkeypatch.setattr(checkpoint_file.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
         raise InputError("0.tif is broken")
 
     patch_task(monkeypatch, classify, loss=at_call(11, fail, classify.loss))
@@ -507,7 +507,7 @@ def test_a_torn_checkpoint_is_one_clear_error(text, tmp_path, capsys):
 
 
 def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(coinciding, tmp_path):
-    from fitformer.training.checkpoint import load
+    from fitformer.training.checkpoint_file import load
 
     whole, path = (coinciding / "checkpoints/last.ckpt").read_bytes(), tmp_path / "last.ckpt"
     wanted = load(coinciding / "checkpoints/last.ckpt")
@@ -594,7 +594,8 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from fitformer.training.checkpoint import AtomicCheckpointIO, export
+from fitformer.training.checkpoint import export
+from fitformer.training.checkpoint_file import AtomicCheckpointIO
 from fitformer.errors import InputError
 path = Path(sys.argv[1]) / "last.ckpt"
 AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10)}, path)
@@ -619,11 +620,11 @@ def test_the_last_good_checkpoint_survives_a_failing_disk(tmp_path):
 
 
 def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
-    from fitformer.training import checkpoint
+    from fitformer.training import checkpoint_file
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
+    monkeypatch.setattr(checkpoint_file.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000})())
     with pytest.raises(OSError, match=r"no space on the disk; about 4\.0 MB are needed, 0\.0 MB are free"):
-        checkpoint.AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10**6)}, tmp_path / "last.ckpt")
+        checkpoint_file.AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10**6)}, tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
 
 
@@ -642,7 +643,7 @@ def test_a_model_is_exported_whole_each_time(tmp_path):
 
 
 def test_checkpoints_hold_no_code(tmp_path):
-    from fitformer.training.checkpoint import load
+    from fitformer.training.checkpoint_file import load
 
     torch.save({"state_dict": os.system}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match="is not a whole checkpoint"):

@@ -153,7 +153,7 @@ def tables(model: "Model", title: str) -> "list[Table]":
     plan, look = group_plan(model), {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     headings = ("groups t", "tokens n", "latents m", "width c", "width d", "layers")
     groups = Table(*headings, title=title, **look)  # type: ignore[arg-type]
-    sizes = (plan.groups, plan.tokens_per_group, plan.latents_per_group, plan.dim, plan.latent_dim)
+    sizes = (plan.num_groups, plan.tokens_per_group, plan.latents_per_group, plan.dim, plan.latent_dim)
     groups.add_row(*map(str, sizes), plan.layers)
     title = f"{type(model).__name__}, one example forward"
     costs = Table(title=title, show_footer=True, **look)  # type: ignore[arg-type]

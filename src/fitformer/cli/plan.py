@@ -126,7 +126,7 @@ def as_plain(plan: "Plan") -> dict[str, Any]:
         "image_size": geometry.image_size,
         "group_size": geometry.patch_grid.group_size,
         "patch_size": geometry.patch_grid.patch_size,
-        "groups": geometry.groups,
+        "groups": geometry.num_groups,
         "tokens": geometry.length,
         "tokens_per_group": geometry.tokens_per_group,
         "latents": plan.latents,
@@ -156,7 +156,7 @@ def table(plan: "Plan") -> "Table":
     grid = geometry.patch_grid
     high, wide = grid.cover(*geometry.image_size)  # type: ignore[misc]
     cut = f"{high} x {wide} of {format_size(grid.group_size)} pixels, {geometry.tokens_per_group} tokens"  # type: ignore[arg-type]
-    found.add_row("groups", f"{geometry.groups:,}", cut)
+    found.add_row("groups", f"{geometry.num_groups:,}", cut)
     beyond = plan.tokens - geometry.length
     found.add_row(
         "tokens", f"{geometry.length:,}", f"and {beyond:,} that fill up groups at the edges" if beyond else ""

@@ -30,15 +30,15 @@ Fetched = tuple[slice, Tensor, Tensor | None, Tensor | None]
 class StreamOptions:
     """What a streamed pass is told, see `fitformer.execution.Streamed`."""
 
-    groups: int | None = None
+    slice_groups: int | None = None
     keep: Keep = "memory"
     precision: Literal["bf16"] | None = None
     folder: str | Path | None = None
     recompute: Recompute = "full"
 
     def __post_init__(self) -> None:
-        if self.groups is not None and self.groups < 1:
-            raise InputError(f"a slice of {self.groups} groups; it needs at least 1")
+        if self.slice_groups is not None and self.slice_groups < 1:
+            raise InputError(f"a slice of {self.slice_groups} groups; it needs at least 1")
         if self.keep not in get_args(Keep):
             raise InputError(f"keep is {self.keep!r}; known are {', '.join(get_args(Keep))}")
         if self.precision not in (None, "bf16"):

@@ -169,7 +169,7 @@ def as_plain(found: Measured) -> dict[str, object]:
         "batch": plan.setup.batch,
         "precision": plan.setup.precision,
         "tokens": plan.geometry.length,
-        "groups": plan.geometry.groups,
+        "groups": plan.geometry.num_groups,
         "latents": plan.latents,
         "parameters": plan.parameters,
         "seconds": found.second,

@@ -63,7 +63,7 @@ class Part:
 class GroupPlan:
     """Numbers of groups t, data tokens in a group n (extra ones included), latents in a group m, and widths c and d."""
 
-    groups: int
+    num_groups: int
     tokens_per_group: int
     latents_per_group: int
     dim: int
@@ -95,9 +95,9 @@ def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> Flops:
+def flops(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, num_groups: int | None = None) -> Flops:
     """FLOPs of one example's forward pass; arguments as in `parts`."""
-    return sum_flops([part.flops for part in parts(model, extra_tokens, condition_tokens, groups)])
+    return sum_flops([part.flops for part in parts(model, extra_tokens, condition_tokens, num_groups)])
 
 
 def sum_flops(counts: Sequence[Flops]) -> Flops:
@@ -105,44 +105,44 @@ def sum_flops(counts: Sequence[Flops]) -> Flops:
     return reduce(add, counts, Flops())
 
 
-def group_plan(model: Model, extra_tokens: int = 0, groups: int | None = None) -> GroupPlan:
+def group_plan(model: Model, extra_tokens: int = 0, num_groups: int | None = None) -> GroupPlan:
     """How the model cuts its input.
 
     Args:
         model: any of the roles.
         extra_tokens: as in `parts`.
-        groups: of the input; those that a model of one size was built for by default.
+        num_groups: of the input; those that a model of one size was built for by default.
 
     Raises:
         InputError: no number of groups for a model that takes any.
     """
     trunk, config = model.trunk, model.trunk.config
-    if groups is None:
+    if num_groups is None:
         if not isinstance(trunk.latent_position, PositionTable):
             raise InputError("the model takes any number of groups; say how many the input has")
-        groups = trunk.latent_position.weight.shape[0] // config.latents_per_group
+        num_groups = trunk.latent_position.weight.shape[0] // config.latents_per_group
     layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.block_depths)
     tokens = trunk.tokens_per_group + extra_tokens
-    return GroupPlan(groups, tokens, config.latents_per_group, config.dim, config.latent_dim, layers)
+    return GroupPlan(num_groups, tokens, config.latents_per_group, config.dim, config.latent_dim, layers)
 
 
-def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, groups: int | None = None) -> list[Part]:
+def parts(model: Model, extra_tokens: int = 0, condition_tokens: int = 1, num_groups: int | None = None) -> list[Part]:
     """The model part by part, in the order of execution; their parameters and FLOPs add up to those of the model.
 
     Args:
         model: any of the roles, on any device.
         extra_tokens: tokens `y` that each group is given beside its own (encoder built with `y_channels`).
         condition_tokens: tokens of the condition (denoiser built with `cond_dim`), the time not counted.
-        groups: of the input, see `group_plan`.
+        num_groups: of the input, see `group_plan`.
     """
-    plan = group_plan(model, extra_tokens, groups)
+    plan = group_plan(model, extra_tokens, num_groups)
     before, after = _ends(model, plan, extra_tokens, condition_tokens)
     conditions = 1 + (condition_tokens if isinstance(model, FITDenoiser) and model.cond_dim is not None else 0)
     trunk = model.trunk
     table = count_parameters(trunk.position) + count_parameters(trunk.latent_position)
     positions = Part(
         "positions",
-        f"{plan.tokens_per_group - extra_tokens} + {plan.groups} x {plan.latents_per_group}",
+        f"{plan.tokens_per_group - extra_tokens} + {plan.num_groups} x {plan.latents_per_group}",
         table,
         Flops(),
     )
@@ -154,7 +154,7 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
     if isinstance(model, FITImageEncoder):
         before, after = _ends(model.encoder, plan, extra, condition_tokens)
         return before, [*after, *_maps(model, head=("1", 1, model.num_features))]
-    t, n, m = plan.groups, plan.tokens_per_group, plan.latents_per_group
+    t, n, m = plan.num_groups, plan.tokens_per_group, plan.latents_per_group
     data, latents = f"{t} x {n}", f"{t} x {m}"
     if isinstance(model, FITEncoder):
         norms = Part("norms", data, count_parameters(model.norm) + count_parameters(model.latent_norm), Flops())
@@ -198,7 +198,7 @@ def _token_flops(model: nn.Module, name: str, width: int) -> Flops:
 
 
 def _trunk_parts(trunk: Trunk, plan: GroupPlan, conditions: int) -> Iterator[Part]:
-    t, n, m = plan.groups, plan.tokens_per_group, plan.latents_per_group
+    t, n, m = plan.num_groups, plan.tokens_per_group, plan.latents_per_group
     shapes = {"write": (t, n, m), "local": (t, n, 0), "read": (t, m, n), "condition": (1, t * m, conditions)}
     shapes["global"] = (1, t * m, 0)
     for i, block in enumerate(trunk.blocks, start=1):

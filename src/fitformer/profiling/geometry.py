@@ -83,7 +83,7 @@ class Geometry:
         return self
 
     @property
-    def groups(self) -> int:
+    def num_groups(self) -> int:
         """Groups that cover the image, t."""
         rows, columns = to_sides(self.image_size, "hw")
         return prod(self.patch_grid.cover(rows, columns))
@@ -115,7 +115,7 @@ class Geometry:
         if self.role == "denoiser":
             of_groups |= {"out_dim": grid.token_dim, "latent_position": "row_column"}
             return "FITDenoiser", {**self.sizes, **of_groups}
-        return "FITDecoder", {**self.sizes, **of_groups, "num_groups": self.groups, "vocab_size": 256}
+        return "FITDecoder", {**self.sizes, **of_groups, "num_groups": self.num_groups, "vocab_size": 256}
 
     def model(self) -> Model:
         """The model without weights.
@@ -128,12 +128,12 @@ class Geometry:
     def flops(self) -> Flops:
         """Operations of one example's forward pass; tokens that fill up groups at the edges are computed too."""
         role, config = self.config()
-        return _flops(role, tuple(config.items()), self.groups)
+        return _flops(role, tuple(config.items()), self.num_groups)
 
 
 @lru_cache(maxsize=4096)
-def _flops(role: str, config: tuple[tuple[str, Any], ...], groups: int) -> Flops:
-    return sum_flops([part.flops for part in parts(on_meta(role, dict(config)), groups=groups)])
+def _flops(role: str, config: tuple[tuple[str, Any], ...], num_groups: int) -> Flops:
+    return sum_flops([part.flops for part in parts(on_meta(role, dict(config)), num_groups=num_groups)])
 
 
 def candidate_group_sizes(geometry: Geometry) -> Iterator[Geometry]:

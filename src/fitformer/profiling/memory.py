@@ -65,7 +65,7 @@ class StepConfig:
     """How a training step runs.
 
     Attributes:
-        groups: of one example, skipped ones not counted; None for those that the model was built for.
+        num_groups: groups of one example, skipped ones not counted; None for those that the model was built for.
         execution: of the trunk.
         slice_groups: groups of a slice of streamed execution; None for the default of `Streamed`.
         keep: where streamed execution keeps data tokens. kept_precision: in which precision, `bf16` takes half.
@@ -82,7 +82,7 @@ class StepConfig:
         InputError: numbers below 1, or unknown words.
     """
 
-    groups: int | None = None
+    num_groups: int | None = None
     execution: Execution = "plain"
     slice_groups: int | None = None
     keep: Keep = "memory"
@@ -99,7 +99,7 @@ class StepConfig:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("groups", "slice_groups", "batch"):
+        for name in ("num_groups", "slice_groups", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         words: dict[str, Any] = {"execution": Execution, "keep": Keep, "recompute": Recompute, "precision": Precision}
@@ -189,7 +189,7 @@ def _heap(most: _Snapshot, step: "_Step") -> int:
         kind += ", small" if step.tokens * step.x < SMALL_TENSOR else ""
         used, later = used + most.kept, 0
     elif execution == "streamed":
-        kind += ", trimmed" if step.plan.groups >= MANY_SLICES * step.slice_groups else ""
+        kind += ", trimmed" if step.plan.num_groups >= MANY_SLICES * step.slice_groups else ""
         later -= most.gradients
     share, constant, bound = HEAP[kind]
     held = min(constant + int(share * used), bound) + int(REMEMBERED * most.remembered)
@@ -204,13 +204,13 @@ class _Step:
         self.model = model.encoder if isinstance(model, FITImageEncoder) else model
         self.trunk: Trunk = model.trunk
         self.setup = setup
-        self.plan: GroupPlan = group_plan(model, groups=setup.groups)
+        self.plan: GroupPlan = group_plan(model, num_groups=setup.num_groups)
         self.numerics = Numerics(setup.precision)
         self.remembered = SAVE_POLICIES[setup.recompute if setup.execution == "streamed" else "full"]
         self.parameters = count_parameters(model)
-        self.rows = setup.batch * self.plan.groups
+        self.rows = setup.batch * self.plan.num_groups
         self.tokens = self.rows * self.plan.tokens_per_group
-        self.latents = self.plan.groups * self.plan.latents_per_group
+        self.latents = self.plan.num_groups * self.plan.latents_per_group
         self.x = self.plan.dim * FLOAT
         self.of_latents = setup.batch * self.latents * self.plan.latent_dim * FLOAT
         self.conditions = 1 + setup.conditions if isinstance(self.model, FITDenoiser) else 0
@@ -326,7 +326,7 @@ class _Step:
 
     def _slice(self, i: int) -> tuple[int, int, int]:
         """A slice of the group phase of block i backward: working and remembered bytes, and number of parameters."""
-        rows = self.setup.batch * min(self.slice_groups, self.plan.groups)
+        rows = self.setup.batch * min(self.slice_groups, self.plan.num_groups)
         tokens = rows * self.plan.tokens_per_group
         groups = self.group_phase(i, rows)
         stages = [*([] if i else [self.stem(tokens)]), *groups, *(self.head(tokens) if self.is_last(i) else [])]

@@ -88,9 +88,9 @@ def choose(geometry: Geometry, request: PlanRequest) -> Plan:
 def _plans(geometry: Geometry, request: PlanRequest) -> Iterator[Plan]:
     """Plans of a geometry in the order in which they are wanted: the faster first."""
     model = geometry.model()
-    step, numbers = geometry.flops(), group_plan(model, groups=geometry.groups)
+    step, numbers = geometry.flops(), group_plan(model, num_groups=geometry.num_groups)
     parameters = count_parameters(model)
-    tokens, latents = (numbers.groups * each for each in (numbers.tokens_per_group, numbers.latents_per_group))
+    tokens, latents = (numbers.num_groups * each for each in (numbers.tokens_per_group, numbers.latents_per_group))
     for setup in _setups(model, geometry, request):
         times = PASSES * setup.batch
         flops = Flops(times * step.linear, times * step.attention)
@@ -102,7 +102,7 @@ def _setups(model: Model, geometry: Geometry, request: PlanRequest) -> Iterator[
     # Checkpointing spares less than streaming, for the same operations.
     executions: list[Execution] = ["plain", "streamed"] if request.execution == "auto" else [request.execution]
     for execution in executions:
-        setup = StepConfig(groups=geometry.groups, execution=execution, **rest)
+        setup = StepConfig(num_groups=geometry.num_groups, execution=execution, **rest)
         if execution != "streamed":
             yield setup
             continue
@@ -148,8 +148,8 @@ def slice_for(model: Model, setup: StepConfig, budget: int | None = None) -> int
         setup: of the streamed execution; its own `slice_groups` does not matter.
         budget: bytes of memory; None for no bound.
     """
-    plan = group_plan(model, groups=setup.groups)
-    size = min(default_slice(setup.device, plan.tokens_per_group, setup.batch), plan.groups)
+    plan = group_plan(model, num_groups=setup.num_groups)
+    size = min(default_slice(setup.device, plan.tokens_per_group, setup.batch), plan.num_groups)
     while budget is not None and size > 1 and memory(model, replace(setup, slice_groups=size)).total > budget:
         size = size * 3 // 4
     return size

@@ -25,7 +25,7 @@ from fitformer.errors import InputError, MissingDependencyError
 from fitformer.models.base import FITModel
 from fitformer.models.pretrained import file_of
 from fitformer.tasks import build_model, group_images, task_of
-from fitformer.training import checkpoint
+from fitformer.training import checkpoint, checkpoint_file
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
 from fitformer.training.ema import EMACallback
 from fitformer.training.memory_check import fit_to_memory
@@ -102,8 +102,8 @@ def _resumed_step(run: Run, network: torch.nn.Module) -> tuple[int, bool]:
     """The step of the last checkpoint, 0 if there is none, and whether the validation of that step is still to come."""
     if not run.last_checkpoint.is_file():
         return 0, False
-    saved = checkpoint.load(run.last_checkpoint, lazily=True)
-    checkpoint.check_fits(saved, network, run.last_checkpoint)
+    saved = checkpoint_file.load(run.last_checkpoint, lazily=True)
+    checkpoint_file.check_fits(saved, network, run.last_checkpoint)
     return int(saved["global_step"]), checkpoint.validation_pending(saved)
 
 
@@ -221,7 +221,7 @@ def _trainer(
         log_every_n_steps=training.log_every,
         logger=loggers(run, step),
         callbacks=callbacks,
-        plugins=[checkpoint.AtomicCheckpointIO()],
+        plugins=[checkpoint_file.AtomicCheckpointIO()],
         enable_progress_bar=isinstance(bar, ProgressBar),
         enable_model_summary=False,
         use_distributed_sampler=False,

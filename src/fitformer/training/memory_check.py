@@ -56,7 +56,7 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
     device = _device(training)
     headers = _Headers(masks)
     setup = StepConfig(
-        groups=_most_groups(network, examples, headers.add),
+        num_groups=_most_groups(network, examples, headers.add),
         decode_bytes=headers.decode_bytes,
         data_bytes=headers.data_bytes,
         execution=training.execution,

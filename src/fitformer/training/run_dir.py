@@ -130,7 +130,7 @@ class Run:
             InputError: no model was exported yet, no such checkpoint; another role or weights that do not fit.
         """
         from fitformer.tasks import set_execution, task_of
-        from fitformer.training.checkpoint import load_network
+        from fitformer.training.checkpoint_file import load_network
 
         if not (self.model_folder / "model.safetensors").is_file():
             raise InputError(f"{self.path} has no model yet: no checkpoint was reached; train it further")
