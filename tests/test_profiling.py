@@ -232,7 +232,7 @@ PLACES = (("memory", None), ("memory", "bf16"), ("disk", None))
 
 
 def test_the_working_set_of_streaming_does_not_grow_with_the_image():
-    few, many = (memory(*small(execution="streamed", keep="disk", slice_groups=8, groups=t)) for t in (100, 400))
+    few, many = (memory(*small(execution="streamed", keep="disk", slice_groups=8, num_groups=t)) for t in (100, 400))
     latents = 300 * 16 * 512 * 4
     assert many.working - few.working < 40 * latents
     plain = [memory(*small(num_groups=t)).working for t in (100, 400)]
