@@ -518,7 +518,7 @@ def test_weights_that_are_no_numbers_do_not_take_the_place_of_a_checkpoint(tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch_task(patch, classify, loss=lambda network, *rest: (network.head.weight.sum() * np.inf, {}))
         assert main(words) == 2
-    assert "training diverged: at step 1 " in said(capsys)
+    assert "training diverged at step 1: " in said(capsys)
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 

@@ -424,6 +424,87 @@ def test_weights_that_are_no_numbers_are_not_saved_after_an_error(tmp_path, monk
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
+def test_a_run_that_diverges_stops_at_that_step_with_the_one_before(straight, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+
+    def poisoned(*given):
+        value, metrics = classify.loss(*given)
+        return value * float("nan"), metrics
+
+    calls = []
+    with monkeypatch.context() as patch:
+        loss = lambda *given: (calls.append(1), poisoned(*given) if len(calls) == 8 else classify.loss(*given))[1]  # noqa: E731
+        patch_task(patch, classify, loss=loss)
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 2
+    error = last_line(capsys)
+    assert "training diverged at step 3: the gradient of" in error
+    assert error.endswith("; the same command goes on from step 2")
+    assert [line["step"] for line in measured(run_dir)] == [1, 2]
+    assert all(value.isfinite().all() for value in weights(run_dir).values() if value.is_floating_point())
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert_equal_runs(run_dir, straight)
+    assert measured(run_dir) == measured(straight)
+
+
+def test_a_model_of_no_numbers_is_not_used(straight, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    state = load_file(run_dir / "model/model.safetensors")
+    state["head.bias"][1] = float("nan")
+    save_file(state, run_dir / "model/model.safetensors")
+    for verb in (["evaluate", str(run_dir)], ["predict", str(run_dir), str(tmp_path)]):
+        assert main(verb) == 2
+        assert "NaN or infinite weights (head.bias, the first of 1)" in last_line(capsys)
+
+
+def test_metrics_are_json_whatever_they_are(tmp_path):
+    from fitformer.training.callbacks import JsonLines
+
+    JsonLines(tmp_path / "metrics.jsonl").log_metrics({"loss": float("nan"), "other": 1.0, "rate": float("inf")}, 3)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert (found["loss"], found["other"], found["rate"]) == (None, 1.0, None)
+
+
+def test_two_processes_cannot_train_in_one_directory(straight, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", "import sys; from fitformer.cli import main; sys.exit(main(sys.argv[1:]))"]
+    found = []
+
+    def meanwhile():
+        other = subprocess.run(
+            [*command, *words("digits-classify", None, run_dir, *RARELY_SAVED)], capture_output=True, text=True
+        )
+        found.append((other.returncode, other.stderr))
+
+    with monkeypatch.context() as patch:
+        patch_task(patch, classify, loss=at_call(8, meanwhile, classify.loss))
+        assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    ((status, error),) = found
+    assert status == 2
+    assert error.endswith(f"{run_dir} is being trained by another process; wait for it, or give another --run-dir\n")
+    assert_equal_runs(run_dir, straight)
+    assert measured(run_dir) == measured(straight)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    left = ["checkpoints/.last.ckpt.1234.tmp", "model/.model.safetensors.99.tmp", ".recipe.yaml.5.tmp", "model/.tmpabc"]
+    for name in left:
+        (run_dir / name).write_text("half")
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert not list(run_dir.rglob(".*"))
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(words("digits-classify", None, run_dir, "--init-from", str(tmp_path / "absent"))) == 2
+    assert not run_dir.exists()
+
+
 def test_a_run_is_complete_only_with_its_model(straight, tmp_path, monkeypatch, capsys):
     from fitformer.training import checkpoint
 

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import warnings
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append `{"step": ..., "time": ..., <name>: <value>, ...}`."""
-        line = {"step": step, "time": round(time.time(), 3), **{name: float(value) for name, value in metrics.items()}}
+        """Append `{"step": ..., "time": ..., <name>: <value>, ...}`; null where a value is NaN or infinite."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        # JSON has no NaN.
+        plain = {name: value if isfinite(value) else None for name, value in numbers.items()}
+        line = {"step": step, "time": round(time.time(), 3), **plain}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
 
 from fitformer.errors import InputError
 from fitformer.models.pretrained import Pretrained
@@ -81,7 +82,12 @@ class CheckpointCallback(Checkpoint):
             trainer.training = True
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Mark the weights as those of no complete step."""
+        """Mark the weights as those of no complete step, if the gradient lets the step be taken.
+
+        Raises:
+            InputError: the gradient is NaN or infinite; the weights are still those of the step before.
+        """
+        _check_gradient(pl_module, trainer.global_step + 1)
         self._counters = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
@@ -189,6 +195,24 @@ class CheckpointCallback(Checkpoint):
         if self.stop_asked:
             raise KeyboardInterrupt
         self.stop_asked = True
+
+
+def _check_gradient(module: nn.Module, step: int) -> None:
+    """Refuse a step whose gradient is NaN or infinite.
+
+    Raises:
+        InputError: names the step and the first such parameter.
+    """
+    gradients = {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+    # The norm is NaN or infinite if one number is: one value to wait for, whatever the number of parameters.
+    if bool(nn.utils.get_total_norm(list(gradients.values())).isfinite()):
+        return
+    wrong = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+    which = f"of {wrong[0].removeprefix('network.')}, the first of {len(wrong)}," if wrong else "as a whole"
+    raise InputError(
+        f"training diverged at step {step}: the gradient {which} is NaN or infinite, and the step was not taken; lower "
+        "optimizer.lr, or look for NaN or infinite pixels"
+    )
 
 
 def _stepped(trainer: pl.Trainer) -> bool:

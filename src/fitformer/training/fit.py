@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fitformer import data
-from fitformer.config.schema import Recipe
+from fitformer.config.schema import Recipe, Training
 from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.workers import dead_worker, message_of
@@ -30,7 +30,15 @@ from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressB
 from fitformer.training.ema import EMACallback
 from fitformer.training.memory_check import fit_to_memory
 from fitformer.training.module import Data, FITModule
-from fitformer.training.run_dir import Run, check_run, is_first_process, start_run, truncate_metrics, write_data_card
+from fitformer.training.run_dir import (
+    Run,
+    check_run,
+    is_first_process,
+    locked,
+    start_run,
+    truncate_metrics,
+    write_data_card,
+)
 
 __all__ = ["train"]
 
@@ -63,12 +71,20 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
         network = build_model(recipe, examples)
     training = fit_to_memory(recipe, network, examples, masks)
     check_run(run_dir, recipe)
-    run = Run(Path(run_dir), recipe)
+    with locked(run_dir):
+        return _train(Run(Path(run_dir), recipe), network, training, examples, held_out, init_from)
+
+
+def _train(
+    run: Run, network: FITModel, training: Training, examples: Any, held_out: Any, init_from: str | Path | None
+) -> bool:
+    """Begin the run or go on with it, in a directory that is this process's own."""
+    recipe = run.recipe
     step, validation_pending = _resumed_step(run, network)
     _check_steps(run, step)
     _check_source(run, init_from, step)
     note = None if init_from is None or step else _initialise(network, init_from)
-    run = start_run(run_dir, recipe, note)
+    run = start_run(run.path, recipe, note)
     if step:
         run.check_pixels(examples)
     write_data_card(run, examples, held_out)

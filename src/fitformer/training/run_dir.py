@@ -13,11 +13,15 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock, Timeout
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.config import load as config
@@ -27,6 +31,7 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+LOCK = ".lock"
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
 
 
@@ -127,7 +132,8 @@ class Run:
                 this run. Of a recipe that averages, all give the averaged weights.
 
         Raises:
-            InputError: no model was exported yet, no such checkpoint; another role or weights that do not fit.
+            InputError: no model was exported yet, no such checkpoint; another role or weights that do not fit, or that
+                are NaN or infinite.
         """
         from fitformer.tasks import set_execution, task_of
         from fitformer.training.checkpoint_file import load_network
@@ -141,6 +147,11 @@ class Run:
                 way = "train with trainer.keep_best=true, or take --checkpoint last" if checkpoint == "best" else ""
                 raise InputError(f"there is no checkpoint {path}{'; ' * bool(way)}{way}")
             load_network(network, path)
+        if wrong := [name for name, value in network.state_dict().items() if not bool(value.isfinite().all())]:
+            raise InputError(
+                f"the model of {self.path} has NaN or infinite weights ({wrong[0]}, the first of {len(wrong)}): its "
+                "training diverged; train again with a lower optimizer.lr"
+            )
         set_execution(network, self.recipe.trainer)
         return network
 
@@ -158,7 +169,7 @@ def check_run(path: str | Path, recipe: Recipe) -> None:
         InputError: the directory holds the run of another recipe (names the keys and both values), or something else.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         differing = config.differences(Run.open(path).recipe, recipe)
         differing.pop("trainer.steps", None)
         if differing:
@@ -169,6 +180,40 @@ def check_run(path: str | Path, recipe: Recipe) -> None:
             )
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a run needs a directory")
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other processes from training in a run directory; what killed ones left half-written is removed.
+
+    The operating system frees the lock when this process ends, however it does.
+
+    Raises:
+        InputError: another process trains in it.
+    """
+    if not is_first_process():
+        yield
+        return
+    path = Path(path)
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"{path} is being trained by another process; wait for it, or give another --run-dir"
+        ) from None
+    try:
+        for folder in (path, path / "checkpoints", path / "model"):
+            for left in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
+                left.unlink()
+        yield
+    finally:
+        (path / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(path.iterdir()):
+            path.rmdir()
 
 
 def start_run(path: str | Path, recipe: Recipe, initial_weights: dict[str, str] | None = None) -> Run:
