@@ -123,3 +123,26 @@ def test_harmless_keys_exist():
 def test_only_similar_names_are_suggested():
     assert suggest("cats.csv", ["cat.csv", "dogs.csv"]) == "; did you mean 'cat.csv'?"
     assert suggest("wxyz.tif", ["0123456789.tif"], "; nothing is similar") == "; nothing is similar"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "value"),
+    [
+        ("digits-classify", "objective.label_smoothing", "1"),
+        ("digits-classify", "data.max_unreadable", "-1"),
+        ("digits-classify", "data.split_seed", "-1"),
+        ("digits-classify", "data.num_workers", "-1"),
+        ("digits-classify", "optimizer.clip", "1e400"),
+        ("digits-classify", "optimizer.lr", "nan"),
+        ("digits-classify", "optimizer.weight_decay", "inf"),
+        ("digits-classify", "trainer.seed", str(2**64)),
+        ("digits-diffuse", "objective.condition_dropout", "1"),
+        ("digits-diffuse", "objective.guidance", "1e30"),
+        ("digits-diffuse", "objective.guidance", "-5"),
+        ("digits-diffuse", "objective.guidance", "nan"),
+        ("digits-diffuse", "objective.b_scale", "inf"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_by_name(recipe, option, value):
+    with pytest.raises(InputError, match=option.rsplit(".", 1)[1]):
+        config.load(recipe, [f"--{option}={value}"])

@@ -131,7 +131,6 @@ def test_an_option_that_a_source_does_not_read_warns():
         (ImageData(source="digit"), "no image source 'digit'; did you mean 'digits'"),
         (ByteData(source="python-doc"), "no byte source 'python-doc'; did you mean 'python-docs'"),
         (ImageData(channels=2), "channels is 2"),
-        (ByteData(num_workers=-1), "num_workers is -1"),
         (ImageData(holdout=1.0), "holding out 1 of 1797 examples"),
         (ImageData(source="idx"), "set data.path to the folder"),
         (ByteData(source="files"), "needs a path"),

@@ -1,5 +1,6 @@
 """The two phases and the loop: what may depend on what, and that every way to run them is the plain one."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,7 +38,8 @@ plans = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1, 
 @given(plan=plans, last=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_a_layer_string_says_its_plan(plan, last):
-    plan[-1] = (plan[-1][0], last)
+    plan[-1] = (plan[-1][0], last or (0 if any(local for local, _ in plan) else 1))
+    last = plan[-1][1]
     text = "".join(f"({local}){glob}" for local, glob in plan)
     assert parse_layers(text) == plan
     if last == 0:
@@ -232,7 +234,7 @@ def test_initial_latents_of_fewer_groups_are_the_first_ones():
         ({"heads": 3}, "3 heads do not divide the width 8 of local layers, dim; the nearest, 2 or 4 heads do"),
         ({"latent_heads": 5}, "5 heads do not divide the width 12 of global layers, latent_dim; the nearest, 4 or 6"),
         ({"heads": 8, "latent_heads": 6}, "6 heads do not divide the width 8 of read and write"),
-        ({"heads": 0}, "0 heads do not divide"),
+        ({"heads": 0}, "heads is 0"),
         ({"num_groups": 0}, "num_groups is 0"),
         ({"tokens_per_group": -1}, "tokens_per_group is -1"),
         ({"latents_per_group": 1.5}, "latents_per_group is 1.5"),
@@ -243,7 +245,7 @@ def test_initial_latents_of_fewer_groups_are_the_first_ones():
         ({"drop_units": -0.5}, "drop_units is -0.5"),
         ({"drop_att": 2}, "drop_att is 2"),
         ({"layers": "(1)0(1)"}, "0 global layers"),
-        ({"position": "none"}, "unknown positions 'none'"),
+        ({"position": "none"}, "position is 'none'"),
     ],
 )
 def test_what_a_trunk_refuses(options, message):
@@ -252,6 +254,34 @@ def test_what_a_trunk_refuses(options, message):
     sizes = {"layers": "(1)1(1)", "latents_per_group": M, "dim": C, "latent_dim": D, "heads": 2, "latent_heads": 4}
     with pytest.raises(InputError, match=message):
         Trunk(TrunkConfig(**{**sizes, **options}), **geometry)
+
+
+ODD = [None, "4", "x", 2.0, float("nan"), float("inf"), -1, 0, 10**30, True, [4], (), b"4", 1e300]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("option", TrunkConfig.names())
+def test_an_odd_option_is_refused_by_its_name_or_means_something(option, value):
+    try:
+        config = TrunkConfig(**{option: value})
+        Trunk(config, T, N)
+    except InputError as error:
+        assert option in str(error) or (option, value) == ("layers", "x") or "layer string" in str(error)  # noqa: PT017
+    else:
+        number, kind = getattr(config, option), type(getattr(TrunkConfig(), option))
+        assert number == value
+        assert isinstance(number, (kind, int))
+
+
+def test_numbers_of_numpy_are_plain_ones():
+    config = TrunkConfig(dim=np.int64(8), mlp_ratio=np.float32(2), heads=np.int32(2))
+    assert [type(each) for each in (config.dim, config.mlp_ratio, config.heads)] == [int, float, int]
+
+
+@pytest.mark.parametrize("layers", ["(0)0", "(0)", "(1)999999", "(99999)1"])
+def test_a_trunk_of_no_layers_or_of_too_many_is_refused(layers):
+    with pytest.raises(InputError, match=r"layer string .* has \d+ layers; .*10000"):
+        parse_layers(layers)
 
 
 def test_a_layer_string_in_place_of_the_options_is_refused():

@@ -3,6 +3,7 @@
 This module imports neither torch nor numpy, so that the command line checks a recipe at once.
 """
 
+import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,14 +14,21 @@ from fitformer.models.config import TrunkConfig
 
 def _at_least(lowest: float, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and value < lowest:
-            raise InputError(f"{name} is {value}; it must be at least {lowest:g}")
+        # Not `value < lowest`: NaN compares false.
+        if value is not None and not lowest <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be at least {lowest:g} and finite")
 
 
 def _share(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise InputError(f"{name} is {value}; it must lie between 0 and 1")
+
+
+def _rate(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 0 and below 1")
 
 
 def _check_dropout(model: Any) -> None:
@@ -95,7 +103,7 @@ class ClassifyObjective:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _share(label_smoothing=self.label_smoothing)
+        _rate(label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -129,10 +137,13 @@ class DiffuseObjective:
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
-        _share(self_cond_rate=self.self_cond_rate, condition_dropout=self.condition_dropout)
+        _share(self_cond_rate=self.self_cond_rate)
+        _rate(condition_dropout=self.condition_dropout)
+        if not 0 <= self.guidance <= 100:
+            raise InputError(f"guidance is {self.guidance}; it must lie between 0 (none) and 100")
         _at_least(1, sample_steps=self.sample_steps)
-        if self.b_scale <= 0:
-            raise InputError(f"b_scale is {self.b_scale}; it must be above 0")
+        if not 0 < self.b_scale < math.inf:
+            raise InputError(f"b_scale is {self.b_scale}; it must be finite and above 0")
         if self.condition_dropout and not self.class_conditional:
             raise InputError(
                 f"condition_dropout is {self.condition_dropout} but class_conditional is false: there is no condition "
@@ -186,8 +197,8 @@ class Optimizer:
         _share(lr_end=self.lr_end)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {self.betas}; each must be at least 0 and below 1")
-        if self.lr <= 0:
-            raise InputError(f"lr is {self.lr}; it must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr is {self.lr}; it must be finite and above 0")
 
 
 @dataclass(frozen=True)
@@ -239,6 +250,8 @@ class Training:
         _at_least(1, checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
         _at_least(1, slice_groups=self.slice_groups)
         _at_least(0, seed=self.seed, previews=self.previews, validate_batches=self.validate_batches)
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}; it must be below 2**63")
         if self.compile and self.recompute not in (None, "full"):
             raise InputError(
                 f"recompute is {self.recompute!r} with compile: compiled layers choose themselves what they recompute; "

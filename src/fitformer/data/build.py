@@ -41,8 +41,6 @@ def build_dataset(settings: ImageData | ByteData, split: Split = "train", seed: 
     """
     if split not in ("train", "val", "test"):
         raise InputError(f"split is {split!r}: choose train, val or test")
-    if settings.num_workers < 0:
-        raise InputError(f"num_workers is {settings.num_workers}: 0 reads in the training process itself")
     _warn_of_ignored(settings)
     if isinstance(settings, ByteData):
         return _build_bytes(settings, split, seed)

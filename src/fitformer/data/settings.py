@@ -7,6 +7,8 @@ A field that the chosen source does not read gives a warning when it is set (see
 from dataclasses import dataclass
 from typing import Literal
 
+from fitformer.errors import InputError
+
 ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist"]
 ByteSource = Literal["python-sources", "python-docs", "files"]
 Augmentation = Literal["none", "light", "crop", "crop-flip", "shift", "flip", "dihedral"]
@@ -81,6 +83,9 @@ class ImageData:
     max_unreadable: int = 10
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        _check_counts(max_unreadable=self.max_unreadable, split_seed=self.split_seed, num_workers=self.num_workers)
+
 
 @dataclass(frozen=True)
 class ByteData:
@@ -104,6 +109,16 @@ class ByteData:
     holdout: float = 0.1
     split_seed: int = 0
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
+
+
+def _check_counts(**counts: int) -> None:
+    """Refuse negative numbers, and those that no 64 bits hold."""
+    for name, count in counts.items():
+        if not 0 <= count < 2**63:
+            raise InputError(f"{name} is {count}; it must be at least 0 and below 2**63")
 
 
 READ_BY: dict[str, tuple[str, ...]] = {

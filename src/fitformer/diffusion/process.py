@@ -6,6 +6,7 @@ A process maps a noise level to the scales of `x_t = alpha x0 + sigma eps`. Ever
 Tensors are `(b, ...)` with any further axes; noise levels are `(b,)`, or of a shape that broadcasts.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -87,6 +88,19 @@ PREDICTIONS: dict[str, Prediction] = {
 """All prediction kinds by name; a new kind is one entry."""
 
 
+MOST_GUIDANCE = 100.0
+
+
+def check_guidance(guidance: float) -> None:
+    """Refuse a strength of guidance that means nothing.
+
+    Raises:
+        InputError: NaN, infinite, negative, or above 100.
+    """
+    if not 0 <= guidance <= MOST_GUIDANCE:
+        raise InputError(f"guidance is {guidance}; it must lie between 0 (none) and {MOST_GUIDANCE:g}")
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Options of a denoiser that training fixed and sampling needs.
@@ -115,8 +129,9 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         lookup("prediction", self.prediction, PREDICTIONS)
         check_fraction("condition_dropout", self.condition_dropout)
-        if self.b_scale <= 0:
-            raise InputError(f"b_scale is {self.b_scale}; it must be above 0")
+        check_guidance(self.guidance)
+        if not 0 < self.b_scale < math.inf:
+            raise InputError(f"b_scale is {self.b_scale}; it must be finite and above 0")
         if self.sample_steps < 1:
             raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
 

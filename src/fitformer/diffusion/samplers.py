@@ -23,6 +23,7 @@ from fitformer.diffusion.process import (
     Denoise,
     Level,
     Process,
+    check_guidance,
     lookup,
     mix,
     predict,
@@ -186,6 +187,7 @@ def sample(
         InputError: no steps, an unknown schedule, sampler or prediction, guidance without a condition, another number
             of conditions than of samples, too little noise, or a `td` or `momentum` out of range.
     """
+    check_guidance(guidance)
     step = sampler_of(sampler)
     _check_sampling(init, prediction, cond, momentum)
     # Gamma is almost 0 at t = 1 and its rounding error is amplified, which half precision does not allow.

@@ -6,7 +6,8 @@ never the trunk's.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from numbers import Integral, Real
+from typing import Any, Literal, Self, get_args
 
 from fitformer.errors import InputError
 
@@ -50,6 +51,10 @@ class TrunkConfig:
     xattn_enc_ln: bool = True
     qk_norm: bool = False
 
+    def __post_init__(self) -> None:
+        for field in fields(TrunkConfig):
+            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of the options."""
@@ -68,6 +73,30 @@ class TrunkConfig:
         return replace(self, layers=self.layers + self.layers[: self.layers.index(")") + 1])
 
 
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """An option of the trunk as its own kind: numbers of numpy become plain ones.
+
+    Raises:
+        InputError: a value of another kind, or out of range.
+    """
+    flag, number = isinstance(value, bool), isinstance(value, Real)
+    if kind is bool and not flag:
+        raise InputError(f"{name} is {value!r}; it must be true or false")
+    if kind is int and (flag or not isinstance(value, Integral) or not 1 <= int(value) <= MOST):
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1, and at most {MOST}")
+    if name.startswith("drop_") and (flag or not number or not 0 <= value < 1):
+        raise InputError(f"{name} is {value!r}; a rate is at least 0 and below 1")
+    if name == "mlp_ratio" and (flag or not number or not 0 < value <= MOST_RATIO):
+        raise InputError(f"{name} is {value!r}; it must be a number above 0, and at most {MOST_RATIO}")
+    if get_args(kind) and value not in get_args(kind):
+        raise InputError(f"{name} is {value!r}; known are {', '.join(get_args(kind))}")
+    if kind is str and not isinstance(value, str):
+        raise InputError(f"{name} is {value!r}; it must be text")
+    return int(value) if kind is int else float(value) if kind is float and not isinstance(value, int) else value
+
+
+# Widths and ratios beyond these are mistakes, and would take all memory before anything else complains.
+MOST, MOST_RATIO = 2**20, 1024
 SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
 """The options that a preset is about; the others are the same in all presets."""
 

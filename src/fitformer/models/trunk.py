@@ -25,12 +25,14 @@ from fitformer.models.dropout import GroupRandom, draw_keys
 from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
 from fitformer.models.positions import PositionTable, latent_positions, token_positions
 
+MOST_LAYERS = 10_000
+
 
 def parse_layers(layers: str) -> list[tuple[int, int]]:
     """Read a layer string: `(local)global(local)global...`, so `"(4)8(4)"` is `[(4, 8), (4, 0)]` (spec section 2).
 
     Raises:
-        InputError: it does not parse, or a block before the last has no global layers.
+        InputError: it does not parse, there are no layers or too many, or a block before the last has no global layers.
     """
     whole = layers + "0" if layers.endswith(")") else layers
     if not re.fullmatch(r"(\(\d+\)\d+)+", whole):
@@ -38,6 +40,10 @@ def parse_layers(layers: str) -> list[tuple[int, int]]:
             f"layer string {layers!r} does not parse; write (local)global(local)global..., for example (4)8(4)8(4)"
         )
     depths = [(int(local), int(glob)) for local, glob in re.findall(r"\((\d+)\)(\d+)", whole)]
+    if not 0 < (count := sum(map(sum, depths))) <= MOST_LAYERS:
+        raise InputError(
+            f"layer string {layers!r} has {count} layers; a trunk has at least 1 and at most {MOST_LAYERS}"
+        )
     for i, (_, glob) in enumerate(depths[:-1]):
         if glob == 0:
             raise InputError(

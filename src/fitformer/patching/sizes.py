@@ -1,7 +1,7 @@
 """How axes are cut into groups of patches: sizes, lengths, and the one clear error when they do not fit."""
 
 from collections.abc import Iterable, Sequence
-from math import prod
+from math import isqrt, prod
 from operator import index
 
 import torch
@@ -12,6 +12,7 @@ from fitformer.errors import InputError
 Size = int | Sequence[int]
 
 AXES = {"f": "frames", "h": "rows", "w": "columns"}
+MOST_SIDE = 10**8
 ORDERS = ("raster", "snake")
 
 
@@ -35,6 +36,8 @@ def to_sides(size: Size, axes: str) -> tuple[int, ...]:
         sides = tuple(index(side) for side in (size if isinstance(size, Sequence) else [size] * len(axes)))
     except TypeError:
         sides = ()
+    if sides and max(sides) > MOST_SIDE:
+        raise InputError(f"a side is {max(sides)}; sizes are at most {MOST_SIDE}")
     if len(sides) != len(axes) or min(sides) < 1:
         names = ", ".join(AXES[axis] for axis in axes)
         raise InputError(f"a size is one positive whole number or ({names}), not {size!r}")
@@ -74,10 +77,17 @@ def check_divisible(whole: int, part: int, words: tuple[str, str, str], within: 
     if whole % part == 0:
         return
     one, parts, unit = words
-    wholes = _nearest(whole, [size for size in range(part, whole + part + 1, part) if within % size == 0])
-    pieces = _nearest(part, [size for size in range(multiple, whole + 1, multiple) if whole % size == 0])
+    around = [whole // part * part, whole // part * part + part] if within == 0 else _divisors(within)
+    wholes = _nearest(whole, [size for size in around if size and size % part == 0 and size <= whole + part])
+    pieces = _nearest(part, [size for size in _divisors(whole) if size % multiple == 0])
     ways = [f"{wholes} {unit} would do"] * bool(wholes) + [f"{parts} of {pieces} {unit} would do"] * bool(pieces)
     raise InputError(f"{one} of {whole} {unit} does not divide into {parts} of {part}; {', or '.join(ways)}")
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, in their order."""
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
 
 
 def _nearest(size: int, sizes: list[int]) -> str:

@@ -178,7 +178,7 @@ def _fit(run: Run, learner: FITModule, examples: Data, step: int, validation_pen
         try:
             trainer = _trainer(run, keeper, average, step, validate=examples.held_out is not None)
             trainer.fit_loop.epoch_loop.max_steps += validation_pending  # See `CheckpointCallback.on_train_start`.
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, TypeError) as error:
             raise InputError(f"these devices cannot be used: {error}") from error
         try:
             resumed = str(run.last_checkpoint) if step else None
