@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.folders import Columns, image_files, read_folder, read_manifest
 from fitformer.data.pixels import UnreadableImageError, decode, header_channels
 from fitformer.errors import InputError
+from fitformer.patching.any_size import to_signal
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 random = np.random.default_rng(0)
@@ -166,6 +168,33 @@ def test_sixteen_bits_are_scaled_and_orientation_is_applied(tmp_path):
     turned[0x0112] = 6
     Image.new("RGB", (7, 3)).save(tmp_path / "a.jpg", exif=turned)
     assert decode(tmp_path / "a.jpg", "a").shape == (7, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "pgm"])
+@pytest.mark.parametrize("levels", [(0, 0), (255, 255), (256, 256), (200, 300), (4095, 0), (60000, 1), (65535, 128)])
+def test_sixteen_bits_are_scaled_by_their_type_and_never_by_a_file_s_own_maximum(tmp_path, kind, levels):
+    tifffile = pytest.importorskip("tifffile")
+    pixels, file = np.array([levels] * 3, np.uint16), tmp_path / f"a.{kind.split()[-1]}"
+    if kind == "png":
+        Image.fromarray(pixels).save(file)
+    elif kind == "pgm":
+        file.write_bytes(b"P5 2 3 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        tifffile.imwrite(file, pixels, byteorder=">" if kind.startswith("big") else "<")
+    found = decode(file, "a")
+    assert found.shape == (3, 2, 1)
+    assert found[..., 0].tolist() == np.rint(pixels / 257).astype(int).tolist()
+    # The other path keeps sixteen bits, and a network sees the same to half a level.
+    apart = to_signal(torch.from_numpy(found[..., 0])) - to_signal(torch.from_numpy(pixels))
+    assert float(apart.abs().max()) <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint32, np.int16])
+def test_numbers_without_a_range_are_refused(tmp_path, dtype):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.linspace(0, 1, 6).reshape(2, 3).astype(dtype))
+    with pytest.raises(UnreadableImageError, match=r"range.*uint8 or uint16"):
+        decode(tmp_path / "a.tif", "a.tif")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".gif"])

@@ -133,3 +133,12 @@ def test_an_image_of_no_numbers_gets_no_label(tmp_path):
     found = list(predict(network, files, ("a", "b"), on_unreadable=faults.append))
     assert [Path(each.file).name for each in found] == ["whole.npy"]
     assert "NaN or infinite" in str(faults[0])
+
+
+def test_samples_of_an_earlier_call_do_not_stay(tmp_path):
+    images = torch.zeros(5, 4, 4, 1, dtype=torch.uint8)
+    write_samples(tmp_path, images, None, {})
+    (tmp_path / "mine.png").write_bytes(b"not a sample")
+    write_samples(tmp_path, images[:2], ["a", "b"], {})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"00000-a.png", "00001-b.png", "grid.png", "samples.json", "mine.png"}

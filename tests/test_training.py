@@ -112,7 +112,10 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(name, text, tmp_path,
             main(words(name, text, broken))
     capsys.readouterr()
     assert main(words(name, text, broken)) == 0
-    assert "goes on from step 4 of 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "goes on from step 4 of 6" in said
+    about = json.loads((broken / "data.json").read_text())
+    assert f"training: {about['train']}\nheld out: {about['held_out']}\n" in said
 
     ours, theirs = weights(straight), weights(broken)
     assert ours.keys() == theirs.keys()

@@ -77,12 +77,15 @@ def header_channels(file: str | os.PathLike[str] | bytes, name: str) -> int:
 def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None = None) -> np.ndarray:
     """Pixels (H, W, ch) uint8 of an image file, turned upright, with `channels` or its own number of them.
 
+    Sixteen bits are divided by 257, whatever the largest of them in this file.
+
     Raises:
-        UnreadableImageError: it is missing, truncated or no image.
+        UnreadableImageError: it is missing, truncated, no image, or of numbers without a range (floats, 32 bits).
     """
     try:
         with Image.open(_openable(file)) as image:
             image.load()
+            _check_range(image)
             pixels = _to_pixels(ImageOps.exif_transpose(image))
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno in _MACHINE:
@@ -91,13 +94,24 @@ def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None
     return pixels if channels is None else convert(pixels, channels)
 
 
+def _check_range(image: Image.Image) -> None:
+    """Refuse numbers whose range the file does not tell; mode `I` of PNG and PPM is sixteen bits.
+
+    Raises:
+        ValueError: floats, or integers of 32 bits or with a sign.
+    """
+    kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(
+            f"its pixels are {kind}, whose range the file does not tell: convert it to uint8 or uint16, or read images "
+            "of any size, with data.image_size null"
+        )
+
+
 def _to_pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
-        # Sixteen bits or more: Pillow's own conversion would clip at 255 instead of scaling.
-        wide = np.asarray(image).astype(np.int64)
-        return (np.clip(wide, 0, 65535) // 257 if wide.max() > 255 else np.clip(wide, 0, 255)).astype(np.uint8)[
-            ..., None
-        ]
+        # Sixteen bits: Pillow's own conversion would clip at 255 instead of scaling.
+        return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None]
     return to_array(image.convert(MODES[natural_channels(image)]))
 
 

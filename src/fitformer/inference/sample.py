@@ -46,6 +46,8 @@ def write_samples(
 ) -> Path:
     """Write images uint8 `(k, H, W, ch)` into a folder: grid.png, one PNG each, and samples.json; returns the grid.
 
+    Images that an earlier samples.json of the folder lists, and this one does not, are removed.
+
     Args:
         folder: created if it does not exist. images: the samples, numbered from 0.
         classes: name of the class of each image, part of its file name, or None.
@@ -58,10 +60,22 @@ def write_samples(
         path = folder / (f"{k:05d}.png" if name is None else f"{k:05d}-{file_safe(name)}.png")
         write_picture(path, image)
         entries.append({"file": path.name, "index": k, **({} if name is None else {"class": name})})
+    stale = _listed(folder) - {entry["file"] for entry in entries}
     with write_atomically(folder / "samples.json") as scratch:
         scratch.write_text(json.dumps({**settings, "samples": entries}, indent=1, ensure_ascii=False) + "\n", "utf-8")
     write_picture(folder / "grid.png", grid(images, columns))
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     return folder / "grid.png"
+
+
+def _listed(folder: Path) -> set[str]:
+    """The images of a folder that its samples.json lists; none if there is no such list."""
+    try:
+        entries = json.loads((folder / "samples.json").read_text("utf-8"))["samples"]
+        return {Path(entry["file"]).name for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def file_safe(name: str) -> str:

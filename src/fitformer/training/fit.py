@@ -91,8 +91,10 @@ def _train(
     if step >= recipe.trainer.steps and not validation_pending:
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
-    for dataset in (examples, held_out):
+    for part, dataset in (("training", examples), ("held out", held_out)):
         group_images(network, dataset, recipe)
+        if dataset is not None:
+            _say(f"{part}: {dataset.describe()}")
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
     learner = FITModule(network, replace(recipe, trainer=training))
