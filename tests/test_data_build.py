@@ -93,7 +93,7 @@ def test_own_parts_are_used_before_any_is_held_out(folder):
 
 
 def test_a_validation_part_stands_in_for_a_test_part(folder):
-    path = folder("train/a/0.png", "train/a/1.png", "val/a/0.png")
+    path = folder("train/a/0.png", "train/b/1.png", "val/a/0.png")
     settings = ImageData(source="folder", path=path)
     assert [len(build_dataset(settings, split)) for split in ("train", "val", "test")] == [2, 1, 1]
 

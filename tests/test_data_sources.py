@@ -263,12 +263,13 @@ def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="did you mean 'pictures'"):
         read_folder(str(tmp_path / "picture"), (), None)
     paint(tmp_path / "cat" / "0.png")
+    paint(tmp_path / "dog" / "0.png")
     with pytest.warns(UserWarning, match="pictures has no images"):
         read_folder(str(tmp_path), (), None)
     (tmp_path / "pictures").rmdir()
     paint(tmp_path / "stray.png")
     with pytest.warns(UserWarning, match=r"left out: .*stray\.png"):
-        assert len(read_folder(str(tmp_path), (), None)["train"]) == 1
+        assert len(read_folder(str(tmp_path), (), None)["train"]) == 2
 
 
 def test_mixed_channels_are_refused_or_converted(tmp_path):
@@ -361,3 +362,36 @@ def test_a_truncated_parquet_table(tmp_path):
     truncate(Path(file))
     with pytest.raises(InputError, match="not a whole Parquet file"):
         read_manifest(file, Columns(), (), None)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "VALID"), ("training", "Validation")])
+def test_parts_are_read_whatever_their_case(tmp_path, names):
+    for part in names:
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            Image.new("L", (3, 3)).save(tmp_path / part / label / "0.png")
+    found = read_folder(str(tmp_path), (), None)
+    assert set(found) == {name.lower() for name in names}
+    assert all(source.classes == ("a", "b") for source in found.values())
+
+
+def test_parts_beside_other_folders_are_refused_unless_they_are_classes(tmp_path):
+    for name in ("train", "test", "unlabeled"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (3, 3)).save(tmp_path / name / "0.png")
+    with pytest.raises(InputError, match=r"parts test, train .*unlabeled"):
+        read_folder(str(tmp_path), (), None)
+    (source,) = read_folder(str(tmp_path), ("test", "train", "unlabeled"), None).values()
+    assert source.classes == ("test", "train", "unlabeled")
+    # One such name among others is a class: trains are pictures, too.
+    (tmp_path / "test").rename(tmp_path / "bus")
+    (source,) = read_folder(str(tmp_path), (), None).values()
+    assert source.classes == ("bus", "train", "unlabeled")
+
+
+def test_one_class_is_warned_of(tmp_path):
+    for label in ("cats", "dogs"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("L", (3, 3)).save(tmp_path / "photos" / label / "0.png")
+    with pytest.warns(UserWarning, match="one class, 'photos'.* one level deeper"):
+        read_folder(str(tmp_path), (), None)

@@ -68,17 +68,47 @@ def read_folder(
 ) -> dict[str, Source]:
     """A folder of images: a class per subfolder, or flat and without classes; either in part folders, train and so on.
 
+    Names of parts are read whatever their case. One class alone gives a warning.
+
     Raises:
-        InputError: it is missing, empty, or has a folder for a class that is not in `classes`.
+        InputError: it is missing, empty, has a folder for a class that is not in `classes`, or parts and other folders
+            side by side.
     """
     root = existing(path, "folder", "a folder of images")
     if not root.is_dir():
         raise InputError(f"data source 'folder' needs a folder of images: {root} is a file")
-    below = _subfolders(root)
-    in_parts = bool(below) and set(below) <= {*PART_NAMES, *part_names}
-    folders = {part: root / part for part in below} if in_parts else {"train": root}
+    folders = _part_folders(root, classes, part_names)
     named = {part: _label_files(folder, reading) for part, folder in folders.items()}
+    labels = {label for part in named.values() for _, label in part if label is not None}
+    if len(labels) == 1 and not classes:
+        warnings.warn(
+            f"{root} has one class, {labels.pop()!r}, so there is nothing to learn; if its class folders are one level "
+            "deeper, give that folder as data.path",
+            stacklevel=2,
+        )
     return number_parts(str(root), named, classes, channels, reading)
+
+
+def _part_folders(root: Path, classes: tuple[str, ...], part_names: Sequence[str]) -> dict[str, Path]:
+    """The folders of parts by name; the folder itself as `train` if it has class folders, or images alone.
+
+    Raises:
+        InputError: folders of parts beside others, or two of one part.
+    """
+    below = _subfolders(root)
+    known = {name: name if name in part_names else name.lower() for name in below}
+    parts = {name: part for name, part in known.items() if part in (*PART_NAMES, *part_names)}
+    if len(parts) < len(below) and len(set(parts.values())) > 1 and not set(parts) <= set(classes):
+        others = [name for name in below if name not in parts]
+        raise InputError(
+            f"{root} has the parts {listed(list(parts))} and other folders beside them ({listed(others)}): move those "
+            "elsewhere, or, if all are classes, name them in data.classes"
+        )
+    if not parts or len(parts) < len(below):
+        return {"train": root}
+    if len(set(parts.values())) < len(parts):
+        raise InputError(f"{root} has several folders of one part: {listed(list(parts))}; keep one of each")
+    return {part: root / name for name, part in parts.items()}
 
 
 Labelled = list[tuple[str, str | None]]
