@@ -462,6 +462,28 @@ def test_a_model_of_no_numbers_is_not_used(straight, tmp_path, capsys):
         assert "NaN or infinite weights (head.bias, the first of 1)" in last_line(capsys)
 
 
+def test_lines_that_are_no_measurements_are_passed_over(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    file = run_dir / "metrics.jsonl"
+    file.write_bytes(
+        file.read_bytes() + b'\xff\xfe\n{"step": "x"}\n[1]\n3\n{"loss": 1}\n' + b"[" * 10**5 + b'\n{"step": 9'
+    )
+    assert measured(run_dir) == measured(straight)
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED)) == 0
+    assert measured(run_dir) == measured(straight)
+
+
+@pytest.mark.parametrize("content", [b"task: \xff\xfe", b"[" * 10**4, b"", b"task: 3", b"- a"])
+def test_a_recipe_that_is_none_is_one_clear_error(straight, tmp_path, capsys, content):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    (run_dir / "recipe.yaml").write_bytes(content)
+    for verb in (["evaluate", str(run_dir)], words("digits-classify", None, run_dir, *RARELY_SAVED)):
+        assert main(verb) == 2
+        assert "recipe.yaml" in last_line(capsys)
+
+
 def test_metrics_are_json_whatever_they_are(tmp_path):
     from fitformer.training.callbacks import JsonLines
 

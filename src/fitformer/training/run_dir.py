@@ -55,7 +55,10 @@ class Run:
         recipe = path / "recipe.yaml"
         if not recipe.is_file():
             raise InputError(f"{path} is not a run directory: it has no recipe.yaml")
-        return cls(path, config.parse(recipe.read_text(encoding="utf-8"), where=str(recipe)))
+        try:
+            return cls(path, config.parse(recipe.read_text(encoding="utf-8"), where=str(recipe)))
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{recipe} is not the recipe of a run ({type(error).__name__}); write it anew") from error
 
     @property
     def last_checkpoint(self) -> Path:
@@ -248,14 +251,16 @@ def write_data_card(run: Run, train: Any, test: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; those that do not parse (cut off by a crash) are left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """Lines of a metrics file; those that are no measurement with a step (cut off by a crash, say) are left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     parsed = []
     for line in lines:
         try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            parsed.append(found)
     return parsed
 
 
