@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +181,29 @@ def test_text_goes_on_from_its_prompt_past_the_trained_length(made, capsys, tmp_
     assert (tmp_path / "again").read_bytes() == whole
 
 
+def test_a_prompt_of_any_bytes_and_a_terminal_without_the_letters_do(made, capsys, tmp_path):
+    # As Python hands over what a shell gave that is no UTF-8.
+    use(capsys, "generate", made("bytes"), "--prompt", "A\udcff", "--length", "5", "--output", str(tmp_path / "text"))
+    assert (tmp_path / "text").read_bytes().startswith(b"A\xff")
+    code = "import sys; from fitformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "generate", made("bytes"), "--prompt", "\u00e9", "--length", "5"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout.startswith(b"\\xe9")
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_strengths_of_sampling_that_mean_nothing_are_refused(made, capsys, option, value):
+    assert option[2:].replace("-", "_") in refusal(capsys, "generate", made("bytes"), option, value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e30"])
+def test_a_strength_of_guidance_that_means_nothing_is_refused(made, capsys, value):
+    assert "guidance is" in refusal(capsys, "sample", made("diffuse"), "--count", "1", f"--guidance={value}")
+
+
 def test_text_without_a_prompt_several_times(made, capsys, tmp_path):
     use(capsys, "generate", made("bytes"), "--count", "2", "--length", "9", "--output", str(tmp_path / "t.txt"))
     texts = [(tmp_path / f"t-0000{k}.txt").read_bytes() for k in range(2)]
@@ -211,3 +237,4 @@ def test_a_number_out_of_range_is_said_by_the_parser(made, capsys):
 
 def test_a_device_that_is_not_there_is_one_error(made, capsys):
     assert "cannot be used" in refusal(capsys, "evaluate", made("classify"), "--device", "nonsense")
+    assert "'meta'" in refusal(capsys, "evaluate", made("classify"), "--device", "meta")

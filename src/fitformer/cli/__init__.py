@@ -7,6 +7,7 @@ parser does not know as `arguments.overrides`.
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,6 +32,9 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a letter shows its code, and ends nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not words or words[0] not in VERBS:
             return _outer(words)

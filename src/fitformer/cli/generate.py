@@ -6,6 +6,7 @@ fitformer generate runs/digits-pixels --count 20 --output generated
 
 import argparse
 import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def _prompt(arguments: argparse.Namespace) -> bytes:
         return b""
     if arguments.prompt is None and not arguments.prompt_file.is_file():
         raise InputError(f"there is no prompt file {arguments.prompt_file}")
-    given = arguments.prompt_file.read_bytes() if arguments.prompt is None else arguments.prompt.encode()
+    given = arguments.prompt_file.read_bytes() if arguments.prompt is None else os.fsencode(arguments.prompt)
     if not given:
         raise InputError("the prompt is empty; leave it out to start without one")
     return given

@@ -110,6 +110,8 @@ def device_of(arguments: argparse.Namespace) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"the device {name!r} cannot be used ({first}); try --device cpu") from error
+    if device.type == "meta":
+        raise InputError("the device 'meta' holds no numbers; try --device cpu")
     return device
 
 
