@@ -1,5 +1,6 @@
 import csv
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -395,3 +396,19 @@ def test_one_class_is_warned_of(tmp_path):
         Image.new("L", (3, 3)).save(tmp_path / "photos" / label / "0.png")
     with pytest.warns(UserWarning, match="one class, 'photos'.* one level deeper"):
         read_folder(str(tmp_path), (), None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_links_that_go_round_and_pipes_make_no_examples(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label / "deep").mkdir(parents=True)
+        for k in range(3):
+            Image.new("L", (3, 3), 10 * k).save(tmp_path / label / "deep" / f"{k}.png")
+    (tmp_path / "a" / "deep" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a" / "deep")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    source = read_folder(str(tmp_path), (), None)["train"]
+    assert np.bincount(source.labels).tolist() == [3, 3]
+    assert len(image_files(tmp_path)) == 6
+    with pytest.raises(UnreadableImageError, match=r"pipe\.png .*pipe or a device"):
+        decode(tmp_path / "b" / "pipe.png", "pipe.png")

@@ -142,3 +142,10 @@ def test_samples_of_an_earlier_call_do_not_stay(tmp_path):
     write_samples(tmp_path, images[:2], ["a", "b"], {})
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"00000-a.png", "00001-b.png", "grid.png", "samples.json", "mine.png"}
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path):
+    for name in ("a.png", "deep/b.png", ".hidden/c.png", ".d.png", "__cache__/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (3, 3)).save(tmp_path / name)
+    assert [file.name for file in expand([tmp_path])] == ["a.png", "b.png"]

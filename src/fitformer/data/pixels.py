@@ -39,7 +39,17 @@ def suffixes() -> frozenset[str]:
 
 
 def _openable(file: str | os.PathLike[str] | bytes) -> io.BytesIO | Path:
-    return io.BytesIO(file) if isinstance(file, bytes) else Path(file)
+    """What Pillow opens.
+
+    Raises:
+        ValueError: a pipe or a device, which might never end.
+    """
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a folder, a pipe or a device, not a file")
+    return path
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitformer.data.datasets.folders import image_files
 from fitformer.data.pixels import UnreadableImageError, convert, decode, fit, suffixes
 from fitformer.data.readers import LazyImage, open_image
 from fitformer.errors import InputError
@@ -39,7 +40,7 @@ class Prediction:
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, and of folders all image files below them, sorted.
+    """Files as they are, and of folders all image files below them, sorted: those that training reads.
 
     Raises:
         InputError: a folder without an image file.
@@ -49,7 +50,7 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        below = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes() and file.is_file())
+        below = [Path(file) for file in image_files(path)]
         if not below:
             raise InputError(f"the folder {path} holds no image files ({', '.join(sorted(suffixes())[:6])}, ...)")
         found += below

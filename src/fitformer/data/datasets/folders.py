@@ -2,6 +2,7 @@
 
 import csv
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,18 +38,40 @@ LAZY = Reading(lazy_suffixes, lazy_source)
 
 
 def image_files(folder: Path, reading: Reading = DECODED) -> list[str]:
-    """Every image below a folder, by file name ending, sorted; hidden files and folders are left out."""
+    """Every image below a folder, by file name ending, sorted; hidden files and folders are left out.
+
+    Links are followed, and each folder is read once, so that a link to a folder above ends. Pipes and devices are
+    no images.
+    """
     known = reading.suffixes()
     found: list[str] = []
+    seen = {os.path.realpath(folder)}
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [
-            os.path.join(where, name)
+            path
             for name in [*names, *filter(is_image_folder, folders)]
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in known
+            if os.path.isdir(path := os.path.join(where, name)) or _is_file(path)
         ]
-        folders[:] = [name for name in folders if not is_image_folder(name)]
+        # Folders themselves before links to them, so that files have the names that they are stored under.
+        below = sorted(
+            (os.path.islink(os.path.join(where, name)), name) for name in folders if not is_image_folder(name)
+        )
+        folders.clear()
+        for _, name in below:
+            if (real := os.path.realpath(os.path.join(where, name))) not in seen:
+                seen.add(real)
+                folders.append(name)
     return sorted(found)
+
+
+def _is_file(path: str | Path) -> bool:
+    """Whether a path is a regular file, or one that cannot be looked at, whose fault its reader names."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _subfolders(folder: Path) -> list[str]:
