@@ -1,4 +1,4 @@
-"""What every source of images is: a row of pixels and labels, and the numbering of class names."""
+"""The protocol of image sources, and the numbering of class names."""
 
 import os
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ UNLABELLED = -1
 
 
 class Source(Protocol):
-    """A row of images."""
+    """A sequence of images with labels."""
 
     @property
     def title(self) -> str:
-        """What this is, for messages."""
+        """The name of the source, for messages."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """How to call an image in a message."""
+        """The name of an image, for messages."""
         ...
 
 

@@ -30,7 +30,7 @@ class TileCache:
                 self._tiles.move_to_end(key)
                 return self._tiles[key]
             self._make_room(size)
-        # Outside the lock, so that threads decode side by side; two of them may decode the same tile, which is no harm.
+        # Outside the lock, so that threads decode side by side; decoding one tile twice is harmless.
         tile = decode()
         with self._lock:
             self._put(key, tile)
@@ -48,7 +48,7 @@ class TileCache:
             self.held_bytes -= self._tiles.popitem(last=False)[1].nbytes
 
     def drop(self, belongs: Callable[[Hashable], bool]) -> None:
-        """Forget the tiles whose keys `belongs` says yes to."""
+        """Drop the tiles whose keys `belongs` accepts."""
         with self._lock:
             for key in [key for key in self._tiles if belongs(key)]:
                 self.held_bytes -= self._tiles.pop(key).nbytes

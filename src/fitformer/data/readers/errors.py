@@ -1,4 +1,4 @@
-"""One clear error for whatever a library raises at a broken file."""
+"""One clear error for any exception that a library raises on a broken file."""
 
 import errno
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from PIL import UnidentifiedImageError
 
 from fitformer.errors import InputError, MissingDependencyError
 
-# The machine's trouble, not the file's: calling the file broken would hide it.
+# Errors of the machine, not of the file.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES}
 _NOT_THE_FILES = (InputError, MissingDependencyError, MemoryError, Warning)
 
@@ -31,7 +31,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is no image in a format known here"
     words = " ".join(str(error).split())
-    # What these say is about a line of code and not about the file.
+    # Messages of these kinds describe a line of code, not the file.
     if isinstance(error, (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)) or not words:
         return f"it is damaged, or not what its name says ({type(error).__name__}: {words})"
     return words

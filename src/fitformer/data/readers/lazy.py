@@ -24,7 +24,7 @@ BACKENDS: dict[str, Backend] = {
     **dict.fromkeys((".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".czi", ".dcm"), open_slide),
     ".npy": open_npy,
 }
-"""Which backend opens which file name ending; folders are Zarr, and Pillow is asked about every other file."""
+"""The backend of each file name suffix; folders are Zarr, and Pillow opens every other file."""
 
 
 def _backend(path: str) -> Backend:
@@ -34,7 +34,7 @@ def _backend(path: str) -> Backend:
 
 
 class LazyImage:
-    """An image file whose pixels are read when asked for; `open_image` makes it.
+    """An image file whose pixels are read on demand; `open_image` makes it.
 
     It reads the header at first use, once in each process, and may be used from several threads. Pickling keeps the
     path and the limit alone. `close` gives up the file and the decoded tiles; the next use opens it again.
@@ -117,7 +117,7 @@ class LazyImage:
         return [level for level in self._levels()[:0:-1] if level.shape[0] >= rows and level.shape[1] >= columns]
 
     def close(self) -> None:
-        """Give up the file and its decoded tiles."""
+        """Close the file and drop its decoded tiles."""
         with self._lock():
             opened, self._opened = self._opened, None
             if opened is not None and opened[0] == os.getpid():

@@ -56,7 +56,7 @@ class Level(Pixels, Protocol):
     """An image in a file, or a stored reduction of it."""
 
     def forget(self) -> None:
-        """Drop what is kept decoded."""
+        """Drop its decoded pixels."""
         ...
 
 
@@ -68,7 +68,7 @@ class OpenImage:
     release: Callable[[], None] = lambda: None
 
     def close(self) -> None:
-        """Let go of the file and of what is kept of it."""
+        """Close the file and drop its decoded pixels."""
         self.release()
         for level in self.levels:
             level.forget()
@@ -169,7 +169,7 @@ class ConvertedLevel:
         return self.change(self.level.window(top, left, height, width))
 
     def forget(self) -> None:
-        """Drop what is kept of the level itself."""
+        """Drop the decoded pixels of the level itself."""
         self.level.forget()
 
 

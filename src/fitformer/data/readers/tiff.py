@@ -31,7 +31,7 @@ def open_tiff(path: str, most_bytes: float) -> OpenImage:
             `most_bytes`, or no image of rows and columns.
     """
     tifffile = require("tifffile", extra="gigapixel")
-    # What is wrong with a file is said in one error; without a handler, its log would be printed besides.
+    # Faults of a file become one error; without a handler, tifffile would print its log as well.
     logging.getLogger("tifffile").addHandler(_SILENT)
     levels: list[Level] = []
     with readable(path), tifffile.TiffFile(path) as file:

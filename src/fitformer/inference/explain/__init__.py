@@ -1,4 +1,4 @@
-"""What a classifier saw in an image of any size: where its latents looked and what moved its decision, for viewers.
+"""Attention and relevance of a classifier on an image of any size, written for viewers.
 
 `attribute` computes both, a value a patch; `HeatMap` lays one out; `write_overlay`, `write_geojson` and `write_tiff`
 write it; `Slides` does all that for a folder of images, and goes on where it was stopped.

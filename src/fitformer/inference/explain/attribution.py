@@ -1,4 +1,4 @@
-"""Attention of the latents and relevance for the decision, a value a patch each, in any way to run.
+"""Attention of the latents and relevance for the decision, one value a patch each, under any execution.
 
 Both are computed slice by slice, so that two values a patch are all that is kept: a hook on each read computes its
 attention weights again, and a hook on the embedded tokens takes the gradient of the decision in the backward pass.
@@ -31,7 +31,7 @@ Tell = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What a classifier's answer rests on in an image.
+    """Attention and relevance of a classifier on an image.
 
     Attributes:
         logits: `(classes,)`.
@@ -115,7 +115,7 @@ class _Average:
 
 
 def _averaging(inputs: Inputs, average: _Average) -> Inputs:
-    """The same inputs; its patches are counted in the average as they come by."""
+    """The same inputs; `average` counts each embedded patch."""
     plainly = inputs.embed
 
     def embed(groups: slice, tokens: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def _averaging(inputs: Inputs, average: _Average) -> Inputs:
 
 
 def _noting(inputs: Inputs, average: _Average, gate: Tensor, relevance: Tensor) -> Inputs:
-    """Work on the faded image; on the way back what each patch moves is noted in `moved (t, n)`.
+    """Inputs of the faded image; the backward pass writes the relevance of each patch into `relevance (t, n)`.
 
-    `gate`, a one that all tokens are multiplied with, makes every way to run ask for these gradients, and for no others
+    `gate`, a one that all tokens are multiplied with, makes every execution compute these gradients, and no others
     where the parameters are frozen.
     """
     plainly = inputs.embed
@@ -153,7 +153,7 @@ def _note(relevance: Tensor, groups: slice, values: Tensor) -> None:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient in here."""
+    """Within this context no parameter requires a gradient."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

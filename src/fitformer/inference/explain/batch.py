@@ -41,7 +41,7 @@ OUTPUTS = (".attention.png", ".relevance.png", ".attention.tif", ".relevance.tif
 RECORD = ".json"
 # Rewriting the table of thousands after each of them would take longer than they do.
 TABLE_SECONDS = 10.0
-# What the outputs hold: those that an earlier version made of something else are made anew.
+# Version of the outputs: those of an earlier version are made again.
 MAPS = {"relevance": "log-odds, against the average patch, faded"}
 
 
@@ -58,7 +58,7 @@ class Failure:
 
     @classmethod
     def by(cls, error: Exception) -> "Failure":
-        """Of what was raised when the image was looked at."""
+        """The failure that an exception stands for."""
         what = (
             "blank"
             if isinstance(error, EmptyImageError)
@@ -165,7 +165,7 @@ class Slides:
             raise InputError(f"{len(self.classes)} class names given to a classifier of {known} classes")
 
     def run(self, slides: Sequence[Slide]) -> int:
-        """Label the images and write their heat maps; those whose outputs are complete are left as they are.
+        """Label the images and write their heat maps; complete outputs stay unchanged.
 
         The tables hold all images of the output folder that were made with the same model and settings. Returns how
         many images were made now.
@@ -217,7 +217,7 @@ class Slides:
         return seen
 
     def _need_own_name(self, slide: Slide) -> None:
-        """Refuse to write over the outputs of another image; one that was moved, and not changed, is the same.
+        """Refuse to overwrite the outputs of another image; a moved, unchanged image is the same.
 
         Raises:
             InputError: they are another image's; names both.

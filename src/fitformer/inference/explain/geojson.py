@@ -11,7 +11,7 @@ from fitformer._support.atomic_files import write_atomically
 from fitformer.inference.explain.heatmap import HeatMap, Pair
 from fitformer.inference.explain.overlay import AGAINST, FOR
 
-# More would not be looked at one by one, and a viewer grows slow with them; the TIFF has them all.
+# More make viewers slow; the TIFF holds all.
 MOST_PATCHES = 2000
 
 Feature = dict[str, Any]
@@ -25,7 +25,7 @@ def write_geojson(
     probabilities: Mapping[str, float],
     y: Literal["down", "up"] = "down",
 ) -> None:
-    """Write what was seen in an image as one FeatureCollection.
+    """Write the maps of an image as one FeatureCollection.
 
     It holds an annotation, the whole image with the label and all probabilities; a tile for each group that was not
     skipped; and a detection for each patch, at most the `MOST_PATCHES` that moved the decision most. Tiles and

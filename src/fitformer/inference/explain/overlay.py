@@ -56,7 +56,7 @@ def blend(thumbnail: np.ndarray, values: np.ndarray, colours: Colours = "heat") 
 
 
 def write_overlay(path: Path, thumbnail: np.ndarray, heatmap: HeatMap, colours: Colours = "heat") -> None:
-    """Write the picture of a map over a thumbnail (rows, columns, channels) of its image as PNG; see `painted`."""
+    """Write the picture of a map over a thumbnail (rows, columns, channels) of its image as PNG; see `blend`."""
     picture = blend(thumbnail, heatmap.shrunk(*thumbnail.shape[:2]), colours)
     with write_atomically(path) as scratch:
         Image.fromarray(picture).save(scratch, format="PNG", optimize=True)
