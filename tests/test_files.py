@@ -53,3 +53,14 @@ def test_permissions_follow_the_umask(tmp_path):
         save_file({"a": torch.zeros(1)}, scratch)
     (tmp_path / "plain").touch()
     assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not name open files")
+def test_what_must_survive_a_power_cut_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), sync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("renamed"), replace(*paths))[1])
+    for durable in (False, True):
+        with write_atomically(tmp_path / "file", durable) as scratch:
+            scratch.write_text("content")
+    assert done == ["renamed", str(scratch), "renamed", str(tmp_path)]

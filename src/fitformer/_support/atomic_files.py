@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 @contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+def write_atomically(path: str | os.PathLike[str], durable: bool = False) -> Iterator[Path]:
     """Yield a scratch path beside `path`, and rename it to `path` if the block raises nothing.
 
-    A failure (a full disk, an interrupt, a power cut) leaves `path` unchanged; but for the last, no scratch file stays.
+    A failure (a full disk, an interrupt) leaves `path` unchanged and removes the scratch file. A `durable` file is on
+    the disk when this returns, so that a power cut leaves it or the one before. That waits for the disk: it is for what
+    cannot be made again soon, not for pictures.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
@@ -24,10 +26,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield scratch
         # safetensors creates private files; the umask decides.
         scratch.chmod(mode)
-        # On the disk before the name is, and the name before this returns.
-        _sync(scratch)
+        # The content before the name, and the name before this returns.
+        if durable:
+            _sync(scratch)
         os.replace(scratch, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         # An error of writing to an open file names no file, and the scratch file's name helps nobody.
         if error.errno is None or error.filename not in (None, str(scratch)):

@@ -122,9 +122,9 @@ class Pretrained(
         folder = Path(save_directory)
         config = json.dumps({"role": type(self).__name__, **self.config}, indent=2)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
-        with write_atomically(folder / constants.SAFETENSORS_SINGLE_FILE) as path:
+        with write_atomically(folder / constants.SAFETENSORS_SINGLE_FILE, durable=True) as path:
             save_file(state, path, metadata={"format": "pt"})
-        with write_atomically(folder / constants.CONFIG_NAME) as path:
+        with write_atomically(folder / constants.CONFIG_NAME, durable=True) as path:
             path.write_text(config + "\n")
         if not (folder / "README.md").exists():
             with write_atomically(folder / "README.md") as path:

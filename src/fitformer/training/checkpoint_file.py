@@ -28,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         with (
             check_disk_space(path, tensor_bytes(checkpoint)),
-            write_atomically(path) as scratch,
+            write_atomically(path, durable=True) as scratch,
         ):
             torch.save(checkpoint, scratch)
             # Read back before it takes the place of the one before.

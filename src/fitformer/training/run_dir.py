@@ -335,7 +335,7 @@ def _commit() -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    with write_atomically(path) as scratch:
+    with write_atomically(path, durable=True) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
