@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from fitformer.data.dihedral import IDENTITY, SYMMETRIES
+from fitformer.data.dihedral import SYMMETRIES
 from fitformer.data.grouping import Grouping
+from fitformer.data.symmetry import IDENTITY
 
 
 def patch_task(monkeypatch, module, **functions):

@@ -21,9 +21,10 @@ from fitformer.cli import main
 from fitformer.config import load as config
 from fitformer.config.schema import ClassifyRecipe, Training
 from fitformer.data.datasets import images
-from fitformer.data.dihedral import DIHEDRAL, IDENTITY, SYMMETRIES, TransformedImage
+from fitformer.data.dihedral import SYMMETRIES, TransformedImage
 from fitformer.data.grouping import Grouping
 from fitformer.data.readers import open_image
+from fitformer.data.symmetry import DIHEDRAL, IDENTITY
 from fitformer.errors import EmptyImageError, InputError
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.profiling import StepConfig, memory

@@ -147,7 +147,7 @@ def test_unreadable_images_are_named_once_and_replaced(broken_folder, caplog):
     assert torch.equal(items[3]["image"], items[5]["image"])
     assert len(caplog.records) == 2
     assert "3.png" in caplog.records[0].getMessage()
-    assert "4.png (not an image that Pillow knows)" in caplog.records[1].getMessage()
+    assert "4.png (it is no image in a format known here)" in caplog.records[1].getMessage()
     assert [name[-5:] for name in dataset.unreadable] == ["3.png", "4.png"]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.folders import Columns, image_files, read_folder, read_manifest
-from fitformer.data.pixels import UnreadableImageError, decode, header_channels
+from fitformer.data.decoding import UnreadableImageError, decode, header_channels
 from fitformer.errors import InputError
 from fitformer.patching.any_size import to_signal
 
@@ -294,7 +294,7 @@ def test_mixed_channels_beyond_the_headers_looked_at_are_found_when_read(tmp_pat
 def test_a_folder_of_broken_images_is_one_error(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_text("no")
-    with pytest.raises(InputError, match=r"no image is readable, e\.g\. .*0\.png \(not an image"):
+    with pytest.raises(InputError, match=r"no image is readable, e\.g\. .*0\.png \(it is no image"):
         read_folder(str(tmp_path), (), None)
 
 

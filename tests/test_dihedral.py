@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from fitformer.data.datasets.arrays import array_source
 from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import lazy_source
-from fitformer.data.dihedral import DIHEDRAL, IDENTITY, SYMMETRIES, Symmetry, TransformedImage
+from fitformer.data.dihedral import SYMMETRIES, TransformedImage
 from fitformer.data.order import StepBatches
 from fitformer.data.readers import LazyImage, open_image, write_tiled_tiff
+from fitformer.data.symmetry import DIHEDRAL, IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching import PatchGrid

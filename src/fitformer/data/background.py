@@ -46,14 +46,21 @@ def _given(background: Background, channels: int, top: float, name: str) -> np.n
     return np.broadcast_to(levels, channels)
 
 
+def has_no_data(pixels: np.ndarray, nodata: np.ndarray) -> np.ndarray:
+    """Whether all channels of pixels (..., channels) are at the level that means no data; NaN equals NaN."""
+    return np.asarray(((pixels == nodata) | ((pixels != pixels) & (nodata != nodata))).all(axis=-1))
+
+
 def _sample(image: Pixels) -> np.ndarray:
-    """Pixels (k, channels) of small windows that are spread evenly over the image."""
+    """Pixels (k, channels) with data, of small windows that are spread evenly over the image."""
     rows, columns, channels = image.shape
     coords = (np.unique(np.linspace(0, side - min(side, _SIDE), _WINDOWS).astype(int)) for side in (rows, columns))
     tops, lefts = (each.tolist() for each in coords)
     high, wide = min(rows, _SIDE), min(columns, _SIDE)
     windows = [image.window(top, left, high, wide).reshape(-1, channels) for top in tops for left in lefts]
-    return np.concatenate(windows).astype(np.float64)
+    pixels = np.concatenate(windows)
+    nodata = getattr(image, "nodata", None)
+    return (pixels if nodata is None else pixels[~has_no_data(pixels, nodata)]).astype(np.float64)
 
 
 def _found(pixels: np.ndarray, tolerance: float, top: float | None) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import fields
 from typing import Literal
 
+from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
@@ -11,7 +12,7 @@ from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import LazySource
 from fitformer.data.datasets.megapixel import read_megapixel_mnist
-from fitformer.data.datasets.sources import Source, listed, subset
+from fitformer.data.datasets.sources import Source, subset
 from fitformer.data.datasets.text import (
     ByteBuffer,
     BytesDataset,
@@ -21,6 +22,7 @@ from fitformer.data.datasets.text import (
     split_pieces,
 )
 from fitformer.data.order import hold_out
+from fitformer.data.readers.levels import OpenOptions
 from fitformer.data.settings import READ_BY, ByteData, ImageData
 from fitformer.errors import InputError
 
@@ -58,6 +60,11 @@ def _warn_of_ignored(settings: ImageData | ByteData) -> None:
         warnings.warn(f"data source {settings.source!r} does not read {listed(ignored)}: ignored", stacklevel=3)
 
 
+def open_options(settings: ImageData) -> OpenOptions:
+    """How the files of the data are opened, and others for the same model."""
+    return OpenOptions(pixel_range=settings.pixel_range, channels=settings.channels)
+
+
 def read_parts(settings: ImageData) -> dict[str, Source]:
     """The source's own parts by name; `train` alone where it has no parts.
 
@@ -70,6 +77,7 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
         raise InputError(f"image_size is null, each image's own, which the source {settings.source!r} does not have")
     if channels not in (None, 1, 3, 4) and not lazy:
         raise InputError(f"channels is {channels}: images have 1 (grey), 3 (colour) or 4 (colour and alpha)")
+    reading = (LAZY if lazy else DECODED).in_range(settings.pixel_range)
     columns = Columns(settings.image_column, settings.label_column, settings.split_column)
     match settings.source:
         case "digits":
@@ -80,12 +88,12 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_arrays(path, classes, channels)
         case "folder":
             asked = (settings.train_part, settings.val_part, settings.test_part)
-            return read_folder(path, classes, channels, [part for part in asked if part], LAZY if lazy else DECODED)
+            return read_folder(path, classes, channels, [part for part in asked if part], reading)
         case "manifest":
             most = settings.max_unreadable
-            return read_manifest(path, columns, classes, channels, most, LAZY if lazy else DECODED)
+            return read_manifest(path, columns, classes, channels, most, reading)
         case "huggingface":
-            return read_huggingface(path, settings.subset, columns, classes, channels)
+            return read_huggingface(path, settings.subset, columns, classes, channels, settings.pixel_range)
         case "megapixel-mnist":
             assert settings.image_size is not None
             return read_megapixel_mnist(path, settings.image_size, settings.split_seed, channels)

@@ -3,15 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import numpy as np
 
-from fitformer.data.background import Background, band_of
-from fitformer.data.dihedral import DIHEDRAL, IDENTITY, Symmetry
+from fitformer.data.background import Background, band_of, has_no_data
 from fitformer.data.readers.area_resize import Overlap, overlap
 from fitformer.data.readers.lazy import LazyImage, open_image
 from fitformer.data.readers.levels import Pixels, blocks
+from fitformer.data.symmetry import DIHEDRAL, IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.patching.sizes import Size, to_sides
 
@@ -36,7 +37,8 @@ def foreground_groups(
     colour of pixels spread evenly over it, within its noise, at most `tolerance`. With a `mask`, an image of the same
     size or an even reduction of it, a pixel that is not zero there is foreground. A group counts if more than the share
     `min_foreground` of its pixels inside the image is foreground, by each of the two that is given; without either, all
-    groups count.
+    groups count. Pixels that the file says have no data (of a GeoTIFF) are background whatever is given; in a mask they
+    are not drawn, nor are NaN, and a palette counts by its numbers, not its colours.
 
     All pixels are scanned, block by block: with `min_foreground` 0 not even a single one is missed. With `exact` off, a
     reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
@@ -84,30 +86,49 @@ def foreground_groups_transformed(
     size = image.shape[:2]
     edges = _edges(size, (rows, columns), symmetries)
     scans = []
-    if background is not None:
-        lowest, highest = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
-
-        def differs(pixels: np.ndarray) -> np.ndarray:
-            outside = np.zeros(pixels.shape[:2], dtype=bool)
-            # Channel by channel: over the short last axis numpy takes three times as long.
-            for channel in range(pixels.shape[2]):
-                outside |= pixels[..., channel] < lowest[channel]
-                outside |= pixels[..., channel] > highest[channel]
-            return outside
-
+    nodata = getattr(image, "nodata", None)
+    if background is not None or nodata is not None:
+        bounds = None
+        if background is not None:
+            bounds = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
         narrowest = (min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries)))
-        scans.append(_scan(image if exact else _reduced(image, *narrowest), differs, edges))
+        scans.append(
+            _scan(
+                image if exact else _reduced(image, *narrowest), partial(_differs, bounds=bounds, nodata=nodata), edges
+            )
+        )
     if mask is not None:
-        with open_image(mask) as drawn:
+        with open_mask(mask) as drawn:
             check_mask(drawn, image)
-            scans.append(_scan(drawn, _drawn, edges))
+            scans.append(_scan(drawn, partial(_drawn, nodata=drawn.nodata), edges))
     return {each: _occupied(scans, each, size, (rows, columns), min_foreground) for each in symmetries}
 
 
-def _drawn(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of a mask that are not zero; the fourth of four channels is alpha and is ignored."""
+def _differs(pixels: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None, nodata: np.ndarray | None) -> np.ndarray:
+    """Pixels with data that lie outside the lowest and highest level of the background."""
+    outside = np.full(pixels.shape[:2], bounds is None)
+    if bounds is not None:
+        # Channel by channel: over the short last axis numpy takes three times as long.
+        for channel, (lowest, highest) in enumerate(zip(*bounds)):
+            outside |= pixels[..., channel] < lowest
+            outside |= pixels[..., channel] > highest
+    return outside if nodata is None else outside & ~has_no_data(pixels, nodata)
+
+
+def open_mask(path: str | os.PathLike[str]) -> LazyImage:
+    """A mask by its header; if it has a palette, its pixels are numbers in it, as it is drawn.
+
+    Raises:
+        InputError: it is missing, broken, or of a kind that cannot be read.
+    """
+    return open_image(path, palette_indices=True)
+
+
+def _drawn(pixels: np.ndarray, nodata: np.ndarray | None) -> np.ndarray:
+    """Pixels of a mask that are neither zero nor NaN; the fourth of four channels is alpha and is ignored."""
     colours = pixels[..., :3] if pixels.shape[2] == 4 else pixels
-    return np.asarray((colours != 0).any(axis=2))
+    drawn = np.asarray(((colours != 0) & (colours == colours)).any(axis=2))
+    return drawn if nodata is None else drawn & ~has_no_data(pixels, nodata)
 
 
 def _reduced(image: LazyImage, rows: int, columns: int) -> Pixels:

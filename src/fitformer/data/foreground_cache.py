@@ -14,7 +14,7 @@ from fitformer._support.atomic_files import write_atomically
 Grids = list[np.ndarray]
 
 # To be raised when a scan finds something else than before: older grids are then not found.
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_folder() -> Path:

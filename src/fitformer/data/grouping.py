@@ -9,12 +9,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from fitformer.data.dihedral import IDENTITY, Symmetry, TransformedImage
+from fitformer.data.dihedral import TransformedImage
 from fitformer.data.foreground import foreground_groups_transformed
 from fitformer.data.foreground_cache import Grids, cached, file_identity
 from fitformer.data.masks import Masks
 from fitformer.data.readers import LazyImage
 from fitformer.data.settings import ImageData
+from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import EmptyImageError
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, check_pixels
@@ -58,17 +59,19 @@ class Grouping:
     def _foreground(self, source: Any) -> np.ndarray | None:
         """The groups that hold something; None for all."""
         settings = self.settings
-        if settings is None or (settings.background == "none" and settings.masks is None):
+        if settings is None:
             return None
         turned = isinstance(source, TransformedImage)
         image, symmetry = (source.source, source.symmetry) if turned else (source, IDENTITY)
+        if settings.background == "none" and settings.masks is None and getattr(image, "nodata", None) is None:
+            return None
         if not isinstance(image, LazyImage):
             return self._scan(image, (symmetry,), None)[0]
         symmetries = tuple(self.symmetries) if symmetry in self.symmetries else (symmetry,)
         mask = None if settings.masks is None else Masks(settings.masks).of(image.path)
         grids = cached(self._identity(image, symmetries, mask), lambda: self._scan(image, symmetries, mask))
         if not all(grid.any() for grid in grids):
-            raise EmptyImageError(_empty(image.path, len(symmetries) > 1, settings, mask))
+            raise EmptyImageError(_empty(image, len(symmetries) > 1, settings, mask))
         return grids[symmetries.index(symmetry)]
 
     def _scan(self, image: Any, symmetries: Sequence[Symmetry], mask: Path | None) -> Grids:
@@ -89,6 +92,8 @@ class Grouping:
         assert self.settings is not None
         return {
             "image": file_identity(image.path),
+            "pixel_range": image.options.pixel_range,
+            "channels": image.options.channels,
             "mask": None if mask is None else file_identity(mask),
             "group_size": list(self.patch_grid.group_size),  # type: ignore[arg-type]
             "symmetries": [[each.transposed, *each.backwards] for each in symmetries],
@@ -96,13 +101,15 @@ class Grouping:
         }
 
 
-def _empty(path: str, turned: bool, settings: ImageData, mask: Path | None) -> str:
+def _empty(image: LazyImage, turned: bool, settings: ImageData, mask: Path | None) -> str:
     """Why an image has no group that holds anything, and the way out."""
-    masked = settings.background == "none"
-    reasons = [] if masked else [f"background {settings.background}, tolerance {settings.tolerance}"]
+    plain = settings.background == "none"
+    reasons = [] if plain else [f"background {settings.background}, tolerance {settings.tolerance}"]
+    reasons += [] if image.nodata is None else [f"no data where it is {image.nodata.tolist()}"]
     reasons += [f"mask {mask}"] if mask else []
     reasons += [f"min_foreground {settings.min_foreground}"] if settings.min_foreground else []
+    change = [", or change data.masks"] * (mask is not None) if plain else [", or change data.tolerance"]
     return (
-        f"{path}{', as it is turned in training,' if turned else ''} has no group that holds anything "
-        f"({', '.join(reasons)}): leave the image out, or change data.{'masks' if masked else 'tolerance'}"
+        f"{image.path}{', as it is turned in training,' if turned else ''} has no group that holds anything "
+        f"({', '.join(reasons)}): leave the image out{''.join(change)}"
     )

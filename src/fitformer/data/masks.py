@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
-from fitformer.data.foreground import check_mask
-from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.foreground import check_mask, open_mask
+from fitformer.data.readers import LazyImage
 from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
 
@@ -73,7 +73,7 @@ class Masks:
             InputError: no mask, another image's mask, or another size.
         """
         mask = self._take(image.path)
-        with open_image(mask) as drawn:
+        with open_mask(mask) as drawn:
             check_mask(drawn, image)
             return str(mask), drawn.decode_bytes
 

@@ -1,128 +1,14 @@
-"""From image files to pixels (H, W, ch) uint8 of a given size and channel count; Pillow does the work."""
+"""Pixels (H, W, ch) uint8 in memory, brought to a size and channel count and moved about; Pillow does the work."""
 
-import errno
-import io
-import os
-import struct
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fitformer.errors import InputError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _CUBIC = Image.Resampling.BICUBIC
-# What Pillow can name but not decode by itself, or takes for documents rather than pictures.
-_NOT_PICTURES = {".h5", ".hdf", ".grib", ".bufr", ".mpg", ".mpeg", ".wmf", ".emf", ".eps", ".ps", ".pdf", ".fits"}
-# The machine's trouble, not the file's: skipping the file would hide it.
-_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, Image.DecompressionBombError)
-
-
-class UnreadableImageError(Exception):
-    """A file that is missing or cannot be decoded; the message names it and says why."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
-
-
-def suffixes() -> frozenset[str]:
-    """The file name endings, lower case, that are taken for images."""
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN) - _NOT_PICTURES
-
-
-def _openable(file: str | os.PathLike[str] | bytes) -> io.BytesIO | Path:
-    """What Pillow opens.
-
-    Raises:
-        ValueError: a pipe or a device, which might never end.
-    """
-    if isinstance(file, bytes):
-        return io.BytesIO(file)
-    path = Path(file)
-    if path.exists() and not path.is_file():
-        raise ValueError("it is a folder, a pipe or a device, not a file")
-    return path
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow knows"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def natural_channels(image: Image.Image) -> int:
-    """Channels of an opened image as its file has them: 1 grey, 3 colour, 4 colour and alpha."""
-    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
-        return 1
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        return 4
-    return 3
-
-
-def header_channels(file: str | os.PathLike[str] | bytes, name: str) -> int:
-    """Channels of an image from its header alone.
-
-    Raises:
-        UnreadableImageError: it is missing or no image.
-    """
-    try:
-        with Image.open(_openable(file)) as image:
-            return natural_channels(image)
-    except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno in _MACHINE:
-            raise
-        raise UnreadableImageError(name, _reason(error)) from error
-
-
-def decode(file: str | os.PathLike[str] | bytes, name: str, channels: int | None = None) -> np.ndarray:
-    """Pixels (H, W, ch) uint8 of an image file, turned upright, with `channels` or its own number of them.
-
-    Sixteen bits are divided by 257, whatever the largest of them in this file.
-
-    Raises:
-        UnreadableImageError: it is missing, truncated, no image, or of numbers without a range (floats, 32 bits).
-    """
-    try:
-        with Image.open(_openable(file)) as image:
-            image.load()
-            _check_range(image)
-            pixels = _to_pixels(ImageOps.exif_transpose(image))
-    except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno in _MACHINE:
-            raise
-        raise UnreadableImageError(name, _reason(error)) from error
-    return pixels if channels is None else convert(pixels, channels)
-
-
-def _check_range(image: Image.Image) -> None:
-    """Refuse numbers whose range the file does not tell; mode `I` of PNG and PPM is sixteen bits.
-
-    Raises:
-        ValueError: floats, or integers of 32 bits or with a sign.
-    """
-    kind = "floats" if image.mode == "F" else "32-bit or signed integers"
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(
-            f"its pixels are {kind}, whose range the file does not tell: convert it to uint8 or uint16, or read images "
-            "of any size, with data.image_size null"
-        )
-
-
-def _to_pixels(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
-        # Sixteen bits: Pillow's own conversion would clip at 255 instead of scaling.
-        return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None]
-    return to_array(image.convert(MODES[natural_channels(image)]))
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -5,6 +5,7 @@ A field that the chosen source does not read gives a warning when it is set (see
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from fitformer.errors import InputError
@@ -35,6 +36,9 @@ class ImageData:
             or `pad` (scale the longer side, the colour of its rim round it).
         channels: 1 grey, 3 colour, 4 colour and alpha; images are converted. None keeps what the files have,
             which must then be the same in all of them.
+        pixel_range: the numbers in the files that are black and white, such as [0, 4095] for 12 bits stored as 16;
+            what lies beyond is black or white too. None goes by the type: 0 .. 255, 0 .. 65535; floats and 32 bits,
+            which have no range, are then an error, or, for images of any size, floats are read as they are.
         levels: number of pixel values; images then hold 0 .. levels-1 instead of 0 .. 255. 17 gives back the
             digits' own values exactly (at image_size 8).
         classes: names in the order of their numbers; a label outside them is an error. Empty takes what is there.
@@ -49,9 +53,10 @@ class ImageData:
             `flip`: mirrored left to right or not; `dihedral`: one of the eight flips and quarter turns. These
             two are the ones for images of any size.
         background: groups that hold nothing else are skipped, by a model with `latent_position: row_column`: `white`,
-            `black`, a level or one for each channel, in the numbers of the files; `auto` for the commonest colour of
-            each image and its noise; or `none` to skip nothing. tolerance: how far from it a pixel may be, as a share
-            of the range. least: groups are skipped, too, in which no larger share of the pixels is something else.
+            `black`, a level or one for each channel, in the numbers of the files (0 .. 65535 with a `pixel_range`);
+            `auto` for the commonest colour of each image and its noise; or `none` to skip nothing but what the files
+            themselves say has no data. tolerance: how far from it a pixel may be, as a share of the range.
+        min_foreground: groups are skipped, too, in which no larger share of the pixels is something else.
         masks: folder of mask files, named as the images but for their endings, in the images' subfolders or in none;
             groups where the mask is 0 are skipped.
         max_unreadable: number of files that may be unreadable before it is an error; each is logged and replaced.
@@ -64,6 +69,7 @@ class ImageData:
     image_size: int | tuple[int, int] | None = 32
     resize: Resize = "crop"
     channels: int | None = None
+    pixel_range: tuple[float, float] | None = None
     levels: int | None = None
     classes: tuple[str, ...] = ()
     image_column: str | None = None
@@ -85,6 +91,9 @@ class ImageData:
 
     def __post_init__(self) -> None:
         _check_counts(max_unreadable=self.max_unreadable, split_seed=self.split_seed, num_workers=self.num_workers)
+        if self.pixel_range is not None and not -inf < self.pixel_range[0] < self.pixel_range[1] < inf:
+            low, high = self.pixel_range
+            raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
 
 
 @dataclass(frozen=True)
@@ -134,5 +143,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "test_part": ("folder", "manifest", "huggingface"),
     "masks": ("folder", "manifest"),
     "max_unreadable": ("folder", "manifest", "huggingface"),
+    "pixel_range": ("folder", "manifest", "huggingface"),
 }
 """Which sources read an option that not all of them read."""

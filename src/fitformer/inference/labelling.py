@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fitformer.data.build import open_options
+from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.grouping import Grouping
 from fitformer.data.masks import Masks, masks_of
-from fitformer.data.pixels import UnreadableImageError
 from fitformer.errors import InputError
 from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
@@ -66,6 +67,7 @@ class Labeller:
             files,
             self.run.classes,
             resize=self.recipe.data.resize,
+            options=open_options(self.recipe.data),
             batch_size=batch_size,
             group=self._grouping(),
             on_unreadable=on_unreadable,

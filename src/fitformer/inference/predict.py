@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fitformer.data.datasets.folders import image_files
-from fitformer.data.pixels import UnreadableImageError, convert, decode, fit, suffixes
-from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.decoding import UnreadableImageError, decode, suffixes
+from fitformer.data.pixels import convert, fit
+from fitformer.data.readers import LazyImage
+from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching import PatchGrid
@@ -63,11 +65,12 @@ def predict(
     classes: Sequence[str],
     *,
     resize: Resize = "crop",
+    options: OpenOptions | None = None,
     batch_size: int = 64,
     group: Group | None = None,
     on_unreadable: Callable[[UnreadableImageError], None] = lambda fault: None,
 ) -> Iterator[Prediction]:
-    """Label image files, brought to the classifier's size as `resize` says (`data.settings.ImageData`).
+    """Label image files, read with `options` and brought to the classifier's size as `resize` says.
 
     A classifier of any size takes each as it is, one at a time, reading it as `classifier.execution` does; `group`
     cuts it into groups, if some are to be skipped.
@@ -86,9 +89,9 @@ def predict(
         on_unreadable(fault)
 
     shares = (
-        _of_any_size(classifier, files, group or classifier.grouped, note)
+        _of_any_size(classifier, files, options, group or classifier.grouped, note)
         if classifier.patch_grid.any_size
-        else _of_one_size(classifier, _readable(classifier.patch_grid, files, resize, note), batch_size)
+        else _of_one_size(classifier, _readable(classifier.patch_grid, files, resize, options, note), batch_size)
     )
     for file, row in shares:
         yield decided(file, row, classes)
@@ -133,13 +136,14 @@ def _of_one_size(
 def _of_any_size(
     classifier: FITImageEncoder,
     files: Iterable[Path],
+    options: OpenOptions | None,
     group: Group,
     on_unreadable: Callable[[UnreadableImageError], None],
 ) -> Iterator[tuple[Path, Tensor]]:
     """Probabilities of images that are read as the classifier's way to run asks for their pixels."""
     for file in files:
         try:
-            with open_image(file) as image:
+            with LazyImage(file, options) as image:
                 probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
             if not bool(probabilities.isfinite().all()):
                 raise InputError("its logits are NaN or infinite: does it have NaN or infinite pixels?")
@@ -150,12 +154,17 @@ def _of_any_size(
 
 
 def _readable(
-    grid: PatchGrid, files: Iterable[Path], resize: Resize, on_unreadable: Callable[[UnreadableImageError], None]
+    grid: PatchGrid,
+    files: Iterable[Path],
+    resize: Resize,
+    options: OpenOptions | None,
+    on_unreadable: Callable[[UnreadableImageError], None],
 ) -> Iterator[tuple[Path, np.ndarray]]:
     rows, columns = grid.image_size  # type: ignore[misc]
+    pixel_range = None if options is None else options.pixel_range
     for file in files:
         try:
-            pixels = decode(file, str(file), grid.channels)
+            pixels = decode(file, str(file), grid.channels, pixel_range)
         except UnreadableImageError as fault:
             on_unreadable(fault)
             continue

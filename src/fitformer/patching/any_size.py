@@ -184,7 +184,8 @@ class GroupedImage:
         """Raw tokens `(1, s, n, token_dim)` of a slice of groups, of the image's dtype, and their mask `(1, s, n)`.
 
         A patch that lies outside the image is false in the mask, and the mask None where there is none. What a patch
-        at the edge lacks is filled with the image's last row and column.
+        at the edge lacks is filled with the image's last row and column. Floats without data, if the source names such
+        a level (`nodata`), are 0, the middle of the range.
         """
         pixels = torch.from_numpy(self._groups(groups)) if self._pixels is None else self._pixels[groups]
         tokens = image_to_groups(pixels, self.patch_grid.group_size, self.patch_grid.patch_size)
@@ -232,13 +233,19 @@ class GroupedImage:
         gh, gw = self.patch_grid.group_size  # type: ignore[misc]
         if row < 0:
             if self._glimpse is None:
-                self._glimpse = self.source.thumbnail(gh, gw)
+                self._glimpse = self._with_data(self.source.thumbnail(gh, gw))
             return self._glimpse
         top, left = row * gh, column * gw
         height, width = min(gh, self.shape[0] - top), min(gw, self.shape[1] - left)
-        pixels = self.source.window(top, left, height, width)
+        pixels = self._with_data(self.source.window(top, left, height, width))
         if (height, width) != (gh, gw):
             pixels = np.pad(pixels, ((0, gh - height), (0, gw - width), (0, 0)), mode="edge")
+        return pixels
+
+    def _with_data(self, pixels: np.ndarray) -> np.ndarray:
+        """NaN that the source says mean no data become 0; any others reach the model, whose answer is then NaN."""
+        if pixels.dtype.kind == "f" and getattr(self.source, "nodata", None) is not None:
+            return np.where(np.isnan(pixels), pixels.dtype.type(0), pixels)
         return pixels
 
 

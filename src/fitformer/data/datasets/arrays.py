@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fitformer.data.datasets.sources import ArraySource, Source, check_range, existing, listed, unlabelled
+from fitformer._support.listed import listed
+from fitformer.data.datasets.sources import ArraySource, Source, check_range, existing, unlabelled
 from fitformer.errors import InputError, require
 
 _UINT8 = 8

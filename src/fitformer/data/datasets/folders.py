@@ -5,9 +5,11 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_source, lazy_suffixes
 from fitformer.data.datasets.sources import (
@@ -15,11 +17,10 @@ from fitformer.data.datasets.sources import (
     existing,
     file_source,
     in_order,
-    listed,
     number_labels,
     unlabelled,
 )
-from fitformer.data.pixels import suffixes
+from fitformer.data.decoding import suffixes
 from fitformer.errors import InputError, require
 
 PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
@@ -31,6 +32,10 @@ class Reading:
 
     suffixes: Callable[[], frozenset[str]]
     source: Callable[..., Source]
+
+    def in_range(self, pixel_range: tuple[float, float] | None) -> "Reading":
+        """With the numbers of the files that are black and white."""
+        return replace(self, source=partial(self.source, pixel_range=pixel_range))
 
 
 DECODED = Reading(suffixes, file_source)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
 from fitformer.data.datasets.folders import Columns
 from fitformer.data.datasets.sources import (
@@ -13,7 +14,6 @@ from fitformer.data.datasets.sources import (
     check_range,
     file_source,
     in_order,
-    listed,
     number_labels,
     unlabelled,
 )
@@ -39,7 +39,12 @@ class HubImages:
 
 
 def read_huggingface(
-    path: str | None, subset: str | None, columns: Columns, classes: tuple[str, ...], channels: int | None
+    path: str | None,
+    subset: str | None,
+    columns: Columns,
+    classes: tuple[str, ...],
+    channels: int | None,
+    pixel_range: tuple[float, float] | None = None,
 ) -> dict[str, Source]:
     """Every part of a Hub dataset or local folder; image and label columns by name, or found by their types.
 
@@ -62,7 +67,7 @@ def read_huggingface(
         given = tuple(getattr(first.features[label], "names", None) or ())
         classes = classes or given or in_order({name for of_part in names.values() for name in of_part or ()})
     return {
-        part: _part(datasets, f"{path} {part}", rows, image, names[part], classes, channels)
+        part: _part(datasets, f"{path} {part}", rows, image, names[part], classes, channels, pixel_range)
         for part, rows in parts.items()
     }
 
@@ -134,6 +139,7 @@ def _part(
     names: list[str] | None,
     classes: tuple[str, ...],
     channels: int | None,
+    pixel_range: tuple[float, float] | None,
 ) -> Source:
     labels = unlabelled(len(rows)) if names is None else number_labels(names, classes, title)
     column = rows.select_columns([image])
@@ -141,4 +147,4 @@ def _part(
         column = column.rename_column(image, "image")
     if isinstance(column.features["image"], datasets.Image):
         column = column.cast_column("image", datasets.Image(decode=False))
-    return file_source(title, HubImages(column), labels, classes if names is not None else (), channels)
+    return file_source(title, HubImages(column), labels, classes if names is not None else (), channels, pixel_range)

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from fitformer.data.datasets.sources import Source, listed
-from fitformer.data.dihedral import IDENTITY, SYMMETRIES, Symmetry, TransformedImage, drawn
+from fitformer._support.listed import listed
+from fitformer.data.datasets.sources import Source
+from fitformer.data.decoding import UnreadableImageError
+from fitformer.data.dihedral import SYMMETRIES, TransformedImage, drawn
 from fitformer.data.grouping import Grouping
 from fitformer.data.order import example_generator
-from fitformer.data.pixels import UnreadableImageError, fit, jitter, random_crop, shift
+from fitformer.data.pixels import fit, jitter, random_crop, shift
 from fitformer.data.readers import LazyImage
 from fitformer.data.settings import Augmentation, ImageData, Resize
+from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.patching import PatchGrid
 

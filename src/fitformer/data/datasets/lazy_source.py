@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fitformer.data.datasets.sources import Files
-from fitformer.data.pixels import UnreadableImageError, suffixes
-from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.decoding import UnreadableImageError, suffixes
+from fitformer.data.readers import LazyImage
 from fitformer.data.readers.lazy import BACKENDS
+from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import InputError, MissingDependencyError
 from fitformer.patching.any_size import scaled_alike
 
@@ -31,6 +32,7 @@ class LazySource:
     labels: np.ndarray
     classes: tuple[str, ...]
     reference_image: LazyImage
+    options: OpenOptions
 
     @property
     def channels(self) -> int:
@@ -41,7 +43,7 @@ class LazySource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = opened(str(self.files[index]))
+        image = opened(str(self.files[index]), self.options)
         _check_alike(image, self.reference_image)
         return image, int(self.labels[index])
 
@@ -63,8 +65,8 @@ def _check_alike(image: LazyImage, other: LazyImage) -> None:
     """Raise InputError if two images differ in their channels, or in whether their pixels are whole numbers."""
     if image.shape[2] != other.shape[2]:
         raise InputError(
-            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; images of "
-            "any size are read as they are: convert the one or the other, or leave it out"
+            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; set "
+            "data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
         )
     if not scaled_alike(image.dtype, other.dtype):
         raise InputError(
@@ -91,7 +93,7 @@ def sizes_of(source: Any, check: Callable[[LazyImage], object] | None = None) ->
     return sizes
 
 
-def opened(path: str) -> LazyImage:
+def opened(path: str, options: OpenOptions) -> LazyImage:
     """An image by its header.
 
     Raises:
@@ -99,7 +101,9 @@ def opened(path: str) -> LazyImage:
         MissingDependencyError: the package that reads such files is not installed.
     """
     try:
-        return open_image(path)
+        image = LazyImage(path, options)
+        _ = image.shape
+        return image
     except MissingDependencyError:
         raise
     except InputError as error:
@@ -107,29 +111,29 @@ def opened(path: str) -> LazyImage:
 
 
 def lazy_source(
-    title: str, files: Files, labels: np.ndarray, classes: tuple[str, ...], channels: int | None
+    title: str,
+    files: Files,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    channels: int | None,
+    pixel_range: tuple[float, float] | None = None,
 ) -> LazySource:
     """A `LazySource`, whose images are like the first file that can be opened.
 
     Raises:
-        InputError: no files, none that can be opened, or its channels are not `channels`.
+        InputError: no files, or none that can be opened and has `channels` or can be converted to them.
     """
     if not len(files):
         raise InputError(f"{title}: no images")
-    first = _first(title, files)
-    if channels not in (None, first.shape[2]):
-        raise InputError(
-            f"data.channels is {channels} and {first.path} has {first.shape[2]}; images of any size are read as they "
-            "are: remove data.channels, or convert the files"
-        )
-    return LazySource(title, files, labels, classes, first)
+    options = OpenOptions(pixel_range=pixel_range, channels=channels)
+    return LazySource(title, files, labels, classes, _first(title, files, options), options)
 
 
-def _first(title: str, files: Files) -> LazyImage:
+def _first(title: str, files: Files, options: OpenOptions) -> LazyImage:
     broken = []
     for index in range(len(files)):
         try:
-            return opened(str(files[index]))
+            return opened(str(files[index]), options)
         except UnreadableImageError as error:
             broken.append(str(error))
     raise InputError(f"{title}: no image is readable, e.g. {broken[0]}")

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
-from fitformer.data.pixels import UnreadableImageError, convert, decode, header_channels
+from fitformer.data.decoding import UnreadableImageError, decode, header_channels
+from fitformer.data.pixels import convert
 from fitformer.errors import InputError
 
 UNLABELLED = -1
@@ -94,6 +96,7 @@ class FileSource:
     classes: tuple[str, ...]
     channels: int
     convert: bool
+    pixel_range: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -101,7 +104,7 @@ class FileSource:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         file = self.files[index]
         name = _file_name(self.title, file, index)
-        pixels = decode(file, name, self.channels if self.convert else None)
+        pixels = decode(file, name, self.channels if self.convert else None, self.pixel_range)
         check_channels(pixels.shape[2], self.channels, name, self.title)
         return pixels, int(self.labels[index])
 
@@ -115,7 +118,12 @@ def _file_name(title: str, file: str | bytes, index: int) -> str:
 
 
 def file_source(
-    title: str, files: Files, labels: np.ndarray, classes: tuple[str, ...], channels: int | None
+    title: str,
+    files: Files,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    channels: int | None,
+    pixel_range: tuple[float, float] | None = None,
 ) -> FileSource:
     """A `FileSource`; without `channels`, with those that all files have.
 
@@ -125,7 +133,9 @@ def file_source(
     """
     if not len(files):
         raise InputError(f"{title}: no images")
-    return FileSource(title, files, labels, classes, channels or common_channels(title, files), channels is not None)
+    converts = channels is not None
+    known = channels or common_channels(title, files, pixel_range)
+    return FileSource(title, files, labels, classes, known, converts, pixel_range)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +202,7 @@ def check_channels(found: int, expected: int, name: str, title: str) -> None:
         )
 
 
-def common_channels(title: str, files: Files, most: int = 1000) -> int:
+def common_channels(title: str, files: Files, pixel_range: tuple[float, float] | None = None, most: int = 1000) -> int:
     """The channel count that up to `most` files, evenly spread, share; broken ones are passed over.
 
     Raises:
@@ -203,7 +213,7 @@ def common_channels(title: str, files: Files, most: int = 1000) -> int:
         file = files[index]
         name = _file_name(title, file, index)
         try:
-            found = header_channels(file, name)
+            found = header_channels(file, name, pixel_range)
         except UnreadableImageError as broken:
             first_broken = first_broken or str(broken)
             continue
@@ -212,12 +222,6 @@ def common_channels(title: str, files: Files, most: int = 1000) -> int:
     if not common:
         raise InputError(f"{title}: no image is readable, e.g. {first_broken}")
     return common
-
-
-def listed(words: Sequence[object], most: int = 10) -> str:
-    """Words for a message, cut short."""
-    shown = ", ".join(str(word) for word in words[:most])
-    return shown + (f", ... ({len(words)} in all)" if len(words) > most else "")
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fitformer.data.datasets.sources import existing, listed
+from fitformer._support.listed import listed
+from fitformer.data.datasets.sources import existing
 from fitformer.data.order import example_generator, permutation
 from fitformer.errors import InputError
 

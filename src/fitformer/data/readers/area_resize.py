@@ -48,12 +48,27 @@ def _even(cells: int, bins: int) -> Overlap:
 
 
 def average(level: Pixels, rows: int, columns: int) -> np.ndarray:
-    """The level as (rows, columns, channels) averages over equal areas, in its own type; whole numbers are rounded."""
+    """The level as (rows, columns, channels) averages over equal areas, in its own type; whole numbers are rounded.
+
+    NaN have no weight: an average is one of the other pixels, and NaN where there are none.
+    """
     down, across = _even(level.shape[0], rows), _even(level.shape[1], columns)
     total = np.zeros((rows, columns, level.shape[2]))
-    for top, left, height, width in blocks(level):
-        part, row = down.sums(level.window(top, left, height, width), top)
+    missing = np.zeros_like(total)
+
+    def add(sums: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
+        part, row = down.sums(values, top)
         part, column = across.sums(part.swapaxes(0, 1), left)
-        total[row : row + part.shape[1], column : column + part.shape[0]] += part.swapaxes(0, 1)
-    total /= level.shape[0] * level.shape[1]
+        sums[row : row + part.shape[1], column : column + part.shape[0]] += part.swapaxes(0, 1)
+
+    for top, left, height, width in blocks(level):
+        pixels = level.window(top, left, height, width)
+        if level.dtype.kind == "f" and (empty := np.isnan(pixels)).any():
+            add(missing, empty.astype(np.uint8), top, left)
+            pixels = np.where(empty, 0, pixels)
+        add(total, pixels, top, left)
+    weight = level.shape[0] * level.shape[1] - missing
+    # Where nothing is left of an area, 0 / 0.
+    with np.errstate(invalid="ignore"):
+        total /= weight
     return (np.rint(total) if level.dtype.kind == "u" else total).astype(level.dtype)

@@ -8,8 +8,8 @@ from PIL import UnidentifiedImageError
 
 from fitformer.errors import InputError, MissingDependencyError
 
-# Errors of the machine, not of the file.
-_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES}
+# Errors of the machine, not of the file: skipping the file would hide them.
+MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES}
 _NOT_THE_FILES = (InputError, MissingDependencyError, MemoryError, Warning)
 
 
@@ -22,7 +22,7 @@ def readable(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, _NOT_THE_FILES) or getattr(error, "errno", None) in _MACHINE:
+        if isinstance(error, _NOT_THE_FILES) or getattr(error, "errno", None) in MACHINE:
             raise
         raise InputError(f"{what} cannot be read: {_reason(error)}") from error
 

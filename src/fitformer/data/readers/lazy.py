@@ -9,46 +9,53 @@ import numpy as np
 
 from fitformer._support.suggest import suggest
 from fitformer.data.readers.area_resize import average
-from fitformer.data.readers.levels import WHOLE_BYTES, Level, OpenImage, as_pixels, tile_bytes
+from fitformer.data.readers.channels import with_channels
+from fitformer.data.readers.levels import WHOLE_BYTES, Level, OpenImage, OpenOptions, as_pixels, tile_bytes
 from fitformer.data.readers.npy import open_npy
-from fitformer.data.readers.pictures import open_picture
+from fitformer.data.readers.pictures import is_picture, open_picture
 from fitformer.data.readers.slides import open_slide
-from fitformer.data.readers.tiff import open_tiff
+from fitformer.data.readers.tiff import is_tiff, open_tiff
 from fitformer.data.readers.zarr_arrays import open_zarr
 from fitformer.errors import InputError
 
-Backend = Callable[[str, float], OpenImage]
+Backend = Callable[[str, OpenOptions], OpenImage]
 
 BACKENDS: dict[str, Backend] = {
     **dict.fromkeys((".tif", ".tiff", ".gtif", ".gtiff", ".btf", ".tf8", ".lsm", ".qptiff"), open_tiff),
     **dict.fromkeys((".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".czi", ".dcm"), open_slide),
     ".npy": open_npy,
 }
-"""The backend of each file name suffix; folders are Zarr, and Pillow opens every other file."""
+"""The backend of each file name suffix; folders are Zarr, and Pillow opens every other file but TIFFs."""
 
 
 def _backend(path: str) -> Backend:
     if os.path.isdir(path):
         return open_zarr
-    return BACKENDS.get(Path(path).suffix.lower(), open_picture)
+    named = BACKENDS.get(Path(path).suffix.lower(), open_picture)
+    if named is open_picture and is_tiff(path):
+        return open_tiff
+    # A picture under the name of a TIFF; what is neither is called a broken TIFF.
+    return open_picture if named is open_tiff and not is_tiff(path) and is_picture(path) else named
 
 
 class LazyImage:
     """An image file whose pixels are read on demand; `open_image` makes it.
 
     It reads the header at first use, once in each process, and may be used from several threads. Pickling keeps the
-    path and the limit alone. `close` gives up the file and the decoded tiles; the next use opens it again.
+    path, which is absolute, and the options alone. `close` gives up the file and the decoded tiles; the next use opens
+    it again.
     """
 
-    def __init__(self, path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES):
-        self.path, self.most_bytes = os.path.expanduser(os.fspath(path)), most_bytes
+    def __init__(self, path: str | os.PathLike[str], options: OpenOptions | None = None):
+        self.path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+        self.options = options or OpenOptions()
         self._opened: tuple[int, OpenImage] | None = None
         self._locks: dict[int, threading.Lock] = {}
 
-    def __getstate__(self) -> tuple[str, float]:
-        return self.path, self.most_bytes
+    def __getstate__(self) -> tuple[str, OpenOptions]:
+        return self.path, self.options
 
-    def __setstate__(self, state: tuple[str, float]) -> None:
+    def __setstate__(self, state: tuple[str, OpenOptions]) -> None:
         LazyImage.__init__(self, *state)
 
     def __repr__(self) -> str:
@@ -63,6 +70,14 @@ class LazyImage:
     def dtype(self) -> np.dtype:
         """uint8, uint16 or float32."""
         return self._levels()[0].dtype
+
+    @property
+    def nodata(self) -> np.ndarray | None:
+        """The level of each channel (channels,) that means that there is no data; None if the file names none.
+
+        It is what a GeoTIFF says (GDAL's tag), in the numbers of the pixels handed out; NaN of floats.
+        """
+        return self._opened_here().nodata
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -134,42 +149,70 @@ class LazyImage:
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _levels(self) -> list[Level]:
+        return list(self._opened_here().levels)
+
+    def _opened_here(self) -> OpenImage:
         opened = self._opened
         if opened is None or opened[0] != os.getpid():
             with self._lock():
                 opened = self._opened
                 if opened is None or opened[0] != os.getpid():
-                    self._opened = opened = (os.getpid(), _open(self.path, self.most_bytes))
-        return list(opened[1].levels)
+                    self._opened = opened = (os.getpid(), open_levels(self.path, self.options))
+        return opened[1]
 
 
-def _open(path: str, most_bytes: float) -> OpenImage:
-    if not os.path.exists(path):
-        beside = Path(path).parent
-        # Not itself: a link that leads nowhere.
-        names = [entry.name for entry in beside.iterdir() if entry.name != Path(path).name] if beside.is_dir() else []
-        raise InputError(f"there is no {path}{suggest(Path(path).name, names)}")
-    opened = _backend(path)(path, most_bytes)
-    try:
-        levels = [as_pixels(level, path) for level in opened.levels]
-        if not all(levels[0].shape):
-            raise InputError(f"{path} is empty: {' x '.join(map(str, levels[0].shape))} pixels and channels")
-    except InputError:
-        opened.close()
-        raise
-    return OpenImage(levels, opened.release)
-
-
-def open_image(path: str | os.PathLike[str], most_bytes: float = WHOLE_BYTES) -> LazyImage:
-    """Open an image file by its header; pixels are read when asked for.
-
-    `most_bytes` is the most that may have to be decoded for one pixel: a tile, or the whole of a PNG or JPEG.
+def open_levels(path: str, options: OpenOptions, content: bytes | None = None) -> OpenImage:
+    """Open a file, or the `content` of a picture that has the path for a name; whoever opens it closes it.
 
     Raises:
         InputError: it is missing (with the nearest name), broken, or of a kind that cannot be read.
         MissingDependencyError: the package that reads such files is not installed.
     """
-    image = LazyImage(path, most_bytes)
+    if content is not None:
+        return _in_pixels(open_picture(path, options, content), path, options)
+    if not os.path.exists(path):
+        beside = Path(path).parent
+        # Not itself: a link that leads nowhere.
+        names = [entry.name for entry in beside.iterdir() if entry.name != Path(path).name] if beside.is_dir() else []
+        raise InputError(f"there is no {path}{suggest(Path(path).name, names)}")
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path} is a pipe or a device, which might never end: give a file")
+    return _in_pixels(_backend(path)(path, options), path, options)
+
+
+def _in_pixels(opened: OpenImage, path: str, options: OpenOptions) -> OpenImage:
+    try:
+        image = as_pixels(opened, path, options.pixel_range)
+        if options.channels is not None:
+            image = with_channels(image, options.channels, path)
+        if not all(image.levels[0].shape):
+            raise InputError(f"{path} is empty: {' x '.join(map(str, image.levels[0].shape))} pixels and channels")
+    except InputError:
+        opened.close()
+        raise
+    return image
+
+
+def open_image(
+    path: str | os.PathLike[str],
+    most_bytes: float = WHOLE_BYTES,
+    *,
+    pixel_range: tuple[float, float] | None = None,
+    channels: int | None = None,
+    palette_indices: bool = False,
+) -> LazyImage:
+    """Open an image file by its header; pixels are read when asked for.
+
+    `most_bytes` is the most that may have to be decoded for one pixel: a tile, or the whole of a PNG or JPEG. The
+    numbers of a `pixel_range` become black and white, in uint16: for floats and whole numbers of 32 bits, which have no
+    range of their own, and 12 bits stored as 16. Grey, colour, and colour with alpha are converted to `channels`.
+    `palette_indices` gives the numbers of a palette, not its colours.
+
+    Raises:
+        InputError: it is missing (with the nearest name), broken, of a kind that cannot be read, or the range is empty.
+        MissingDependencyError: the package that reads such files is not installed.
+    """
+    image = LazyImage(path, OpenOptions(most_bytes, pixel_range, channels, palette_indices))
     image._levels()
     return image
 

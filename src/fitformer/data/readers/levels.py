@@ -1,27 +1,38 @@
 """What a file backend yields: levels of an image, full size first, each read window by window.
 
-A level is stored in tiles (`Tiles`), lies in the file as it is (`Mapped`), or is another one, changed (`Converted`).
+A level is stored in tiles (`Tiles`), lies in the file as it is (`MemmapLevel`), or is another one with changed pixels
+(`ConvertedLevel`) or set upright (`TurnedLevel`).
 """
 
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from functools import partial
+from math import ceil, isfinite, prod
 from typing import Protocol
 
 import numpy as np
 
 from fitformer.data.readers import cache
 from fitformer.data.readers.errors import readable
+from fitformer.data.symmetry import IDENTITY, Symmetry, Window
 from fitformer.errors import InputError
 
 WHOLE_BYTES = 2**30
 """The most decoded bytes that may have to be held at once, unless the caller says otherwise: of a tile, or of a file
 that decodes only as a whole."""
 
-Window = tuple[int, int, int, int]
-"""Top, left, height, width."""
+# By EXIF's and TIFF's tag Orientation: how the stored pixels are turned to stand upright.
+_UPRIGHT = {
+    2: Symmetry(backwards=(False, True)),
+    3: Symmetry(backwards=(True, True)),
+    4: Symmetry(backwards=(True, False)),
+    5: Symmetry(transposed=True),
+    6: Symmetry(transposed=True, backwards=(False, True)),
+    7: Symmetry(transposed=True, backwards=(True, True)),
+    8: Symmetry(transposed=True, backwards=(True, False)),
+}
 
 
 class Pixels(Protocol):
@@ -60,12 +71,41 @@ class Level(Pixels, Protocol):
         ...
 
 
+def check_range(pixel_range: tuple[float, float]) -> None:
+    """Raise InputError if two numbers are not black and white, in this order."""
+    low, high = pixel_range
+    if not (isfinite(low) and isfinite(high) and low < high):
+        raise InputError(f"pixel_range is {low}, {high}: give two numbers, the one that is black before the larger one")
+
+
 @dataclass(frozen=True)
+class OpenOptions:
+    """How a file is read.
+
+    Attributes:
+        most_bytes: that may have to be decoded for one pixel: of a tile, or of the whole of a PNG or JPEG.
+        pixel_range: the numbers that become black and white; the pixels are then uint16. None goes by their type.
+        channels: 1 (grey), 3 (colour) or 4 (colour and alpha), to which the pixels are converted; None for the file's.
+        palette_indices: pixels of a palette as their numbers in it, as in masks, not as its colours.
+    """
+
+    most_bytes: float = WHOLE_BYTES
+    pixel_range: tuple[float, float] | None = None
+    channels: int | None = None
+    palette_indices: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pixel_range is not None:
+            check_range(self.pixel_range)
+
+
+@dataclass(frozen=True, eq=False)
 class OpenImage:
-    """An open file: its levels, full size first, and how to close the file."""
+    """An open file: its levels, full size first, how to close it, and the level (channels,) that means no data."""
 
     levels: Sequence[Level]
     release: Callable[[], None] = lambda: None
+    nodata: np.ndarray | None = None
 
     def close(self) -> None:
         """Close the file and drop its decoded pixels."""
@@ -173,30 +213,123 @@ class ConvertedLevel:
         self.level.forget()
 
 
+@dataclass(frozen=True)
+class TurnedLevel:
+    """A level, turned: only the windows asked for are read."""
+
+    level: Level
+    symmetry: Symmetry
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its pixels."""
+        return self.level.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns, channels."""
+        rows, columns, channels = self.level.shape
+        return (*self.symmetry.sides(rows, columns), channels)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that are read at once, at the least."""
+        return self.symmetry.sides(*self.level.tile)
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Pixels (height, width, channels)."""
+        place = self.symmetry.origin((top, left, height, width), self.level.shape[:2])
+        return np.array(self.symmetry.turn(self.level.window(*place)), order="C")
+
+    def forget(self) -> None:
+        """Drop the decoded pixels of the level itself."""
+        self.level.forget()
+
+
+def upright(level: Level, orientation: int) -> Level:
+    """The level as its tag Orientation (of EXIF and TIFF) says that it stands; unknown values change nothing."""
+    symmetry = _UPRIGHT.get(orientation, IDENTITY)
+    return level if symmetry == IDENTITY else TurnedLevel(level, symmetry)
+
+
+def converted(level: Level, value: float) -> np.ndarray | None:
+    """What a number in the file becomes in the pixels of a level (channels,); None if its type does not hold it."""
+    if isinstance(level, TurnedLevel):
+        return converted(level.level, value)
+    if isinstance(level, ConvertedLevel):
+        before = converted(level.level, value)
+        return None if before is None else level.change(before[None, None])[0, 0]
+    with np.errstate(all="ignore"):
+        stored = np.asarray(value).astype(level.dtype)
+        same = bool(np.isnan(value)) if stored != stored else np.isclose(float(stored), value, rtol=1e-6, atol=0)
+    return np.full(level.shape[2], stored) if same else None
+
+
+def stretched(pixels: np.ndarray, most: int) -> np.ndarray:
+    """Pixels 0 .. most over the whole range of their type."""
+    whole = np.iinfo(pixels.dtype).max
+    return ((pixels.astype(np.uint32) * whole + most // 2) // most).astype(pixels.dtype)
+
+
 RETILE = "store it in small tiles: fitformer.data.readers.to_tiled_tiff(FILE, 'tiled.tif')"
 _KEPT = ("uint8", "uint16", "float32")
-_EXACT = {"int8": "float32", "int16": "float32", "float16": "float32", "float64": "float32"}
+# Become float32.
+_EXACT = ("int8", "int16", "float16", "float64")
 
 
-def as_pixels(level: Level, path: str) -> Level:
-    """The level as uint8, uint16 or float32; bits become 0 and 255, small signed numbers and other floats float32.
+def as_pixels(image: OpenImage, path: str, pixel_range: tuple[float, float] | None = None) -> OpenImage:
+    """The image as uint8, uint16 or float32; bits become 0 and 255, small signed numbers and other floats float32.
+
+    With a `pixel_range` all become uint16, which its ends and what lies beyond them fill. What has no data is NaN in
+    floats and 0 in a `pixel_range`, where the least of the others is 1.
 
     Raises:
-        InputError: numbers that float32 does not hold.
+        InputError: numbers that float32 does not hold, without a `pixel_range`.
     """
-    kind = level.dtype.name
-    if kind in _KEPT:
-        return level
+    levels = [_as_pixels(level, path, pixel_range, image.nodata) for level in image.levels]
+    nodata = image.nodata
+    if nodata is not None and pixel_range is not None:
+        nodata = np.zeros_like(nodata, dtype=np.uint16)
+    elif nodata is not None and levels[0].dtype.kind == "f":
+        nodata = np.full_like(nodata, np.nan, dtype=np.float32)
+    return OpenImage(levels, image.release, nodata)
+
+
+def _as_pixels(level: Level, path: str, pixel_range: tuple[float, float] | None, nodata: np.ndarray | None) -> Level:
+    kind, channels = level.dtype.name, level.shape[2]
+    if pixel_range is not None and level.dtype.kind in "buif":
+        low, high = pixel_range
+        return ConvertedLevel(
+            level, partial(_in_range, low=low, high=high, nodata=nodata), np.dtype(np.uint16), channels
+        )
     if kind == "bool":
         byte = np.dtype(np.uint8)
-        return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(255), byte, level.shape[2])
-    if kind in _EXACT:
-        dtype = np.dtype(_EXACT[kind])
-        return ConvertedLevel(level, lambda pixels: pixels.astype(dtype), dtype, level.shape[2])
+        return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(255), byte, channels)
+    if kind in _EXACT or (kind == "float32" and nodata is not None):
+        return ConvertedLevel(level, partial(_as_floats, nodata=nodata), np.dtype(np.float32), channels)
+    if kind in _KEPT:
+        return level
     raise InputError(
-        f"{path} has pixels of type {kind}; what can be read are uint8, uint16 and float32 (and bool, int8, int16, "
-        f"float16 and float64, which are converted): store it as one of these"
+        f"{path} has pixels of type {kind}, whose range the file does not tell: say which numbers are black and white "
+        "(pixel_range), or convert it to uint8 or uint16, or to float32, bool, int8, int16, float16 or float64, which "
+        "become float32"
     )
+
+
+def _as_floats(pixels: np.ndarray, nodata: np.ndarray | None) -> np.ndarray:
+    floats = pixels.astype(np.float32)
+    if nodata is not None:
+        floats[pixels == nodata] = np.nan
+    return floats
+
+
+def _in_range(pixels: np.ndarray, low: float, high: float, nodata: np.ndarray | None) -> np.ndarray:
+    share = (pixels.astype(np.float64) - low) / (high - low)
+    whole = np.rint(np.clip(share, 0, 1) * 65535)
+    if nodata is not None:
+        whole = np.where(pixels == nodata, 0, np.maximum(whole, 1))
+    # What is not a number has no data either.
+    return np.nan_to_num(whole).astype(np.uint16)
 
 
 def weigh_tiles(path: str, kind: str, needed: int, most_bytes: float) -> None:

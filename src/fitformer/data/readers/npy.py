@@ -6,14 +6,14 @@ import numpy as np
 
 from fitformer.data.readers.axes import guessed
 from fitformer.data.readers.errors import readable
-from fitformer.data.readers.levels import MemmapLevel, OpenImage
+from fitformer.data.readers.levels import MemmapLevel, OpenImage, OpenOptions
 from fitformer.errors import InputError
 
 
-def open_npy(path: str, most_bytes: float) -> OpenImage:
+def open_npy(path: str, options: OpenOptions) -> OpenImage:
     """Open an array (H, W), (H, W, ch) or (ch, H, W); the shorter end axis is the channels.
 
-    Only windows are ever held, whatever `most_bytes` is.
+    Only windows are ever held, whatever `most_bytes` of the options is.
 
     Raises:
         InputError: not an array file, a truncated one, or one that is no image.

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from fitformer.data.datasets.sources import listed
+from fitformer._support.listed import listed
 from fitformer.data.readers.axes import guessed, named
 from fitformer.data.readers.errors import readable
-from fitformer.data.readers.levels import OpenImage, Tiles, weigh_tiles
+from fitformer.data.readers.levels import OpenImage, OpenOptions, Tiles, weigh_tiles
 from fitformer.errors import InputError, require
 
 
-def open_zarr(path: str, most_bytes: float) -> OpenImage:
+def open_zarr(path: str, options: OpenOptions) -> OpenImage:
     """Open an array, the only array of a group that has rows and columns, or the pyramid of an OME-Zarr group.
 
     Its axes are those that it names; without names, the shorter of the first and the last one is the channels.
@@ -21,16 +21,21 @@ def open_zarr(path: str, most_bytes: float) -> OpenImage:
         InputError: no Zarr folder, none of one image, or one of chunks of more than `most_bytes`.
     """
     zarr = require("zarr", extra="gigapixel")
+    from fitformer.data.readers.zarr_store import BoundedStore
+
     with readable(path):
+        store = BoundedStore(path)
         try:
-            node = zarr.open(path, mode="r")
+            node = zarr.open(store, mode="r")
         except FileNotFoundError as error:
             raise InputError(
                 f"{path} is a folder and no Zarr (it has no zarr.json, .zarray or .zgroup): give an image file, or the "
                 "folder of a Zarr array or group"
             ) from error
         arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
-        return OpenImage([_level(path, array, axes, most_bytes) for array in arrays])
+        for array in arrays:
+            store.bound(array)
+        return OpenImage([_level(path, array, axes, options.most_bytes) for array in arrays])
 
 
 def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:
