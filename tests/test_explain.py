@@ -18,9 +18,19 @@ from fitformer.cli import main
 from fitformer.config import load as config
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain, token_store
-from fitformer.inference.explain import HeatMap, attribute, write_geojson, write_overlay, write_tiff
+from fitformer.inference.explain import (
+    HeatMap,
+    attribute,
+    explain,
+    leave_out,
+    write_geojson,
+    write_overlay,
+    write_tiff,
+)  # fmt: skip
+from fitformer.inference.explain.agreement import rank_correlation
 from fitformer.inference.explain.attribution import CONTRAST
 from fitformer.inference.explain.batch import Slide, Slides, find
+from fitformer.inference.explain.explanation import MAPS
 from fitformer.inference.explain.overlay import blend, grey, thumbnail_size
 from fitformer.patching.any_size import GroupedImage, PixelArray
 from fitformer.tasks import build_model
@@ -203,6 +213,166 @@ def test_what_cannot_be_explained_is_refused():
         attribute(model, image_of(8, 8))
 
 
+# What each group adds, by leaving it out
+
+
+def without_group(model, image, group, glimpses=0):
+    """Logits of a plain run on an image that never had a group."""
+    whole = GroupedImage(image, model.patch_grid, glimpses=glimpses)
+    occupied = np.ones(whole.grid, dtype=bool)
+    occupied[tuple(whole.coords[group].tolist())] = False
+    with torch.no_grad():
+        return model([GroupedImage(image, model.patch_grid, occupied, glimpses)])[0]
+
+
+def log_odds_of(logits, label):
+    return float(logits.double().softmax(-1)[label].logit())
+
+
+@pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2", "(2)", "(1)1(0)1(1)1"])
+@pytest.mark.parametrize("more", [{}, {"glimpses": 1}, {"mask": "causal"}])
+def test_leaving_out_a_group_is_a_plain_run_without_it_in_every_way_to_run(layers, more):
+    model = classifier(layers, **more)
+    image, glimpses = image_of(19, 14), more.get("glimpses", 0)
+    with torch.no_grad():
+        full = model([image])[0]
+    label = int(full.argmax())
+    groups = range(glimpses, model.grouped(image).num_groups)
+    wanted = [
+        log_odds_of(full, label) - log_odds_of(without_group(model, image, group, glimpses), label) for group in groups
+    ]
+    for way in [*WAYS, Streamed(slice_groups=100, keep="host")]:
+        model.set_execution(way)
+        found = leave_out(model, image)
+        torch.testing.assert_close(found.logits, full, rtol=1e-4, atol=1e-5)
+        assert found.added[:glimpses].isnan().all()
+        torch.testing.assert_close(found.added[glimpses:], torch.tensor(wanted), rtol=1e-3, atol=2e-5)
+    assert np.abs(wanted).max() > 1e-3
+
+
+@pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2"])
+@pytest.mark.parametrize("position", ["learned", "sin_cos"])
+def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_latents(layers, position):
+    torch.manual_seed(0)
+    model = FITImageEncoder.from_config(
+        layers=layers, image_size=(24, 12), group_size=(8, 4), patch_size=(2, 1), channels=1, num_classes=3,
+        latent_position=position, **SIZE,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(model.head.weight)
+    image = image_of(24, 12)
+    found, encoder = leave_out(model, image), model.encoder
+    signal = torch.from_numpy(image.pixels.copy()).float()[None] / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits, model(signal)[0], rtol=1e-4, atol=1e-5)
+        label, x = int(found.logits.argmax()), encoder.embed(model.patch_grid.group(signal))
+        for group in range(9):
+            kept = [k for k in range(9) if k != group]
+            tokens, latents = model.trunk(x[:, kept], model.trunk.initial_latents(1, 9)[:, kept])
+            last = encoder.latent_norm(latents) if model.ends_in_latents else encoder.norm(tokens)
+            without = model.head(last.mean(dim=(1, 2)))[0]
+            wanted = log_odds_of(found.logits, label) - log_odds_of(without, label)
+            assert float(found.added[group]) == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+
+
+def test_skipped_groups_are_no_part_of_leaving_out():
+    model, image = classifier(), image_of(19, 14)
+    occupied = np.arange(12).reshape(3, 4) % 3 > 0
+    some = GroupedImage(image, model.patch_grid, occupied)
+    found = leave_out(model, some)
+    assert found.added.shape == (8,)
+    occupied[tuple(some.coords[2].tolist())] = False
+    with torch.no_grad():
+        other = model([GroupedImage(image, model.patch_grid, occupied)])[0]
+    label = int(found.logits.argmax())
+    wanted = log_odds_of(found.logits, label) - log_odds_of(other, label)
+    assert float(found.added[2]) == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+    cells = HeatMap.of(found.values, found.image).cells
+    assert np.isnan(cells[:4, :4]).all()
+
+
+class Counting:
+    """Counts the rows that layers are run on."""
+
+    def __init__(self, model):
+        self.rows = {}
+        for name, layer in model.trunk.named_modules():
+            if type(layer).__name__ in ("TransformerLayer", "CrossLayer"):
+                layer.register_forward_pre_hook(lambda layer, given, name=name: self.note(name, given[0]))
+        model.encoder.stem.register_forward_pre_hook(lambda layer, given: self.note("stem", given[0].flatten(0, 1)))
+
+    def note(self, name, x):
+        self.rows[name] = self.rows.get(name, 0) + len(x)
+
+
+@pytest.mark.parametrize("way", [plain, Streamed(slice_groups=2)])
+def test_what_does_not_depend_on_the_group_left_out_runs_once(way):
+    model, groups = classifier("(1)1(1)1"), 12
+    model.set_execution(way)
+    counted = Counting(model)
+    leave_out(model, image_of(24, 16))
+    once = ("stem", "blocks.0.local_layers.0", "blocks.0.read")
+    assert [counted.rows[name] for name in once] == [groups] * 3
+    later = groups + groups * (groups - 1)
+    for name in ("blocks.1.write", "blocks.1.local_layers.0", "blocks.1.read"):
+        assert counted.rows[name] == later
+    assert counted.rows["blocks.1.global_layers.0"] == 1 + groups
+    single = classifier("(2)")
+    counted = Counting(single)
+    leave_out(single, image_of(24, 16))
+    assert set(counted.rows.values()) == {groups}
+
+
+def test_the_share_of_the_work_grows_to_all_of_it():
+    for method in MAPS:
+        told = []
+        explain(classifier(), image_of(19, 14), method, told.append)
+        assert told == sorted(told)
+        assert told[-1] == 1
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_the_only_group_of_an_image_has_no_value_and_still_a_label(method):
+    model = classifier()
+    found = explain(model, image_of(8, 4), method)
+    assert found.logits.isfinite().all()
+    if method == "leave-out":
+        assert found.maps["leave-out"].isnan().all()
+    else:
+        assert found.agreement.groups == []
+        assert found.agreement.rank_correlation is None
+        assert found.agreement.same_sign is None
+    with pytest.raises(InputError, match="method is 'shap'; known are leave-out, gradient, attention"):
+        explain(model, image_of(8, 4), "shap")
+    model.head = None
+    with pytest.raises(InputError, match="no head"):
+        leave_out(model, image_of(8, 8))
+
+
+def test_the_agreement_is_that_of_the_largest_groups_with_leaving_them_out():
+    model, image = classifier(), image_of(40, 16)
+    truth = leave_out(model, image)
+    for method in ("gradient", "attention"):
+        found = explain(model, image, method)
+        values = found.maps["relevance"].sum(1) if method == "gradient" else found.maps["attention"].amax(1)
+        agreement = found.agreement
+        assert sorted(agreement.groups) == sorted(values.abs().argsort(descending=True)[:8].tolist())
+        torch.testing.assert_close(agreement.claimed, values[agreement.groups])
+        torch.testing.assert_close(agreement.added, truth.added[agreement.groups], rtol=1e-3, atol=2e-5)
+        compared = agreement.added if method == "gradient" else agreement.added.abs()
+        wanted = np.corrcoef(agreement.claimed.argsort().argsort(), compared.argsort().argsort())[0, 1]
+        assert agreement.rank_correlation == pytest.approx(wanted)
+        same = (agreement.claimed.sign() == agreement.added.sign()).float().mean()
+        assert agreement.same_sign == (pytest.approx(float(same)) if method == "gradient" else None)
+
+
+def test_equal_values_share_their_rank():
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 7, 9])) == pytest.approx(1)
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([9.0, 7, 5])) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 3])) == pytest.approx(0.75**0.5)
+    for flat in (torch.ones(3), torch.ones(1)):
+        assert rank_correlation(flat, torch.arange(float(len(flat)))) is None
+
+
 # Maps
 
 
@@ -284,7 +454,7 @@ def test_the_overlay_is_a_small_png(tmp_path):
 
 
 def written(path, attention, relevance, **more):
-    write_geojson(path, attention, relevance, "cat", {"cat": 0.75, "dog": 0.25}, **more)
+    write_geojson(path, {"attention": attention, "relevance": relevance}, "cat", {"cat": 0.75, "dog": 0.25}, **more)
     found = json.loads(path.read_text())
     assert found["type"] == "FeatureCollection"
     by_kind = {"annotation": [], "tile": [], "detection": []}
