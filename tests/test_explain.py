@@ -16,6 +16,7 @@ from PIL import Image
 from fitformer import FITImageEncoder, data
 from fitformer.cli import main
 from fitformer.config import load as config
+from fitformer.data.pixels import fit
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain, token_store
 from fitformer.inference.explain import (
@@ -877,6 +878,95 @@ def test_skipped_groups_are_empty_in_the_maps(folder, tmp_path):
     assert read_record(tmp_path / "out" / "a.npy.json")["groups"] == 3
 
 
+# A sure classifier, from its training to what a user reads
+
+
+def blobs(random, red, side=48):
+    """Noise, with blobs in six of its groups of 16 x 16 pixels: blue, or where `red` one to three of them red.
+
+    Returns the pixels and which of them are red.
+    """
+    pixels = random.integers(90, 160, (side, side, 3), dtype=np.uint8)
+    where = np.zeros((side, side), dtype=bool)
+    for k, cell in enumerate(random.permutation((side // 16) ** 2)[:6]):
+        top, left = (16 * int(place) + 4 for place in divmod(cell, side // 16))
+        is_red = k < red
+        pixels[top : top + 8, left : left + 8] = (210, 40, 40) if is_red else (40, 40, 210)
+        where[top : top + 8, left : left + 8] = is_red
+    return pixels, where
+
+
+@pytest.fixture(scope="module")
+def sure():
+    """A classifier of images without and with red blobs, trained until it is sure."""
+    random = np.random.default_rng(2)
+    torch.manual_seed(2)
+    model = FITImageEncoder.from_config(
+        layers="(1)1(1)1", dim=16, latent_dim=16, heads=2, latent_heads=2, latents_per_group=2, image_size=None,
+        group_size=16, patch_size=4, channels=3, num_classes=2, latent_position="row_column",
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        images = [PixelArray(blobs(random, red)[0]) for k in range(4) for red in (0, 1 + k % 3)]
+        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1] * 4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decides(sure, tmp_path, seed):
+    pixels, red = blobs(np.random.default_rng(seed), 1)
+    painted = np.where(red[..., None], (40, 40, 210), pixels).astype(np.uint8)
+    with torch.no_grad():
+        odds = [log_odds_of(sure([PixelArray(each)])[0], 1) for each in (pixels, painted)]
+    assert odds[0] > 5
+    assert odds[1] < -2
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Slides(sure, ("plain", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    with Image.open(tmp_path / "seen" / "a.png.leave-out.png") as file:
+        picture = np.asarray(file).astype(int)
+    assert (picture[red][:, 0] > picture[red][:, 2] + 50).all()
+    blue_most = (picture[..., 2] - picture[..., 0]).max()
+    assert blue_most < (picture[red][:, 0] - picture[red][:, 2]).min()
+    cells = tifffile.imread(tmp_path / "seen" / "a.png.leave-out.tif")
+    over = np.kron(cells, np.ones((4, 4)))[red]
+    assert (over > odds[0]).all()
+    tiles = {
+        (top, left): feature["properties"]
+        for feature in read_record(tmp_path / "seen" / "a.png.geojson")["features"]
+        if feature["properties"]["objectType"] == "tile"
+        for top, left, _, _ in [box(feature["geometry"]["coordinates"][0])]
+    }
+    place = tuple(int(side) // 16 * 16 for side in np.argwhere(red)[0])
+    assert tiles[place]["classification"]["name"] == "for red"
+    assert tiles[place]["measurements"] == {"leave-out": pytest.approx(float(over[0]), rel=1e-5)}
+    assert max(tiles, key=lambda place: abs(tiles[place]["measurements"]["leave-out"])) == place
+    record = read_record(tmp_path / "seen" / "a.png.json")
+    assert record["log_odds"] == pytest.approx(odds[0], rel=1e-4)
+    assert "agreement" not in record
+
+
+def test_a_map_of_relevance_tells_that_it_is_wrong(sure, tmp_path):
+    Image.fromarray(blobs(np.random.default_rng(0), 1)[0]).save(tmp_path / "a.png")
+    for method, name in (("gradient", "relevance"), ("attention", "attention")):
+        work = Slides(sure, ("plain", "red"), tmp_path / method, {}, method)
+        work.run(find([tmp_path / "a.png"]))
+        found = read_record(tmp_path / method / "a.png.json")["agreement"]
+        assert (found["of"], found["with"]) == (name, "leave-out")
+        assert -1 <= found["rank_correlation"] <= 1
+        truth = leave_out(sure, PixelArray(np.asarray(Image.open(tmp_path / "a.png"))))
+        assert len(found["groups"]) == 8
+        for group in found["groups"]:
+            number = truth.image.coords.tolist().index([group["row"] // 16, group["column"] // 16])
+            assert group["leave-out"] == pytest.approx(float(truth.added[number]), rel=1e-3, abs=1e-4)
+        same = np.mean([np.sign(group[name]) == np.sign(group["leave-out"]) for group in found["groups"]])
+        assert found["same_sign"] == (pytest.approx(same) if method == "gradient" else None)
+        images, means = work.agreement()
+        assert (images, means["rank_correlation"]) == (1, found["rank_correlation"])
+
+
 # The command
 
 
@@ -1003,3 +1093,119 @@ def test_the_command_says_in_a_line_what_is_wrong(run_folder, slides, tmp_path, 
     assert "none of the 1 files can be read" in refusal(slides / "c.tif")
     assert "--format is for labels alone" in refusal(slides, "--output", tmp_path / "seen", "--format", "csv")
     assert "a.tif is a file" in refusal(slides, "--output", slides / "a.tif")
+
+
+MADE = {
+    "leave-out": {".leave-out.png", ".leave-out.tif", ".geojson", ".json"},
+    "gradient": set(ENDINGS),
+    "attention": {".attention.png", ".attention.tif", ".geojson", ".json"},
+}
+
+
+@pytest.fixture(scope="module")
+def one_size_run(tmp_path_factory):
+    """A run, untrained, that takes images of 8 x 8."""
+    tiny = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4"]
+    recipe = config.load("digits-classify", [*(f"model.{key}" for key in (*tiny, "patch_size=2")), "data.image_size=8"])
+    train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
+    run = run_dir.start_run(tmp_path_factory.mktemp("runs") / "digits", recipe)
+    run_dir.write_data_card(run, train, test)
+    torch.manual_seed(0)
+    build_model(recipe, train).save_pretrained(run.model_folder)
+    return str(run.path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of a photo of another size, one of 8 x 8, and a broken one."""
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    Image.fromarray(image_of(21, 18).pixels[..., 0]).save(tmp_path / "photos" / "a.png")
+    Image.fromarray(image_of(8, 8).pixels[..., 0]).save(tmp_path / "photos" / "deep" / "b.png")
+    (tmp_path / "photos" / "c.png").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("method", MADE)
+@pytest.mark.parametrize("size", ["any", "one"])
+def test_the_command_explains_in_three_ways_images_of_any_size_and_of_one(
+    run_folder, one_size_run, slides, photos, tmp_path, capsys, method, size
+):
+    run, images, names = {
+        "any": (run_folder, slides, ("a.tif", "b.npy")), "one": (one_size_run, photos, ("a.png", "deep/b.png"))
+    }[size]  # fmt: skip
+    output = tmp_path / "seen"
+    words = ["predict", run, str(images), "--output", str(output), "--explain", method]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{output}: 2 of 3 images labelled now, 1 could not be read (broken.csv)\n"
+    assert (f"fitformer: {method} against leave-out, largest groups of 2 images" in err) == (method != "leave-out")
+    made = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
+    assert made == {"results.csv", "broken.csv"} | {name + ending for name in names for ending in MADE[method]}
+    records = [read_record(output / f"{name}.json") for name in names]
+    assert all(record["made_with"]["explain"] == method for record in records)
+    assert all(("agreement" in record) == (method != "leave-out") for record in records)
+    assert main(words) == 0
+    assert "0 of 3 images labelled now, 2 were there already" in capsys.readouterr().out
+    main(["predict", run, str(images)])
+    for row, seen in zip(csv.DictReader(capsys.readouterr().out.splitlines()), records, strict=True):
+        assert row["label"] == seen["label"]
+        assert float(row["probability"]) == pytest.approx(seen["probability"], abs=2e-6)
+
+
+def test_maps_of_images_of_one_size_are_of_what_the_model_sees(one_size_run, photos, tmp_path):
+    words = ["predict", one_size_run, str(photos), "--output", str(tmp_path / "seen"), "--explain", "leave-out"]
+    assert main([*words, "--y", "up"]) == 0
+    model = FITImageEncoder.from_pretrained(f"{one_size_run}/model").eval()
+    for name, file in (("a.png", photos / "a.png"), ("deep/b.png", photos / "deep" / "b.png")):
+        pixels = fit(np.asarray(Image.open(file))[..., None], (8, 8))
+        found = leave_out(model, PixelArray(pixels))
+        cells = tifffile.imread(tmp_path / "seen" / f"{name}.leave-out.tif")
+        np.testing.assert_allclose(cells, HeatMap.of(found.values, found.image).cells, rtol=1e-4, atol=1e-6)
+        with Image.open(tmp_path / "seen" / f"{name}.leave-out.png") as picture:
+            assert picture.size == (8, 8)
+        record = read_record(tmp_path / "seen" / f"{name}.json")
+        assert (record["rows"], record["columns"], record["groups"]) == (8, 8, 4)
+        assert record["made_with"]["resize"] == "crop"
+        boxes = [box(feature["geometry"]["coordinates"][0]) for feature in read_record(
+            tmp_path / "seen" / f"{name}.geojson")["features"]]  # fmt: skip
+        assert boxes == [(-8, 0, 0, 8), (-4, 0, 0, 4), (-4, 4, 0, 8), (-8, 0, -4, 4), (-8, 4, -4, 8)]
+
+
+def test_a_folder_means_maps_and_a_file_labels_also_of_images_of_one_size(one_size_run, photos, tmp_path):
+    words = ["predict", one_size_run, str(photos), "--output"]
+    assert main([*words, str(tmp_path / "seen")]) == 0
+    assert (tmp_path / "seen" / "a.png.relevance.png").is_file()
+    for more in ([str(tmp_path / "labels.txt")], [str(tmp_path / "labels"), "--format", "json"]):
+        assert main([*words, *more]) == 0
+        assert (tmp_path / more[0]).is_file()
+
+
+def test_the_command_says_in_a_line_what_cannot_be_explained(run_folder, one_size_run, photos, tmp_path, capsys):
+    def refusal(run, *words):
+        assert main(["predict", run, *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    for run in (run_folder, one_size_run):
+        said = refusal(run, photos, "--explain", "leave-out")
+        assert "--explain leave-out is for maps in a folder, and there is no --output; give --output FOLDER" in said
+        said = refusal(run, photos, "--explain", "attention", "--output", tmp_path / "labels.csv")
+        assert "labels.csv; give --output FOLDER" in said
+        assert "--y up is for maps in a folder" in refusal(run, photos, "--y", "up")
+    assert "for a run that takes images of any size" in refusal(one_size_run, photos, "--keep", "disk")
+    assert main(["predict", one_size_run, str(photos), "--output", str(tmp_path / "seen")]) == 0
+    before = times(tmp_path / "seen")
+    said = refusal(one_size_run, photos, "--output", tmp_path / "seen", "--explain", "leave-out")
+    assert "was made with --explain gradient, and leave-out would be written over it; give another" in said
+    assert times(tmp_path / "seen") == before
+    assert "invalid choice: 'shap'" in refusal(run_folder, photos, "--explain", "shap")
+    other = shutil.copytree(one_size_run, tmp_path / "run")
+    about = read_record(other / "model" / "config.json")
+    one_group = FITImageEncoder.from_config(**SIZE, layers="(1)1", image_size=8, group_size=8, patch_size=2, channels=1,
+                                            num_classes=10)  # fmt: skip
+    one_group.save_pretrained(other / "model")
+    assert about != read_record(other / "model" / "config.json")
+    said = refusal(str(other), photos, "--output", tmp_path / "other", "--explain", "leave-out")
+    assert "cuts every image into 1 group, and to leave one out takes at least 2" in said
+    assert "--explain gradient" in said

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fitformer.data.grouping import Grouping
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.pixels import UnreadableImageError, decode, fit, suffixes
@@ -135,7 +137,8 @@ class Labeller:
         except UnreadableImageError as fault:
             raise InputError(str(fault)) from fault
         rows, columns = grid.image_size  # type: ignore[misc]
-        yield PixelArray(fit(pixels, (rows, columns), self.recipe.data.resize))
+        # A copy: Pillow's own pixels cannot be written to, of which torch warns.
+        yield PixelArray(np.array(fit(pixels, (rows, columns), self.recipe.data.resize)))
 
     def _grouping(self) -> Grouping:
         network = self.network

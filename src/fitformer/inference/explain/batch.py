@@ -38,7 +38,7 @@ from fitformer.inference.explain.explanation import MAPS, SIGNED, Explanation, M
 from fitformer.inference.explain.geojson import write_geojson
 from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
-from fitformer.inference.explain.leave_out import Tell
+from fitformer.inference.explain.leave_out import Tell, log_odds
 from fitformer.inference.explain.overlay import thumbnail_size, write_overlay
 from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
@@ -289,6 +289,7 @@ class Slides:
         rows, columns = seen.image.shape[:2]
         record = {
             **asdict(prediction),
+            "log_odds": float(log_odds(seen.logits.double(), int(seen.logits.argmax()))),
             **_names(slide),
             "rows": rows,
             "columns": columns,
