@@ -881,43 +881,75 @@ def test_skipped_groups_are_empty_in_the_maps(folder, tmp_path):
 # A sure classifier, from its training to what a user reads
 
 
-def blobs(random, red, side=48):
-    """Noise, with blobs in six of its groups of 16 x 16 pixels: blue, or where `red` one to three of them red.
+def blobs(random, red, blue, side=48):
+    """Noise, with red and blue blobs, each in a group of 16 x 16 pixels of its own.
 
-    Returns the pixels and which of them are red.
+    Returns the pixels, and which of them are red and which blue.
     """
     pixels = random.integers(90, 160, (side, side, 3), dtype=np.uint8)
-    where = np.zeros((side, side), dtype=bool)
-    for k, cell in enumerate(random.permutation((side // 16) ** 2)[:6]):
+    where = np.zeros((2, side, side), dtype=bool)
+    for k, cell in enumerate(random.permutation((side // 16) ** 2)[: red + blue]):
         top, left = (16 * int(place) + 4 for place in divmod(cell, side // 16))
-        is_red = k < red
-        pixels[top : top + 8, left : left + 8] = (210, 40, 40) if is_red else (40, 40, 210)
-        where[top : top + 8, left : left + 8] = is_red
-    return pixels, where
+        pixels[top : top + 8, left : left + 8] = (210, 40, 40) if k < red else (40, 40, 210)
+        where[int(k >= red), top : top + 8, left : left + 8] = True
+    return pixels, *where
 
 
-@pytest.fixture(scope="module")
-def sure():
-    """A classifier of images without and with red blobs, trained until it is sure."""
+def sure_of(counts, layers, steps):
+    """A classifier trained until it is sure, on images of `counts`: pairs of red and blue blobs, of either class."""
     random = np.random.default_rng(2)
     torch.manual_seed(2)
     model = FITImageEncoder.from_config(
-        layers="(1)1(1)1", dim=16, latent_dim=16, heads=2, latent_heads=2, latents_per_group=2, image_size=None,
+        layers=layers, dim=16, latent_dim=16, heads=2, latent_heads=2, latents_per_group=2, image_size=None,
         group_size=16, patch_size=4, channels=3, num_classes=2, latent_position="row_column",
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(150):
-        images = [PixelArray(blobs(random, red)[0]) for k in range(4) for red in (0, 1 + k % 3)]
-        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1] * 4))
+    for k in range(steps):
+        drawn = [(label, counts[label][(k + j) % len(counts[label])]) for j in range(4) for label in (0, 1)]
+        images = [PixelArray(blobs(random, *pair)[0]) for _, pair in drawn]
+        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([label for label, _ in drawn]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def sure():
+    """Class 1 has red blobs, class 0 none: one alone decides."""
+    return sure_of([[(0, 6)], [(1, 5), (2, 4), (3, 3)]], "(1)1(1)1", steps=150)
+
+
+@pytest.fixture(scope="module")
+def majority():
+    """Class 1 has more red blobs, class 0 more blue ones."""
+    return sure_of([[(1, 6), (2, 5), (3, 4)], [(6, 1), (5, 2), (4, 3)]], "(1)1", steps=200)
+
+
+@pytest.mark.parametrize(("red_count", "blue_count"), [(6, 1), (5, 2), (4, 3), (1, 6), (2, 5), (3, 4)])
+def test_every_blob_has_the_colour_that_it_has_for_the_decision(majority, tmp_path, red_count, blue_count):
+    pixels, *where = blobs(np.random.default_rng(5), red_count, blue_count)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Slides(majority, ("blue", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    record = read_record(tmp_path / "seen" / "a.png.json")
+    assert record["label"] == ("red" if red_count > blue_count else "blue")
+    assert record["log_odds"] > 4
+    supporting, opposing = where if record["label"] == "red" else where[::-1]
+    with Image.open(tmp_path / "seen" / "a.png.leave-out.png") as file:
+        picture = np.asarray(file).astype(int)
+    assert (picture[supporting][:, 0] > picture[supporting][:, 2]).all()
+    assert (picture[opposing][:, 0] < picture[opposing][:, 2]).all()
+    for feature in read_record(tmp_path / "seen" / "a.png.geojson")["features"][1:]:
+        top, left, bottom, right = box(feature["geometry"]["coordinates"][0])
+        for colour, word in ((supporting, "for"), (opposing, "against")):
+            if colour[top:bottom, left:right].any():
+                assert feature["properties"]["classification"]["name"] == f"{word} {record['label']}"
+                assert (feature["properties"]["measurements"]["leave-out"] > 0) == (word == "for")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decides(sure, tmp_path, seed):
-    pixels, red = blobs(np.random.default_rng(seed), 1)
+    pixels, red, _ = blobs(np.random.default_rng(seed), 1, 5)
     painted = np.where(red[..., None], (40, 40, 210), pixels).astype(np.uint8)
     with torch.no_grad():
         odds = [log_odds_of(sure([PixelArray(each)])[0], 1) for each in (pixels, painted)]
@@ -949,7 +981,7 @@ def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decide
 
 
 def test_a_map_of_relevance_tells_that_it_is_wrong(sure, tmp_path):
-    Image.fromarray(blobs(np.random.default_rng(0), 1)[0]).save(tmp_path / "a.png")
+    Image.fromarray(blobs(np.random.default_rng(0), 1, 5)[0]).save(tmp_path / "a.png")
     for method, name in (("gradient", "relevance"), ("attention", "attention")):
         work = Slides(sure, ("plain", "red"), tmp_path / method, {}, method)
         work.run(find([tmp_path / "a.png"]))
@@ -1209,3 +1241,31 @@ def test_the_command_says_in_a_line_what_cannot_be_explained(run_folder, one_siz
     said = refusal(str(other), photos, "--output", tmp_path / "other", "--explain", "leave-out")
     assert "cuts every image into 1 group, and to leave one out takes at least 2" in said
     assert "--explain gradient" in said
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_an_image_of_one_group_is_labelled_and_its_map_of_leaving_out_is_empty(run_folder, tmp_path, method):
+    np.save(tmp_path / "a.npy", 1 + image_of(4, 3).pixels // 2)
+    words = ["predict", run_folder, str(tmp_path / "a.npy"), "--output", str(tmp_path / "seen"), "--explain", method]
+    assert main(words) == 0
+    (row,) = rows_of(tmp_path / "seen" / "results.csv")
+    assert 0 < float(row["probability"]) < 1
+    kinds = [
+        feature["properties"]["objectType"] for feature in read_record(tmp_path / "seen" / "a.npy.geojson")["features"]
+    ]
+    # A glimpse of the image stays when its group is left out.
+    assert kinds.count("tile") == 1
+    if method == "leave-out":
+        assert kinds.count("detection") == 0
+    else:
+        assert read_record(tmp_path / "seen" / "a.npy.json")["agreement"]["rank_correlation"] is None
+
+
+def test_the_only_group_without_a_glimpse_is_grey(tmp_path):
+    np.save(tmp_path / "a.npy", image_of(8, 4).pixels)
+    work(tmp_path / "out", method="leave-out").run(find([tmp_path / "a.npy"]))
+    assert np.isnan(tifffile.imread(tmp_path / "out" / "a.npy.leave-out.tif")).all()
+    with Image.open(tmp_path / "out" / "a.npy.leave-out.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert len(read_record(tmp_path / "out" / "a.npy.geojson")["features"]) == 1

@@ -195,7 +195,7 @@ def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None)
     """
     reads = [read for block in classifier.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
-        raise InputError("no block of this encoder has global layers, so its latents read nothing")
+        raise InputError("no block of this encoder has global layers, so its latents read nothing; leave groups out")
     attention = torch.zeros(groups, classifier.patch_grid.tokens_per_group)
     done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
 

@@ -36,7 +36,7 @@ class LeftOut:
     Attributes:
         logits: `(classes,)` of the whole image.
         added: `(t,)` log-odds of the likeliest class with all groups less those without this one; NaN for glimpses,
-            which stand for no part of the image, and for an image's only group.
+            which stand for no part of the image, and where no other group is.
         image: the groups.
     """
 
@@ -194,7 +194,9 @@ class AfterFirstPhase:
         """What the blocks after the first take: the data tokens of the groups `kept (v, t')`, for each row its own."""
 
         def read(groups: slice) -> tuple[Tensor, Tensor | None]:
-            tokens = torch.cat([self._tokens(row[groups]) for row in kept])
+            rows = [self._tokens(row[groups]) for row in kept]
+            # Not copied where one is left out at a time, of large images.
+            tokens = torch.cat(rows) if len(rows) > 1 else rows[0]
             mask = None if self.mask is None else self.mask[0][kept[:, groups]]
             return tokens, None if mask is None or bool(mask.all()) else mask.to(tokens.device)
 
