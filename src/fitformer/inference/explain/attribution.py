@@ -7,6 +7,7 @@ The decision is the log-odds of the label: a function of the probabilities alone
 classifier is sure. Relevance compares a patch with the image's average patch, so that a constant offset that all
 patches share counts neither for the label nor against it. The gradient is taken at the image faded a little towards its
 average: where a classifier is sure, its inner layers saturate, and the gradient at the image itself is almost zero.
+The sign of what remains can still be wrong there: `leave_out` measures, `agreement` compares.
 """
 
 from collections.abc import Callable, Iterator
