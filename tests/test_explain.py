@@ -251,6 +251,16 @@ def test_leaving_out_a_group_is_a_plain_run_without_it_in_every_way_to_run(layer
     assert np.abs(wanted).max() > 1e-3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("keep", ["memory", "host", "disk"])
+def test_leaving_out_is_the_same_on_a_gpu_in_slices_across_those_that_were_kept(keep):
+    model, image = classifier("(1)1(1)1"), image_of(40, 16)
+    wanted = leave_out(model, image)
+    model.cuda().set_execution(Streamed(slice_groups=3, keep=keep))
+    found = leave_out(model, image)
+    torch.testing.assert_close(found.added, wanted.added, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2"])
 @pytest.mark.parametrize("position", ["learned", "sin_cos"])
 def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_latents(layers, position):

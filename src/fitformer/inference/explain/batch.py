@@ -242,7 +242,7 @@ class Slides:
         record = _read(self.output / (slide.name + RECORD))
         if not isinstance(record, dict) or "path" not in record:
             return
-        method = record["made_with"].get("explain", "gradient")
+        method = record.get("made_with", {}).get("explain", "gradient")
         if method != self.method:
             raise InputError(
                 f"{self.output / slide.name}.* was made with --explain {method}, and {self.method} would be written "
