@@ -16,11 +16,22 @@ from PIL import Image
 from fitformer import FITImageEncoder, data
 from fitformer.cli import main
 from fitformer.config import load as config
+from fitformer.data.pixels import fit
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain, token_store
-from fitformer.inference.explain import HeatMap, attribute, write_geojson, write_overlay, write_tiff
+from fitformer.inference.explain import (
+    HeatMap,
+    attribute,
+    explain,
+    leave_out,
+    write_geojson,
+    write_overlay,
+    write_tiff,
+)  # fmt: skip
+from fitformer.inference.explain.agreement import rank_correlation
 from fitformer.inference.explain.attribution import CONTRAST
 from fitformer.inference.explain.batch import Slide, Slides, find
+from fitformer.inference.explain.explanation import MAPS
 from fitformer.inference.explain.overlay import blend, grey, thumbnail_size
 from fitformer.patching.any_size import GroupedImage, PixelArray
 from fitformer.tasks import build_model
@@ -203,6 +214,176 @@ def test_what_cannot_be_explained_is_refused():
         attribute(model, image_of(8, 8))
 
 
+# What each group adds, by leaving it out
+
+
+def without_group(model, image, group, glimpses=0):
+    """Logits of a plain run on an image that never had a group."""
+    whole = GroupedImage(image, model.patch_grid, glimpses=glimpses)
+    occupied = np.ones(whole.grid, dtype=bool)
+    occupied[tuple(whole.coords[group].tolist())] = False
+    with torch.no_grad():
+        return model([GroupedImage(image, model.patch_grid, occupied, glimpses)])[0]
+
+
+def log_odds_of(logits, label):
+    return float(logits.double().softmax(-1)[label].logit())
+
+
+@pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2", "(2)", "(1)1(0)1(1)1"])
+@pytest.mark.parametrize("more", [{}, {"glimpses": 1}, {"mask": "causal"}])
+def test_leaving_out_a_group_is_a_plain_run_without_it_in_every_way_to_run(layers, more):
+    model = classifier(layers, **more)
+    image, glimpses = image_of(19, 14), more.get("glimpses", 0)
+    with torch.no_grad():
+        full = model([image])[0]
+    label = int(full.argmax())
+    groups = range(glimpses, model.grouped(image).num_groups)
+    wanted = [
+        log_odds_of(full, label) - log_odds_of(without_group(model, image, group, glimpses), label) for group in groups
+    ]
+    for way in [*WAYS, Streamed(slice_groups=100, keep="host")]:
+        model.set_execution(way)
+        found = leave_out(model, image)
+        torch.testing.assert_close(found.logits, full, rtol=1e-4, atol=1e-5)
+        assert found.added[:glimpses].isnan().all()
+        torch.testing.assert_close(found.added[glimpses:], torch.tensor(wanted), rtol=1e-3, atol=2e-5)
+    assert np.abs(wanted).max() > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("keep", ["memory", "host", "disk"])
+def test_leaving_out_is_the_same_on_a_gpu_in_slices_across_those_that_were_kept(keep):
+    model, image = classifier("(1)1(1)1"), image_of(40, 16)
+    wanted = leave_out(model, image)
+    model.cuda().set_execution(Streamed(slice_groups=3, keep=keep))
+    found = leave_out(model, image)
+    torch.testing.assert_close(found.added, wanted.added, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2"])
+@pytest.mark.parametrize("position", ["learned", "sin_cos"])
+def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_latents(layers, position):
+    torch.manual_seed(0)
+    model = FITImageEncoder.from_config(
+        layers=layers, image_size=(24, 12), group_size=(8, 4), patch_size=(2, 1), channels=1, num_classes=3,
+        latent_position=position, **SIZE,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(model.head.weight)
+    image = image_of(24, 12)
+    found, encoder = leave_out(model, image), model.encoder
+    signal = torch.from_numpy(image.pixels.copy()).float()[None] / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits, model(signal)[0], rtol=1e-4, atol=1e-5)
+        label, x = int(found.logits.argmax()), encoder.embed(model.patch_grid.group(signal))
+        for group in range(9):
+            kept = [k for k in range(9) if k != group]
+            tokens, latents = model.trunk(x[:, kept], model.trunk.initial_latents(1, 9)[:, kept])
+            last = encoder.latent_norm(latents) if model.ends_in_latents else encoder.norm(tokens)
+            without = model.head(last.mean(dim=(1, 2)))[0]
+            wanted = log_odds_of(found.logits, label) - log_odds_of(without, label)
+            assert float(found.added[group]) == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+
+
+def test_skipped_groups_are_no_part_of_leaving_out():
+    model, image = classifier(), image_of(19, 14)
+    occupied = np.arange(12).reshape(3, 4) % 3 > 0
+    some = GroupedImage(image, model.patch_grid, occupied)
+    found = leave_out(model, some)
+    assert found.added.shape == (8,)
+    occupied[tuple(some.coords[2].tolist())] = False
+    with torch.no_grad():
+        other = model([GroupedImage(image, model.patch_grid, occupied)])[0]
+    label = int(found.logits.argmax())
+    wanted = log_odds_of(found.logits, label) - log_odds_of(other, label)
+    assert float(found.added[2]) == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+    cells = HeatMap.of(found.values, found.image).cells
+    assert np.isnan(cells[:4, :4]).all()
+
+
+class Counting:
+    """Counts the rows that layers are run on."""
+
+    def __init__(self, model):
+        self.rows = {}
+        for name, layer in model.trunk.named_modules():
+            if type(layer).__name__ in ("TransformerLayer", "CrossLayer"):
+                layer.register_forward_pre_hook(lambda layer, given, name=name: self.note(name, given[0]))
+        model.encoder.stem.register_forward_pre_hook(lambda layer, given: self.note("stem", given[0].flatten(0, 1)))
+
+    def note(self, name, x):
+        self.rows[name] = self.rows.get(name, 0) + len(x)
+
+
+@pytest.mark.parametrize("way", [plain, Streamed(slice_groups=2)])
+def test_what_does_not_depend_on_the_group_left_out_runs_once(way):
+    model, groups = classifier("(1)1(1)1"), 12
+    model.set_execution(way)
+    counted = Counting(model)
+    leave_out(model, image_of(24, 16))
+    once = ("stem", "blocks.0.local_layers.0", "blocks.0.read")
+    assert [counted.rows[name] for name in once] == [groups] * 3
+    later = groups + groups * (groups - 1)
+    for name in ("blocks.1.write", "blocks.1.local_layers.0", "blocks.1.read"):
+        assert counted.rows[name] == later
+    assert counted.rows["blocks.1.global_layers.0"] == 1 + groups
+    single = classifier("(2)")
+    counted = Counting(single)
+    leave_out(single, image_of(24, 16))
+    assert set(counted.rows.values()) == {groups}
+
+
+def test_the_share_of_the_work_grows_to_all_of_it():
+    for method in MAPS:
+        told = []
+        explain(classifier(), image_of(19, 14), method, told.append)
+        assert told == sorted(told)
+        assert told[-1] == 1
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_the_only_group_of_an_image_has_no_value_and_still_a_label(method):
+    model = classifier()
+    found = explain(model, image_of(8, 4), method)
+    assert found.logits.isfinite().all()
+    if method == "leave-out":
+        assert found.maps["leave-out"].isnan().all()
+    else:
+        assert found.agreement.groups == []
+        assert found.agreement.rank_correlation is None
+        assert found.agreement.same_sign is None
+    with pytest.raises(InputError, match="method is 'shap'; known are leave-out, gradient, attention"):
+        explain(model, image_of(8, 4), "shap")
+    model.head = None
+    with pytest.raises(InputError, match="no head"):
+        leave_out(model, image_of(8, 8))
+
+
+def test_the_agreement_is_that_of_the_largest_groups_with_leaving_them_out():
+    model, image = classifier(), image_of(40, 16)
+    truth = leave_out(model, image)
+    for method in ("gradient", "attention"):
+        found = explain(model, image, method)
+        values = found.maps["relevance"].sum(1) if method == "gradient" else found.maps["attention"].amax(1)
+        agreement = found.agreement
+        assert sorted(agreement.groups) == sorted(values.abs().argsort(descending=True)[:8].tolist())
+        torch.testing.assert_close(agreement.claimed, values[agreement.groups])
+        torch.testing.assert_close(agreement.added, truth.added[agreement.groups], rtol=1e-3, atol=2e-5)
+        compared = agreement.added if method == "gradient" else agreement.added.abs()
+        wanted = np.corrcoef(agreement.claimed.argsort().argsort(), compared.argsort().argsort())[0, 1]
+        assert agreement.rank_correlation == pytest.approx(wanted)
+        same = (agreement.claimed.sign() == agreement.added.sign()).float().mean()
+        assert agreement.same_sign == (pytest.approx(float(same)) if method == "gradient" else None)
+
+
+def test_equal_values_share_their_rank():
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 7, 9])) == pytest.approx(1)
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([9.0, 7, 5])) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 3])) == pytest.approx(0.75**0.5)
+    for flat in (torch.ones(3), torch.ones(1)):
+        assert rank_correlation(flat, torch.arange(float(len(flat)))) is None
+
+
 # Maps
 
 
@@ -284,7 +465,7 @@ def test_the_overlay_is_a_small_png(tmp_path):
 
 
 def written(path, attention, relevance, **more):
-    write_geojson(path, attention, relevance, "cat", {"cat": 0.75, "dog": 0.25}, **more)
+    write_geojson(path, {"attention": attention, "relevance": relevance}, "cat", {"cat": 0.75, "dog": 0.25}, **more)
     found = json.loads(path.read_text())
     assert found["type"] == "FeatureCollection"
     by_kind = {"annotation": [], "tile": [], "detection": []}
@@ -707,6 +888,127 @@ def test_skipped_groups_are_empty_in_the_maps(folder, tmp_path):
     assert read_record(tmp_path / "out" / "a.npy.json")["groups"] == 3
 
 
+# A sure classifier, from its training to what a user reads
+
+
+def blobs(random, red, blue, side=48):
+    """Noise, with red and blue blobs, each in a group of 16 x 16 pixels of its own.
+
+    Returns the pixels, and which of them are red and which blue.
+    """
+    pixels = random.integers(90, 160, (side, side, 3), dtype=np.uint8)
+    where = np.zeros((2, side, side), dtype=bool)
+    for k, cell in enumerate(random.permutation((side // 16) ** 2)[: red + blue]):
+        top, left = (16 * int(place) + 4 for place in divmod(cell, side // 16))
+        pixels[top : top + 8, left : left + 8] = (210, 40, 40) if k < red else (40, 40, 210)
+        where[int(k >= red), top : top + 8, left : left + 8] = True
+    return pixels, *where
+
+
+def sure_of(counts, layers, steps):
+    """A classifier trained until it is sure, on images of `counts`: pairs of red and blue blobs, of either class."""
+    random = np.random.default_rng(2)
+    torch.manual_seed(2)
+    model = FITImageEncoder.from_config(
+        layers=layers, dim=16, latent_dim=16, heads=2, latent_heads=2, latents_per_group=2, image_size=None,
+        group_size=16, patch_size=4, channels=3, num_classes=2, latent_position="row_column",
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for k in range(steps):
+        drawn = [(label, counts[label][(k + j) % len(counts[label])]) for j in range(4) for label in (0, 1)]
+        images = [PixelArray(blobs(random, *pair)[0]) for _, pair in drawn]
+        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([label for label, _ in drawn]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sure():
+    """Class 1 has red blobs, class 0 none: one alone decides."""
+    return sure_of([[(0, 6)], [(1, 5), (2, 4), (3, 3)]], "(1)1(1)1", steps=150)
+
+
+@pytest.fixture(scope="module")
+def majority():
+    """Class 1 has more red blobs, class 0 more blue ones."""
+    return sure_of([[(1, 6), (2, 5), (3, 4)], [(6, 1), (5, 2), (4, 3)]], "(1)1", steps=200)
+
+
+@pytest.mark.parametrize(("red_count", "blue_count"), [(6, 1), (5, 2), (4, 3), (1, 6), (2, 5), (3, 4)])
+def test_every_blob_has_the_colour_that_it_has_for_the_decision(majority, tmp_path, red_count, blue_count):
+    pixels, *where = blobs(np.random.default_rng(5), red_count, blue_count)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Slides(majority, ("blue", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    record = read_record(tmp_path / "seen" / "a.png.json")
+    assert record["label"] == ("red" if red_count > blue_count else "blue")
+    assert record["log_odds"] > 4
+    supporting, opposing = where if record["label"] == "red" else where[::-1]
+    with Image.open(tmp_path / "seen" / "a.png.leave-out.png") as file:
+        picture = np.asarray(file).astype(int)
+    assert (picture[supporting][:, 0] > picture[supporting][:, 2]).all()
+    assert (picture[opposing][:, 0] < picture[opposing][:, 2]).all()
+    for feature in read_record(tmp_path / "seen" / "a.png.geojson")["features"][1:]:
+        top, left, bottom, right = box(feature["geometry"]["coordinates"][0])
+        for colour, word in ((supporting, "for"), (opposing, "against")):
+            if colour[top:bottom, left:right].any():
+                assert feature["properties"]["classification"]["name"] == f"{word} {record['label']}"
+                assert (feature["properties"]["measurements"]["leave-out"] > 0) == (word == "for")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decides(sure, tmp_path, seed):
+    pixels, red, _ = blobs(np.random.default_rng(seed), 1, 5)
+    painted = np.where(red[..., None], (40, 40, 210), pixels).astype(np.uint8)
+    with torch.no_grad():
+        odds = [log_odds_of(sure([PixelArray(each)])[0], 1) for each in (pixels, painted)]
+    assert odds[0] > 5
+    assert odds[1] < -2
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Slides(sure, ("plain", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    with Image.open(tmp_path / "seen" / "a.png.leave-out.png") as file:
+        picture = np.asarray(file).astype(int)
+    assert (picture[red][:, 0] > picture[red][:, 2] + 50).all()
+    blue_most = (picture[..., 2] - picture[..., 0]).max()
+    assert blue_most < (picture[red][:, 0] - picture[red][:, 2]).min()
+    cells = tifffile.imread(tmp_path / "seen" / "a.png.leave-out.tif")
+    over = np.kron(cells, np.ones((4, 4)))[red]
+    assert (over > odds[0]).all()
+    tiles = {
+        (top, left): feature["properties"]
+        for feature in read_record(tmp_path / "seen" / "a.png.geojson")["features"]
+        if feature["properties"]["objectType"] == "tile"
+        for top, left, _, _ in [box(feature["geometry"]["coordinates"][0])]
+    }
+    place = tuple(int(side) // 16 * 16 for side in np.argwhere(red)[0])
+    assert tiles[place]["classification"]["name"] == "for red"
+    assert tiles[place]["measurements"] == {"leave-out": pytest.approx(float(over[0]), rel=1e-5)}
+    assert max(tiles, key=lambda place: abs(tiles[place]["measurements"]["leave-out"])) == place
+    record = read_record(tmp_path / "seen" / "a.png.json")
+    assert record["log_odds"] == pytest.approx(odds[0], rel=1e-4)
+    assert "agreement" not in record
+
+
+def test_a_map_of_relevance_tells_that_it_is_wrong(sure, tmp_path):
+    Image.fromarray(blobs(np.random.default_rng(0), 1, 5)[0]).save(tmp_path / "a.png")
+    for method, name in (("gradient", "relevance"), ("attention", "attention")):
+        work = Slides(sure, ("plain", "red"), tmp_path / method, {}, method)
+        work.run(find([tmp_path / "a.png"]))
+        found = read_record(tmp_path / method / "a.png.json")["agreement"]
+        assert (found["of"], found["with"]) == (name, "leave-out")
+        assert -1 <= found["rank_correlation"] <= 1
+        truth = leave_out(sure, PixelArray(np.asarray(Image.open(tmp_path / "a.png"))))
+        assert len(found["groups"]) == 8
+        for group in found["groups"]:
+            number = truth.image.coords.tolist().index([group["row"] // 16, group["column"] // 16])
+            assert group["leave-out"] == pytest.approx(float(truth.added[number]), rel=1e-3, abs=1e-4)
+        same = np.mean([np.sign(group[name]) == np.sign(group["leave-out"]) for group in found["groups"]])
+        assert found["same_sign"] == (pytest.approx(same) if method == "gradient" else None)
+        images, means = work.agreement()
+        assert (images, means["rank_correlation"]) == (1, found["rank_correlation"])
+
+
 # The command
 
 
@@ -833,3 +1135,147 @@ def test_the_command_says_in_a_line_what_is_wrong(run_folder, slides, tmp_path, 
     assert "none of the 1 files can be read" in refusal(slides / "c.tif")
     assert "--format is for labels alone" in refusal(slides, "--output", tmp_path / "seen", "--format", "csv")
     assert "a.tif is a file" in refusal(slides, "--output", slides / "a.tif")
+
+
+MADE = {
+    "leave-out": {".leave-out.png", ".leave-out.tif", ".geojson", ".json"},
+    "gradient": set(ENDINGS),
+    "attention": {".attention.png", ".attention.tif", ".geojson", ".json"},
+}
+
+
+@pytest.fixture(scope="module")
+def one_size_run(tmp_path_factory):
+    """A run, untrained, that takes images of 8 x 8."""
+    tiny = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4"]
+    recipe = config.load("digits-classify", [*(f"model.{key}" for key in (*tiny, "patch_size=2")), "data.image_size=8"])
+    train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
+    run = run_dir.start_run(tmp_path_factory.mktemp("runs") / "digits", recipe)
+    run_dir.write_data_card(run, train, test)
+    torch.manual_seed(0)
+    build_model(recipe, train).save_pretrained(run.model_folder)
+    return str(run.path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of a photo of another size, one of 8 x 8, and a broken one."""
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    Image.fromarray(image_of(21, 18).pixels[..., 0]).save(tmp_path / "photos" / "a.png")
+    Image.fromarray(image_of(8, 8).pixels[..., 0]).save(tmp_path / "photos" / "deep" / "b.png")
+    (tmp_path / "photos" / "c.png").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("method", MADE)
+@pytest.mark.parametrize("size", ["any", "one"])
+def test_the_command_explains_in_three_ways_images_of_any_size_and_of_one(
+    run_folder, one_size_run, slides, photos, tmp_path, capsys, method, size
+):
+    run, images, names = {
+        "any": (run_folder, slides, ("a.tif", "b.npy")), "one": (one_size_run, photos, ("a.png", "deep/b.png"))
+    }[size]  # fmt: skip
+    output = tmp_path / "seen"
+    words = ["predict", run, str(images), "--output", str(output), "--explain", method]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{output}: 2 of 3 images labelled now, 1 could not be read (broken.csv)\n"
+    assert (f"fitformer: {method} against leave-out, largest groups of 2 images" in err) == (method != "leave-out")
+    made = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
+    assert made == {"results.csv", "broken.csv"} | {name + ending for name in names for ending in MADE[method]}
+    records = [read_record(output / f"{name}.json") for name in names]
+    assert all(record["made_with"]["explain"] == method for record in records)
+    assert all(("agreement" in record) == (method != "leave-out") for record in records)
+    assert main(words) == 0
+    assert "0 of 3 images labelled now, 2 were there already" in capsys.readouterr().out
+    main(["predict", run, str(images)])
+    for row, seen in zip(csv.DictReader(capsys.readouterr().out.splitlines()), records, strict=True):
+        assert row["label"] == seen["label"]
+        assert float(row["probability"]) == pytest.approx(seen["probability"], abs=2e-6)
+
+
+def test_maps_of_images_of_one_size_are_of_what_the_model_sees(one_size_run, photos, tmp_path):
+    words = ["predict", one_size_run, str(photos), "--output", str(tmp_path / "seen"), "--explain", "leave-out"]
+    assert main([*words, "--y", "up"]) == 0
+    model = FITImageEncoder.from_pretrained(f"{one_size_run}/model").eval()
+    for name, file in (("a.png", photos / "a.png"), ("deep/b.png", photos / "deep" / "b.png")):
+        pixels = fit(np.asarray(Image.open(file))[..., None], (8, 8))
+        found = leave_out(model, PixelArray(pixels))
+        cells = tifffile.imread(tmp_path / "seen" / f"{name}.leave-out.tif")
+        np.testing.assert_allclose(cells, HeatMap.of(found.values, found.image).cells, rtol=1e-4, atol=1e-6)
+        with Image.open(tmp_path / "seen" / f"{name}.leave-out.png") as picture:
+            assert picture.size == (8, 8)
+        record = read_record(tmp_path / "seen" / f"{name}.json")
+        assert (record["rows"], record["columns"], record["groups"]) == (8, 8, 4)
+        assert record["made_with"]["resize"] == "crop"
+        boxes = [box(feature["geometry"]["coordinates"][0]) for feature in read_record(
+            tmp_path / "seen" / f"{name}.geojson")["features"]]  # fmt: skip
+        assert boxes == [(-8, 0, 0, 8), (-4, 0, 0, 4), (-4, 4, 0, 8), (-8, 0, -4, 4), (-8, 4, -4, 8)]
+
+
+def test_a_folder_means_maps_and_a_file_labels_also_of_images_of_one_size(one_size_run, photos, tmp_path):
+    words = ["predict", one_size_run, str(photos), "--output"]
+    assert main([*words, str(tmp_path / "seen")]) == 0
+    assert (tmp_path / "seen" / "a.png.relevance.png").is_file()
+    for more in ([str(tmp_path / "labels.txt")], [str(tmp_path / "labels"), "--format", "json"]):
+        assert main([*words, *more]) == 0
+        assert (tmp_path / more[0]).is_file()
+
+
+def test_the_command_says_in_a_line_what_cannot_be_explained(run_folder, one_size_run, photos, tmp_path, capsys):
+    def refusal(run, *words):
+        assert main(["predict", run, *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    for run in (run_folder, one_size_run):
+        said = refusal(run, photos, "--explain", "leave-out")
+        assert "--explain leave-out is for maps in a folder, and there is no --output; give --output FOLDER" in said
+        said = refusal(run, photos, "--explain", "attention", "--output", tmp_path / "labels.csv")
+        assert "labels.csv; give --output FOLDER" in said
+        assert "--y up is for maps in a folder" in refusal(run, photos, "--y", "up")
+    assert "for a run that takes images of any size" in refusal(one_size_run, photos, "--keep", "disk")
+    assert main(["predict", one_size_run, str(photos), "--output", str(tmp_path / "seen")]) == 0
+    before = times(tmp_path / "seen")
+    said = refusal(one_size_run, photos, "--output", tmp_path / "seen", "--explain", "leave-out")
+    assert "was made with --explain gradient, and leave-out would be written over it; give another" in said
+    assert times(tmp_path / "seen") == before
+    assert "invalid choice: 'shap'" in refusal(run_folder, photos, "--explain", "shap")
+    other = shutil.copytree(one_size_run, tmp_path / "run")
+    about = read_record(other / "model" / "config.json")
+    one_group = FITImageEncoder.from_config(**SIZE, layers="(1)1", image_size=8, group_size=8, patch_size=2, channels=1,
+                                            num_classes=10)  # fmt: skip
+    one_group.save_pretrained(other / "model")
+    assert about != read_record(other / "model" / "config.json")
+    said = refusal(str(other), photos, "--output", tmp_path / "other", "--explain", "leave-out")
+    assert "cuts every image into 1 group, and to leave one out takes at least 2" in said
+    assert "--explain gradient" in said
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_an_image_of_one_group_is_labelled_and_its_map_of_leaving_out_is_empty(run_folder, tmp_path, method):
+    np.save(tmp_path / "a.npy", 1 + image_of(4, 3).pixels // 2)
+    words = ["predict", run_folder, str(tmp_path / "a.npy"), "--output", str(tmp_path / "seen"), "--explain", method]
+    assert main(words) == 0
+    (row,) = rows_of(tmp_path / "seen" / "results.csv")
+    assert 0 < float(row["probability"]) < 1
+    kinds = [
+        feature["properties"]["objectType"] for feature in read_record(tmp_path / "seen" / "a.npy.geojson")["features"]
+    ]
+    # A glimpse of the image stays when its group is left out.
+    assert kinds.count("tile") == 1
+    if method == "leave-out":
+        assert kinds.count("detection") == 0
+    else:
+        assert read_record(tmp_path / "seen" / "a.npy.json")["agreement"]["rank_correlation"] is None
+
+
+def test_the_only_group_without_a_glimpse_is_grey(tmp_path):
+    np.save(tmp_path / "a.npy", image_of(8, 4).pixels)
+    work(tmp_path / "out", method="leave-out").run(find([tmp_path / "a.npy"]))
+    assert np.isnan(tifffile.imread(tmp_path / "out" / "a.npy.leave-out.tif")).all()
+    with Image.open(tmp_path / "out" / "a.npy.leave-out.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert len(read_record(tmp_path / "out" / "a.npy.geojson")["features"]) == 1

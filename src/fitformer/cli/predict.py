@@ -2,11 +2,12 @@
 
 fitformer predict runs/digits-classify photos/ one.png --format json --output labels.json
 
-A run that takes images of any size reads them piece by piece, however large, and writes maps of attention and relevance
-into a folder for each image, as pictures, GeoJSON and TIFF. The same command again goes on where it was stopped.
-Without --output, or with a file, it labels only.
+With a folder as --output, it also writes maps of what each label rests on, as pictures, GeoJSON and TIFF, and the same
+command again goes on where it was stopped. --explain leave-out measures what each group of patches adds to the label by
+leaving it out; gradient, the default, and attention are quicker, and tell how far they agree with that.
+A run that takes images of any size reads them piece by piece, however large.
 
-fitformer predict RUN slides/ --output seen/
+fitformer predict RUN slides/ --output seen/ --explain leave-out
 """
 
 import argparse
@@ -30,8 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="image files, and folders of them")
     parser.add_argument("--format", choices=("csv", "json"), help="default: by the ending of --output, else csv")
     parser.add_argument(
-        "--output", type=Path, help="file to write (default: standard output); any size: a folder, or a .csv or .json"
+        "--output", type=Path, help=".csv or .json to write labels to (default: standard output), or a folder for maps"
     )
+    parser.add_argument(
+        "--explain", choices=("leave-out", "gradient", "attention"),
+        help="what the maps in the folder of --output show (default: gradient)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--y", choices=("down", "up"), default="down",
+        help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=64, help="of images of one size")
     add_checkpoint(parser)
     add_device(parser)
@@ -41,10 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where data tokens are kept between blocks (default: the recipe's trainer.keep)",
     )  # fmt: skip
     large.add_argument("--scratch", help="folder for data tokens on disk (default: the recipe's trainer.scratch)")
-    large.add_argument(
-        "--y", choices=("down", "up"), default="down",
-        help="how rows count in GeoJSON: down from 0 as in QuPath (default), or up from below 0 as in GIS viewers",
-    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,18 +59,30 @@ def run(arguments: argparse.Namespace) -> int:
 
     run = open_run(arguments.run, "predict")
     labeller = Labeller(run, run.model(arguments.checkpoint).to(device_of(arguments)))
-    if not labeller.takes_any_size:
-        if arguments.keep or arguments.scratch or arguments.y != "down":
-            raise InputError(
-                f"--keep, --scratch and --y are for a run that takes images of any size; {arguments.run} takes one size"
-            )
-        return _label(arguments, labeller)
-    labeller.stream(arguments.keep, arguments.scratch)
-    labels_only = arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json")
+    if labeller.takes_any_size:
+        labeller.stream(arguments.keep, arguments.scratch)
+    elif arguments.keep or arguments.scratch:
+        raise InputError(
+            f"--keep and --scratch are for a run that takes images of any size; {arguments.run} takes one size"
+        )
+    labels_only = _labels_only(arguments, labeller)
+    if labels_only and (arguments.explain or arguments.y != "down"):
+        option = f"--explain {arguments.explain}" if arguments.explain else "--y up"
+        given = "there is no --output" if arguments.output is None else f"--output is {arguments.output}"
+        raise InputError(f"{option} is for maps in a folder, and {given}; give --output FOLDER")
     try:
         return (_label if labels_only else _explain)(arguments, labeller)
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
+
+
+def _labels_only(arguments: argparse.Namespace, labeller: "Labeller") -> bool:
+    """Whether `--output` is not a folder for maps."""
+    if arguments.output is None or arguments.output.suffix.lower() in (".csv", ".json"):
+        return True
+    # Labels of images of one size go into a file of any name, as they did before there were maps of them.
+    named = arguments.format is not None or arguments.output.suffix != ""
+    return named and not labeller.takes_any_size and arguments.explain is None
 
 
 def _label(arguments: argparse.Namespace, labeller: "Labeller") -> int:
@@ -96,6 +113,7 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
         work, count, made = labeller.explain(
             arguments.files,
             arguments.output,
+            arguments.explain or "gradient",
             y=arguments.y,
             show=lambda done, total: show(round(1000 * done), 1000 * total),
             on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
@@ -103,7 +121,18 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
     kept = count - made - len(work.broken)
     there = f", {kept} were there already" if kept else ""
     print(f"{arguments.output}: {made} of {count} images labelled now{there}{_counted(work.broken)}")
+    if said := _agreement(*work.agreement(), arguments.explain or "gradient"):
+        print(said, file=sys.stderr)
     return 0
+
+
+def _agreement(images: int, means: Mapping[str, float], method: str) -> str:
+    """How far the maps agree with leaving their largest groups out; nothing where it was not measured."""
+    words = {"rank_correlation": "rank correlation {:.2f}", "same_sign": "the same sign on {:.0%}"}
+    said = [text.format(means[key]) for key, text in words.items() if key in means]
+    if not said:
+        return ""
+    return f"fitformer: {method} against leave-out, largest groups of {images} images: {', '.join(said)}"
 
 
 def _counted(broken: "Mapping[str, Failure]") -> str:

@@ -33,6 +33,31 @@ class Trunk(Protocol):
         """Its parameters."""
 
 
+class SomeBlocks:
+    """Some blocks of a trunk, in their order, run as a trunk of their own: a pass that begins or ends in the middle.
+
+    Args:
+        whole: the trunk.
+        blocks: of it, or anything with their two phases.
+    """
+
+    def __init__(self, whole: Trunk, blocks: Any) -> None:
+        self.whole, self.blocks = whole, blocks
+        self.tokens_per_group = whole.tokens_per_group
+
+    def write_latents(self, latents: Tensor) -> Tensor:
+        """As the whole trunk's."""
+        return self.whole.write_latents(latents)
+
+    def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
+        """As the whole trunk's."""
+        return self.whole.dropout_keys(batch, groups)
+
+    def parameters(self) -> Any:
+        """Those of the whole trunk."""
+        return self.whole.parameters()
+
+
 def as_they_are(groups: slice, tokens: Tensor) -> Tensor:
     """The embedding of tokens that are data tokens already."""
     return tokens

@@ -85,7 +85,11 @@ class HostStore:
     def get(self, groups: slice) -> Tensor:
         """Copy back on the caller's stream, once the tokens have arrived."""
         assert self.tokens is not None
-        torch.cuda.current_stream(self.device).wait_event(self.written[groups.start])
+        waiting = torch.cuda.current_stream(self.device)
+        if groups.start in self.written:
+            waiting.wait_event(self.written[groups.start])
+        else:  # another slice than those that were put
+            waiting.wait_stream(self.stream)
         return self.tokens[groups].to(self.device, non_blocking=True).to(self.computed).transpose(0, 1)
 
     def close(self) -> None:

@@ -1,20 +1,31 @@
-"""What a classifier's run is used for: labels of image files, and for images of any size explanations of them."""
+"""What a classifier's run is used for: labels of image files, and explanations of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fitformer.data.build import open_options
-from fitformer.data.decoding import UnreadableImageError
+from fitformer.data.decoding import UnreadableImageError, decode, suffixes
 from fitformer.data.grouping import Grouping
 from fitformer.data.masks import Masks, masks_of
+from fitformer.data.pixels import fit
+from fitformer.data.readers import LazyImage
 from fitformer.errors import InputError
 from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
-from fitformer.inference.explain.batch import Slides, find, identity
+from fitformer.inference.explain.batch import Slide, Slides, find, identity
+from fitformer.inference.explain.explanation import Method
 from fitformer.inference.predict import Prediction, expand, predict
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.patching.any_size import PixelArray
 from fitformer.training.run_dir import Run
+
+Made = dict[str, Any]
+Ways = dict[str, Any]
 
 
 class Labeller:
@@ -74,31 +85,67 @@ class Labeller:
         )
         return list(found)
 
-    def explain(self, paths: Iterable[str | Path], output: Path, **options: Any) -> tuple[Slides, int, int]:
-        """Label images of any size and write their maps into a folder; goes on where it was stopped.
+    def explain(
+        self, paths: Iterable[str | Path], output: Path, method: Method = "gradient", **options: Any
+    ) -> tuple[Slides, int, int]:
+        """Label images and write their maps into a folder; goes on where it was stopped.
 
         Args:
-            paths: files and folders. output: the folder.
+            paths: files and folders. output: the folder. method: see `explanation.explain`.
             options: `y`, `show` and `on_broken` of `Slides`.
 
         Returns:
             the work, how many images there are, and how many were made now.
 
         Raises:
-            InputError: as `Slides.run`, or masks that do not go with the images.
+            InputError: as `Slides.run`, masks that do not go with the images, or groups to be left out of a model of
+                one.
         """
+        grid = self.network.patch_grid
+        if method == "leave-out" and grid.num_groups == 1:
+            raise InputError(
+                "this model cuts every image into 1 group, and to leave one out takes at least 2; take --explain "
+                "gradient, or train with a smaller model.group_size"
+            )
+        how = self._of_any_size if self.takes_any_size else self._of_one_size
+        slides, made_with, ways = how(paths, output)
+        made_with = {"model": identity(self.run.model_folder), **made_with}
+        work = Slides(self.network, self.run.classes, output, made_with, method, **ways, **options)
+        return work, len(slides), work.run(slides)
+
+    def _of_any_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
+        """Images, what their maps depend on beside the model, and how they are read."""
         slides = find(paths, output)
         masks, data = self._masks([slide.path for slide in slides]), self.recipe.data
         made_with = {
-            "model": identity(self.run.model_folder),
-            # As JSON gives it back.
-            "background": list(data.background) if isinstance(data.background, tuple) else data.background,
-            **{name: getattr(data, name) for name in ("tolerance", "min_foreground", "masks")},
+            name: _as_json(getattr(data, name))
+            for name in ("background", "tolerance", "min_foreground", "masks", "pixel_range", "channels")
         }
+        opened = partial(LazyImage, options=open_options(data))
         beside = None if masks is None else masks.state
-        group = self._grouping()
-        work = Slides(self.network, self.run.classes, output, made_with, group=group, beside=beside, **options)
-        return work, len(slides), work.run(slides)
+        return slides, made_with, {"group": self._grouping(), "beside": beside, "open": opened}
+
+    def _of_one_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
+        """The same of images that are brought to the model's size: the maps are of what it sees."""
+        slides = find(paths, output, suffixes())
+        made_with = {name: _as_json(getattr(self.recipe.data, name)) for name in ("resize", "pixel_range")}
+        return slides, made_with, {"open": self._fitted}
+
+    @contextmanager
+    def _fitted(self, path: Path) -> Iterator[PixelArray]:
+        """An image file as the model sees it, brought to its size.
+
+        Raises:
+            InputError: it is missing or no image.
+        """
+        grid = self.network.patch_grid
+        try:
+            pixels = decode(path, str(path), grid.channels, self.recipe.data.pixel_range)
+        except UnreadableImageError as fault:
+            raise InputError(str(fault)) from fault
+        rows, columns = grid.image_size  # type: ignore[misc]
+        # A copy: Pillow's own pixels cannot be written to, of which torch warns.
+        yield PixelArray(np.array(fit(pixels, (rows, columns), self.recipe.data.resize)))
 
     def _grouping(self) -> Grouping:
         network = self.network
@@ -110,3 +157,8 @@ class Labeller:
         if masks is not None:
             masks.check_shared(files)
         return masks
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

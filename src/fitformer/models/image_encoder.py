@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fitformer.errors import InputError
-from fitformer.execution import Inputs
+from fitformer.execution import Inputs, Outputs
 from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig, check_trunk
@@ -209,10 +209,13 @@ class FITImageEncoder(FITModel):
 
     def pool(self, images: Sequence[GroupedImage], inputs: Inputs) -> Tensor:
         """Means `(b, num_features)` that the head takes, of a pass on these images."""
-        outputs = self.encoder.execute(inputs)
+        return self.pool_outputs(self.encoder.execute(inputs), [image.count() for image in images])
+
+    def pool_outputs(self, outputs: Outputs, counts: Sequence[int]) -> Tensor:
+        """Means `(b, num_features)` that the head takes, of a pass and of how many tokens of each image hold pixels."""
         if outputs.score is None:
             return self.encoder.latent_norm(outputs.latents).mean(dim=(1, 2))
-        return outputs.score / torch.tensor([[image.count()] for image in images], device=outputs.score.device)
+        return outputs.score / torch.tensor(counts, device=outputs.score.device)[:, None]
 
     def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
         """Means `(b, num_features)` over latents, or over the tokens that hold pixels."""

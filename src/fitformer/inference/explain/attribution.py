@@ -7,6 +7,7 @@ The decision is the log-odds of the label: a function of the probabilities alone
 classifier is sure. Relevance compares a patch with the image's average patch, so that a constant offset that all
 patches share counts neither for the label nor against it. The gradient is taken at the image faded a little towards its
 average: where a classifier is sure, its inner layers saturate, and the gradient at the image itself is almost zero.
+The sign of what remains can still be wrong there: `leave_out` measures, `agreement` compares.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
+from fitformer.inference.explain.leave_out import Tell, log_odds
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
 from fitformer.patching.any_size import GroupedImage, PixelSource
@@ -26,7 +28,9 @@ from fitformer.patching.any_size import GroupedImage, PixelSource
 # How much of its difference from the average patch each patch keeps where the gradient is taken (docs/log.md).
 CONTRAST = 0.85
 
-Tell = Callable[[float], None]
+PASSES = 4
+"""Forward passes that `attribute` takes the time of: one for the attention, one on the faded image, and two backward
+through it, for what is streamed is computed again. Where all activations are kept, backward takes one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,35 +65,52 @@ def attribute(
     Raises:
         InputError: an image that the classifier was not built for, or one without a head or a block that reads.
     """
-    if classifier.head is None:
-        raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
-    grouped = classifier.grouped(image)
+    grouped = _grouped(classifier, image)
     inputs = classifier.inputs([grouped])
     relevance = torch.zeros(inputs.groups, classifier.patch_grid.tokens_per_group)
     gate = torch.ones(1, device=inputs.latents.device, requires_grad=True)
     average = _Average(grouped, classifier.trunk.position)
-    with _frozen(classifier), _read_attention(classifier, inputs.groups, tell) as attention:
+    with _frozen(classifier), _read_attention(classifier, inputs.groups, _of_passes(tell)) as attention:
         with torch.no_grad():
             logits = _logits(classifier, grouped, _averaging(inputs, average))
         with torch.enable_grad():
             faded = _logits(classifier, grouped, _noting(inputs, average, gate, relevance))
             torch.autograd.grad(log_odds(faded, int(logits.argmax())), gate)
+    if tell is not None:
+        tell(1.0)
     return Attribution(logits.detach().float().cpu(), attention, relevance, grouped)
+
+
+def attend(
+    classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits `(classes,)` of an image and the attention to its patches `(t, n)`, as `attribute` has them, in one pass.
+
+    Raises:
+        InputError: as in `attribute`.
+    """
+    grouped = _grouped(classifier, image)
+    with torch.no_grad(), _read_attention(classifier, grouped.num_groups, tell) as attention:
+        logits = _logits(classifier, grouped, classifier.inputs([grouped]))
+    return logits.float().cpu(), attention
+
+
+def _grouped(classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage) -> GroupedImage:
+    """An image as groups of a classifier with a head."""
+    if classifier.head is None:
+        raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
+    return classifier.grouped(image)
+
+
+def _of_passes(tell: Tell | None) -> Tell | None:
+    """Tells how many passes are done as a share of `PASSES`: one that is computed again backward counts twice."""
+    return None if tell is None else lambda passes: tell(min(1.0, (passes + max(0.0, passes - 2)) / PASSES))
 
 
 def _logits(classifier: FITImageEncoder, image: GroupedImage, inputs: Inputs) -> Tensor:
     """Logits `(classes,)` of a pass on an image."""
     assert classifier.head is not None
     return classifier.head(classifier.pool([image], inputs))[0]
-
-
-def log_odds(logits: Tensor, label: int) -> Tensor:
-    """Log of the probability of a label over that of all others together, of logits `(classes,)`.
-
-    What is added to all logits alike does not change it. Of a single class there are no odds: it is 0.
-    """
-    others = torch.cat([logits[:label], logits[label + 1 :]])
-    return logits[label] - (others.logsumexp(0) if len(others) else logits[label])
 
 
 class _Average:
@@ -168,12 +189,14 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None) -> Iterator[Tensor]:
     """Attention of the latents within this context, `(t, n)`, filled as the encoder's reads run over one image.
 
+    `tell` is called with the number of passes, and parts of one, that the reads have made.
+
     Raises:
         InputError: no block reads.
     """
     reads = [read for block in classifier.trunk.blocks if isinstance(read := block.read, CrossLayer)]
     if not reads:
-        raise InputError("no block of this encoder has global layers, so its latents read nothing")
+        raise InputError("no block of this encoder has global layers, so its latents read nothing; leave groups out")
     attention = torch.zeros(groups, classifier.patch_grid.tokens_per_group)
     done: dict[nn.Module, int] = dict.fromkeys(reads, 0)
 
@@ -184,7 +207,7 @@ def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None)
         if first < groups:
             attention[first : first + count] += (_relative_attention(read, *inputs) / len(reads)).cpu()
         if tell is not None:
-            tell(min(1.0, sum(done.values()) / (3 * groups * len(reads))))
+            tell(sum(done.values()) / (groups * len(reads)))
 
     hooks = [read.register_forward_pre_hook(note) for read in reads]
     try:

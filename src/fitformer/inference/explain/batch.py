@@ -1,11 +1,14 @@
 """A folder of images, each labelled and its heat maps written, going on where it was stopped.
 
-Below the output folder an image `a/b.svs` of the input folder has
+Below the output folder an image `a/b.svs` of the input folder has, for each map of the method (`explanation.MAPS`),
 
-    a/b.svs.attention.png, a/b.svs.relevance.png    small pictures of the maps over the image
-    a/b.svs.attention.tif, a/b.svs.relevance.tif    the maps, a value a patch, placed at full scale
-    a/b.svs.geojson                          groups and patches with both values, in pixels of the image
-    a/b.svs.json                             label, probabilities and what they were made from; written last
+    a/b.svs.relevance.png    a small picture of the map over the image
+    a/b.svs.relevance.tif    the map, a value a patch, placed at full scale
+
+and beside them
+
+    a/b.svs.geojson          groups and patches with the values of all maps, in pixels of the image
+    a/b.svs.json             label, probabilities, agreement and what they were made from; written last
 
 and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be labelled.
 """
@@ -17,6 +20,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from glob import escape
 from math import prod
@@ -27,22 +31,24 @@ import numpy as np
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
-from fitformer.data.readers import LazyImage, open_image
+from fitformer.data.readers import open_image
 from fitformer.errors import EmptyImageError, InputError
-from fitformer.inference.explain.attribution import Attribution, Tell, attribute
+from fitformer.inference.explain.agreement import Agreement
+from fitformer.inference.explain.explanation import MAPS, SIGNED, Explanation, Method, explain
 from fitformer.inference.explain.geojson import write_geojson
 from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
+from fitformer.inference.explain.leave_out import Tell, log_odds
 from fitformer.inference.explain.overlay import thumbnail_size, write_overlay
 from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.patching.any_size import GroupedImage
 
-OUTPUTS = (".attention.png", ".relevance.png", ".attention.tif", ".relevance.tif", ".geojson")
 RECORD = ".json"
 # Rewriting the table of thousands after each of them would take longer than they do.
 TABLE_SECONDS = 10.0
 # Version of the outputs: those of an earlier version are made again.
-MAPS = {"relevance": "log-odds, against the average patch, faded"}
+VERSIONS = {"relevance": "log-odds, against the average patch, faded", "leave-out": "log-odds"}
 
 
 class NonFiniteError(InputError):
@@ -77,15 +83,19 @@ class Slide:
     name: str
 
 
-def find(paths: Iterable[str | Path], output: Path | None = None) -> list[Slide]:
+def find(paths: Iterable[str | Path], output: Path | None = None, endings: frozenset[str] | None = None) -> list[Slide]:
     """Images as they are given, and of folders all below them, sorted; what lies below `output` is left out.
+
+    `endings` are those of images' names, lower case; by default all that can be read piece by piece.
 
     Raises:
         InputError: a folder without an image, or two images whose outputs would have the same name.
     """
     found: dict[str, Slide] = {}
+    known = lazy_suffixes() if endings is None else endings
     for path in map(Path, paths):
-        slides = list(_below(path, output)) if path.is_dir() and not _is_image(path) else [Slide(path, path.name)]
+        is_folder = path.is_dir() and not _is_image(path, known)
+        slides = list(_below(path, output, known)) if is_folder else [Slide(path, path.name)]
         if not slides:
             raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
         for slide in slides:
@@ -105,18 +115,18 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def _is_image(path: Path) -> bool:
-    return is_image_folder(path) if path.is_dir() else path.suffix.lower() in lazy_suffixes()
+def _is_image(path: Path, known: frozenset[str]) -> bool:
+    return path.suffix.lower() in known and (not path.is_dir() or is_image_folder(path))
 
 
-def _below(folder: Path, output: Path | None, name: str = "") -> Iterator[Slide]:
+def _below(folder: Path, output: Path | None, known: frozenset[str], name: str = "") -> Iterator[Slide]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or (output is not None and path.resolve() == output.resolve()):
             continue
-        if _is_image(path):
+        if _is_image(path, known):
             yield Slide(path, name + path.name)
         elif path.is_dir():
-            yield from _below(path, output, f"{name}{path.name}/")
+            yield from _below(path, output, known, f"{name}{path.name}/")
 
 
 def identity(folder: Path) -> str:
@@ -133,10 +143,12 @@ class Slides:
     """The work on a folder of images: `run` does what is not there yet.
 
     Attributes:
-        classifier: of images of any size, in eval mode.
+        classifier: in eval mode.
         classes: names, as many as its classes.
         output: the folder to write to.
+        method: how decisions are explained.
         made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
+        open: an image's file as a source of pixels, which has a `path` if it is the file pixel by pixel.
         group: cuts an image into groups, without those to be skipped; by default none is.
         beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
         y: see `write_geojson`.
@@ -151,6 +163,8 @@ class Slides:
     classes: Sequence[str]
     output: Path
     made_with: Mapping[str, Any]
+    method: Method = "gradient"
+    open: Callable[[Path], AbstractContextManager[Any]] = open_image
     group: Group | None = None
     beside: Callable[[Path], Mapping[str, Any]] | None = None
     y: Literal["down", "up"] = "down"
@@ -158,6 +172,7 @@ class Slides:
     on_broken: Callable[[str, str], None] = lambda file, reason: None
     predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
     broken: dict[str, Failure] = field(default_factory=dict, init=False)
+    agreements: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.classifier.num_classes != len(self.classes):
@@ -176,12 +191,14 @@ class Slides:
         """
         for slide in slides:
             self._need_own_name(slide)
-        self.predictions = dict(self._recorded())
+        for name, prediction, agreement in self._recorded():
+            self._note_done(name, prediction, agreement)
         made, told = 0, time.monotonic()
         try:
             for k, slide in enumerate(slides):
                 self.show(k, len(slides))
-                made += self._one(slide, lambda share, k=k: self.show(k + share, len(slides)))  # type: ignore[misc]
+                # An explained image is not done before its outputs are written.
+                made += self._one(slide, lambda share, k=k: self.show(k + 0.99 * share, len(slides)))  # type: ignore[misc]
                 if time.monotonic() - told > TABLE_SECONDS:
                     self._write_tables()
                     told = time.monotonic()
@@ -201,30 +218,36 @@ class Slides:
             self._rename(slide)
             return False
         try:
-            with open_image(slide.path) as image:
-                seen = self._see(image, tell)
-                thumbnail = image.thumbnail(*thumbnail_size(*image.shape[:2]))
+            with self.open(slide.path) as image:
+                seen = explain(self.classifier, self._grouped(image), self.method, tell)
+                if not bool(seen.logits.isfinite().all()):
+                    logits = seen.logits.tolist()
+                    raise NonFiniteError(f"{slide.path} is answered with {logits}: it has NaN or infinite pixels")
+                thumbnail, own = image.thumbnail(*thumbnail_size(*image.shape[:2])), getattr(image, "path", None)
         except (InputError, PermissionError) as error:
             self._note_broken(slide, Failure.by(error))
             return False
-        self._write(slide, seen, thumbnail, of)
+        self._write(slide, seen, thumbnail, own, of)
         return True
 
-    def _see(self, image: LazyImage, tell: Tell) -> Attribution:
-        seen = attribute(self.classifier, image if self.group is None else self.group(image), tell)
-        if not bool(seen.logits.isfinite().all()):
-            raise NonFiniteError(f"{image.path} is answered with {seen.logits.tolist()}: it has NaN or infinite pixels")
-        return seen
+    def _grouped(self, image: Any) -> GroupedImage:
+        return self.classifier.grouped(image) if self.group is None else self.group(image)
 
     def _need_own_name(self, slide: Slide) -> None:
-        """Refuse to overwrite the outputs of another image; a moved, unchanged image is the same.
+        """Refuse to overwrite the outputs of another image or method; a moved, unchanged image is the same.
 
         Raises:
-            InputError: they are another image's; names both.
+            InputError: they are another image's or method's; names both.
         """
         record = _read(self.output / (slide.name + RECORD))
         if not isinstance(record, dict) or "path" not in record:
             return
+        method = record.get("made_with", {}).get("explain", "gradient")
+        if method != self.method:
+            raise InputError(
+                f"{self.output / slide.name}.* was made with --explain {method}, and {self.method} would be written "
+                "over it; give another output folder, or delete what is there"
+            )
         earlier = Path(record["path"])
         was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
         if not (_same(earlier, slide.path) or was_moved):
@@ -245,30 +268,53 @@ class Slides:
         file = str(slide.path)
         self.broken[file] = broken
         self.predictions.pop(slide.name, None)
+        self.agreements.pop(slide.name, None)
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
         self.on_broken(file, broken.reason)
 
-    def _write(self, slide: Slide, seen: Attribution, thumbnail: np.ndarray, of: dict[str, Any]) -> None:
+    def _write(
+        self, slide: Slide, seen: Explanation, thumbnail: np.ndarray, own: str | None, of: dict[str, Any]
+    ) -> None:
+        """Write all outputs of an image; `own` is its file if that may have coordinates of its own."""
         prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
-        attention, relevance = (HeatMap.of(values, seen.image) for values in (seen.attention, seen.relevance))
-        write_overlay(self._fresh(slide, ".attention.png"), thumbnail, attention, "heat")
-        write_overlay(self._fresh(slide, ".relevance.png"), thumbnail, relevance, "signed")
-        write_tiff(self._fresh(slide, ".attention.tif"), attention, "attention", slide.path)
-        write_tiff(self._fresh(slide, ".relevance.tif"), relevance, "relevance", slide.path)
+        maps = {name: HeatMap.of(values, seen.image) for name, values in seen.maps.items()}
+        for name, heatmap in maps.items():
+            write_overlay(
+                self._fresh(slide, f".{name}.png"), thumbnail, heatmap, "signed" if name in SIGNED else "heat"
+            )
+            write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own)
         shapes = self._fresh(slide, ".geojson")
-        write_geojson(shapes, attention, relevance, prediction.label, prediction.probabilities, self.y)
+        write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y)
+        agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self.method)
+        rows, columns = seen.image.shape[:2]
         record = {
             **asdict(prediction),
+            "log_odds": float(log_odds(seen.logits.double(), int(seen.logits.argmax()))),
             **_names(slide),
-            "rows": attention.image_size[0],
-            "columns": attention.image_size[1],
+            "rows": rows,
+            "columns": columns,
             "groups": seen.image.num_groups - seen.image.glimpses,
             "groups_in_all": prod(seen.image.grid),
+            **({} if agreement is None else {"agreement": agreement}),
             "of": of,
             "made_with": self._key,
         }
         _write_text(self._fresh(slide, RECORD), _as_json(record))
-        self.predictions[slide.name] = prediction
+        self._note_done(slide.name, prediction, agreement)
+
+    def _note_done(self, name: str, prediction: Prediction, agreement: dict[str, Any] | None) -> None:
+        self.predictions[name] = prediction
+        if agreement is not None:
+            self.agreements[name] = agreement
+
+    def agreement(self) -> tuple[int, dict[str, float]]:
+        """How many images have a measured agreement, and the mean over them of each of its numbers that there is."""
+        means = {}
+        for key in ("rank_correlation", "same_sign"):
+            known = [each[key] for each in self.agreements.values() if each[key] is not None]
+            if known:
+                means[key] = sum(known) / len(known)
+        return len(self.agreements), means
 
     def _fresh(self, slide: Slide, ending: str) -> Path:
         """The path of an output, cleared of what a killed process left beside it."""
@@ -279,27 +325,33 @@ class Slides:
 
     @property
     def _key(self) -> dict[str, Any]:
-        return {**self.made_with, **MAPS, "y": self.y}
+        versions = {name: VERSIONS[name] for name in MAPS[self.method] if name in VERSIONS}
+        return {**self.made_with, "explain": self.method, **versions, "y": self.y}
+
+    @property
+    def _endings(self) -> list[str]:
+        """Of the outputs beside the record."""
+        return [f".{name}.{kind}" for name in MAPS[self.method] for kind in ("png", "tif")] + [".geojson"]
 
     def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
         record = _read(self.output / (slide.name + RECORD))
         return (
             self._is_ours(record)
             and record["of"] == of
-            and all((self.output / (slide.name + ending)).is_file() for ending in OUTPUTS)
+            and all((self.output / (slide.name + ending)).is_file() for ending in self._endings)
         )
 
     def _is_ours(self, record: Any) -> bool:
         return isinstance(record, dict) and record.get("made_with") == self._key
 
-    def _recorded(self) -> Iterator[tuple[str, Prediction]]:
-        """Names and predictions of all images in the output folder that were made as these are."""
+    def _recorded(self) -> Iterator[tuple[str, Prediction, dict[str, Any] | None]]:
+        """Names, predictions and agreements of all images in the output folder that were made as these are."""
         for path in sorted(self.output.rglob("*" + RECORD)):
             record = _read(path)
             if self._is_ours(record):
                 name = path.relative_to(self.output).as_posix().removesuffix(RECORD)
                 keys = ("file", "label", "probability", "probabilities")
-                yield name, Prediction(*(record[key] for key in keys))
+                yield name, Prediction(*(record[key] for key in keys)), record.get("agreement")
 
     def _write_tables(self) -> None:
         if self.predictions:
@@ -312,6 +364,22 @@ class Slides:
             _write_text(self.output / "broken.csv", text.getvalue())
         else:
             (self.output / "broken.csv").unlink(missing_ok=True)
+
+
+def _agreement(found: Agreement, image: GroupedImage, method: Method) -> dict[str, Any]:
+    """An agreement as it is written: groups by the corner of their first pixel."""
+    high, wide = image.patch_grid.group_size  # type: ignore[misc]
+    places = image.coords[found.groups].tolist()
+    return {
+        "of": MAPS[method][-1],
+        "with": "leave-out",
+        "rank_correlation": found.rank_correlation,
+        "same_sign": found.same_sign,
+        "groups": [
+            {"row": row * high, "column": column * wide, MAPS[method][-1]: claimed, "leave-out": added}
+            for (row, column), claimed, added in zip(places, found.claimed.tolist(), found.added.tolist(), strict=True)
+        ],
+    }
 
 
 def _read(path: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer.inference.explain.explanation import SIGNED
 from fitformer.inference.explain.heatmap import HeatMap, Pair
 from fitformer.inference.explain.overlay import AGAINST, FOR
 
@@ -19,8 +20,7 @@ Feature = dict[str, Any]
 
 def write_geojson(
     path: Path,
-    attention: HeatMap,
-    relevance: HeatMap,
+    maps: Mapping[str, HeatMap],
     label: str,
     probabilities: Mapping[str, float],
     y: Literal["down", "up"] = "down",
@@ -28,12 +28,13 @@ def write_geojson(
     """Write the maps of an image as one FeatureCollection.
 
     It holds an annotation, the whole image with the label and all probabilities; a tile for each group that was not
-    skipped; and a detection for each patch, at most the `MOST_PATCHES` that moved the decision most. Tiles and
-    detections are classed as for or against the label.
+    skipped; and a detection for each patch, at most the `MOST_PATCHES` that are largest in the last map. Of leaving
+    out, which has one value a group, there are tiles alone. Where the last map has signs, tiles and detections are
+    classed as for or against the label.
 
     Args:
         path: of the new file.
-        attention, relevance: maps of the same image.
+        maps: of the same image, by the names of `explanation.MAPS`.
         label: the class decided for.
         probabilities: of all classes.
         y: rows count `down` from 0, as in QuPath, or `up` from below 0: where GIS viewers show an image that has no
@@ -41,61 +42,65 @@ def write_geojson(
     """
     with write_atomically(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(attention, relevance, label, probabilities, y)):
+        for number, feature in enumerate(_features(maps, label, probabilities, y)):
             file.write(("," if number else "") + "\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False))
         file.write("\n]}\n")
 
 
-def _features(
-    attention: HeatMap, relevance: HeatMap, label: str, probabilities: Mapping[str, float], y: str
-) -> Iterator[Feature]:
-    sign, sides = 1 if y == "down" else -1, attention.image_size
-    whole = {f"probability of {name}": round(share, 6) for name, share in probabilities.items()}
+def _features(maps: Mapping[str, HeatMap], label: str, probabilities: Mapping[str, float], y: str) -> Iterator[Feature]:
+    name, like = list(maps.items())[-1]
+    sign, sides = 1 if y == "down" else -1, like.image_size
+    whole = {f"probability of {each}": round(share, 6) for each, share in probabilities.items()}
     about = {"name": f"{label} {probabilities[label]:.1%}", "classification": {"name": label}, "isLocked": True}
     yield _rectangle((0, 0), sides, sides, sign, "annotation", whole, about)
-    for corner, measured in _groups(attention, relevance):
-        yield _rectangle(
-            corner, attention.group_size, sides, sign, "tile", measured, _side(measured["relevance"], label)
-        )
-    for corner, measured in _patches(attention, relevance):
-        yield _rectangle(
-            corner, attention.patch_size, sides, sign, "detection", measured, _side(measured["relevance"], label)
-        )
+    for corner, measured in _groups(maps):
+        yield _rectangle(corner, like.group_size, sides, sign, "tile", measured, _side(measured.get(name), label))
+    for corner, measured in _patches(maps) if name != "leave-out" else ():
+        side = _side(measured[name] if name in SIGNED else None, label)
+        yield _rectangle(corner, like.patch_size, sides, sign, "detection", measured, side)
 
 
-def _side(relevance: float, label: str) -> Feature:
-    word, colour = ("for", FOR) if relevance >= 0 else ("against", AGAINST)
+def _side(value: float | None, label: str) -> Feature:
+    """The class of a value above or below 0; none of a map without signs."""
+    if value is None:
+        return {}
+    word, colour = ("for", FOR) if value >= 0 else ("against", AGAINST)
     return {"classification": {"name": f"{word} {label}", "color": list(colour)}}
 
 
-def _groups(attention: HeatMap, relevance: HeatMap) -> Iterator[tuple[Pair, dict[str, float]]]:
+def _groups(maps: Mapping[str, HeatMap]) -> Iterator[tuple[Pair, dict[str, float]]]:
     """Corner and measurements of every group that was not skipped."""
-    (gh, gw), (ph, pw) = attention.group_size, attention.patch_size
+    like = list(maps.values())[-1]
+    (gh, gw), (ph, pw) = like.group_size, like.patch_size
     high, wide = gh // ph, gw // pw
-    rows, columns = attention.cells.shape
+    rows, columns = like.cells.shape
     for row in range(0, rows, high):
         for column in range(0, columns, wide):
             inside = np.s_[row : row + high, column : column + wide]
-            if np.isfinite(attention.cells[inside]).any():
-                measured = {
-                    "attention, most in a patch": _number(np.nanmax(attention.cells[inside])),
-                    "relevance": _number(np.nansum(relevance.cells[inside], dtype=np.float64)),
-                }
+            if np.isfinite(like.cells[inside]).any():
+                measured = dict(_of_group(name, heatmap.cells[inside]) for name, heatmap in maps.items())
                 yield (row * ph, column * pw), measured
 
 
-def _patches(attention: HeatMap, relevance: HeatMap) -> Iterator[tuple[Pair, dict[str, float]]]:
-    """Corner and measurements of the patches that moved the decision most, in the order of the image."""
-    ph, pw = attention.patch_size
-    size = np.where(np.isfinite(relevance.cells), np.abs(relevance.cells), -1).ravel()
+def _of_group(name: str, cells: np.ndarray) -> tuple[str, float]:
+    """What is measured of a group, and its value."""
+    if name == "leave-out":
+        return name, _number(np.nanmax(cells))
+    if name in SIGNED:
+        return name, _number(np.nansum(cells, dtype=np.float64))
+    return f"{name}, most in a patch", _number(np.nanmax(cells))
+
+
+def _patches(maps: Mapping[str, HeatMap]) -> Iterator[tuple[Pair, dict[str, float]]]:
+    """Corner and measurements of the patches that are largest in the last map, in the order of the image."""
+    like = list(maps.values())[-1]
+    ph, pw = like.patch_size
+    size = np.where(np.isfinite(like.cells), np.abs(like.cells), -1).ravel()
     most = min(MOST_PATCHES, size.size)
     chosen = np.argpartition(-size, most - 1)[:most]
     for place in np.sort(chosen[size[chosen] >= 0]):
-        row, column = divmod(int(place), relevance.cells.shape[1])
-        measured = {
-            "attention": _number(attention.cells[row, column]),
-            "relevance": _number(relevance.cells[row, column]),
-        }
+        row, column = divmod(int(place), like.cells.shape[1])
+        measured = {name: _number(heatmap.cells[row, column]) for name, heatmap in maps.items()}
         yield (row * ph, column * pw), measured
 
 
