@@ -39,11 +39,11 @@ SIZES = [(90, 70), (33, 130), (64, 64), (100, 41)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def draw(path, size, marked, dtype=np.uint8):
+def draw(path, size, marked, dtype=np.uint8, shade=0):
     """A white canvas with a grey patch, and in it a mark."""
     top = np.iinfo(dtype).max
     pixels = np.full((*size, 3), top, dtype)
-    pixels[4:28, 6:30] = top // 3
+    pixels[4:28, 6:30] = top // 3 + shade
     if marked:
         pixels[10:20, 10:20] = (top, 0, 0)
     tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
@@ -56,7 +56,8 @@ def slides(tmp_path_factory):
         for name in ("plain", "marked"):
             (root / part / name).mkdir(parents=True)
             for k, size in enumerate(SIZES):
-                draw(root / part / name / f"{k}.tif", size, name == "marked")
+                # No image of one part is in the other.
+                draw(root / part / name / f"{k}.tif", size, name == "marked", shade=part == "test")
     return root
 
 
@@ -500,7 +501,7 @@ def test_an_image_of_nothing_but_background_is_named(recipe, odd, tmp_path, caps
 def test_pixels_that_are_no_numbers_do_not_reach_a_checkpoint(recipe, tmp_path, capsys, batch_size):
     root = tmp_path / "floats"
     for k in range(9):
-        pixels = np.zeros((40, 50, 3), np.float32)
+        pixels = np.full((40, 50, 3), k / 100, np.float32)
         pixels[3, 4] = np.nan if k == 5 else 0
         (root / f"{k % 2}").mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(root / f"{k % 2}" / f"{k}.tif", pixels, tile=(32, 32), photometric="rgb")

@@ -19,11 +19,14 @@ def sklearn():
 
 @pytest.fixture
 def folder(tmp_path):
+    random = np.random.default_rng(0)
+
     def write(*wheres):
         for where in wheres:
             file = tmp_path / where
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (6, 6)).save(file)
+            # No two alike: copies are kept on one side of a split.
+            Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(file)
         return str(tmp_path)
 
     return write
@@ -101,7 +104,7 @@ def test_a_validation_part_stands_in_for_a_test_part(folder):
 def test_a_folder_without_parts_is_split(folder):
     path = folder(*[f"{name}/{number}.png" for name in "ab" for number in range(10)])
     parts = read_parts(ImageData(source="folder", path=path))
-    train, _ = choose_part(parts, ImageData(source="folder", path=path), "train")
+    train = choose_part(parts, ImageData(source="folder", path=path, validation=0), "train").source
     assert np.bincount(train.labels).tolist() == [8, 8]
 
 

@@ -38,7 +38,8 @@ def pixels_of(seed, size=(40, 50)):
 
 def fill(folder, change=lambda pixels: pixels, count=3):
     for k in range(2 * count):
-        put(folder / "xy"[k % 2] / f"{k // 2}.tif", change(pixels_of(k)))
+        # No image of one part is in another.
+        put(folder / "xy"[k % 2] / f"{k // 2}.tif", change(pixels_of(k + 100 * sum(map(ord, folder.name)))))
     return folder
 
 
@@ -54,7 +55,7 @@ def recipe_of(folder, **more):
     given = {
         "task": "classify",
         "model": {"group_size": 16, "patch_size": 8, "latent_position": "row_column", "layers": "(1)1"},
-        "data": {"source": "folder", "path": str(folder), "image_size": None, **more},
+        "data": {"source": "folder", "path": str(folder), "image_size": None, "holdout": 0.34, "validation": 0, **more},
         "trainer": {"steps": 2, "batch_size": 2, "validate_every": 1, "checkpoint_every": 1, "accelerator": "cpu"},
     }
     path = folder.parent / f"{folder.name}.yaml"

@@ -180,12 +180,10 @@ def test_grey(seed, sides, bits, file, white, tmp_path):
         )
         assert np.array_equal(seen(tmp_path / "a.png"), turned)
         assert np.array_equal(decode(tmp_path / "a.png", "a"), eight_bits(turned))
-        with Image.open(tmp_path / "a.picture") as image:
-            image.load()
-            assert np.array_equal(np.asarray(image.convert("L") if bits < 16 else image), turned[..., 0]) or (
-                # Pillow does not invert sixteen bits.
-                white and bits == 16
-            )
+        # Pillow does not turn what it maps into memory, nor invert sixteen bits.
+        if (file["orientation"] == 1 or file["deflate"]) and not (white and bits == 16):
+            with Image.open(tmp_path / "a.picture") as image:
+                assert np.array_equal(np.asarray(image.convert("L") if bits < 16 else image), turned[..., 0])
 
 
 @many

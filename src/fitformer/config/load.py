@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -17,6 +17,9 @@ from fitformer._support.suggest import nearest, suggest
 from fitformer.config.schema import Recipe
 from fitformer.config.tasks import recipe_class, task_names
 from fitformer.errors import InputError
+
+# Rows and columns, as the command line takes sizes everywhere.
+_SIDES = re.compile(r"(\d+)[xX](\d+)")
 
 HARMLESS = frozenset(
     {
@@ -199,6 +202,8 @@ def _typed(key: str, kind: Any, value: Any, from_text: bool = False) -> Any:
     # Imported here: listing the recipes does not need it.
     from jsonargparse import ArgumentParser
 
+    if isinstance(value, str) and tuple[int, int] in get_args(kind) and (sides := _SIDES.fullmatch(value)):
+        value, from_text = [int(side) for side in sides.groups()], False
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:

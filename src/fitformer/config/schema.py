@@ -98,12 +98,21 @@ class ByteDecoderModel(Model):
 
 @dataclass(frozen=True)
 class ClassifyObjective:
-    """Cross-entropy of the class, with `label_smoothing`."""
+    """Cross-entropy of the class, with `label_smoothing`.
+
+    `class_weights` weigh the examples of a class in the training loss: `balanced`, inverse to how many there are, or a
+    number for each class in their order; their mean over the training images is made 1.
+    """
 
     label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
 
     def __post_init__(self) -> None:
         _rate(label_smoothing=self.label_smoothing)
+        if isinstance(self.class_weights, tuple):
+            _at_least(0, **{f"class_weights[{k}]": weight for k, weight in enumerate(self.class_weights)})
+            if not any(self.class_weights):
+                raise InputError(f"class_weights are {self.class_weights}: one at least must be above 0")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """From the settings of a recipe to a dataset."""
 
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Literal
+
+import numpy as np
 
 from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
+from fitformer.data.copies import contents
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
@@ -109,12 +112,27 @@ def _named_part(parts: dict[str, Source], asked: str | None, usual: tuple[str, .
     return None if name is None else parts[name]
 
 
-def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> tuple[Source, str]:
-    """The part for `split` and a note on where it comes from; what the source does not have is held out by seed.
+@dataclass(frozen=True)
+class Part:
+    """Examples for `train`, `val` or `test`.
+
+    Attributes:
+        source: the examples. note: where they come from, in words.
+        held_out_from_test: they are none of the test part; false if validation uses the test part.
+    """
+
+    source: Source
+    note: str
+    held_out_from_test: bool = True
+
+
+def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> Part:
+    """The part for `split`; what the source does not have is held out by seed, a share of each class.
 
     test: the source's test part, else its validation part, else `holdout` of the training part.
     val: the source's validation part, else `validation` of the training part, else the test part.
-    train: what is left. A part is stratified by class when it is held out.
+    train: what is left. Copies of one image (by content) are never on both sides: of what is held out, the copies in
+    the training part are left out, and the note says how many.
 
     Raises:
         InputError: a part that is not there or of other images than those to train on, or a share that leaves a side
@@ -124,16 +142,37 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
     assert train is not None
     val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
     test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
+    sources = [train, *(part or subset(train, _NONE) for part in (val, test))]
+    same = dict(zip(("train", "val", "test"), contents(sources)))
+    train, same["train"], copies = _without(train, same["train"], same["val"], same["test"])
+    if val and test:
+        val, same["val"], _ = _without(val, same["val"], same["test"])
+    left_out = f"; {copies} copies of held-out images left out" if copies else ""
     test, test_note = (test or val), "its own test part" if test else "its own validation part"
     if test is None:
-        train, test = _split(train, settings.holdout, settings.split_seed)
+        train, test, kept = _split(train, settings.holdout, settings.split_seed, same["train"])
+        same["train"] = same["train"][kept]
         test_note = f"{settings.holdout:.0%} held out by seed {settings.split_seed}"
-    val_note = "its own validation part" if val else test_note
-    if val is None and settings.validation > 0:
-        train, val = _split(train, settings.validation, settings.split_seed + 1)
-        val_note = f"{settings.validation:.0%} of the training part, by seed {settings.split_seed}"
-    chosen = {"train": (train, "to train on"), "val": (val or test, val_note), "test": (test, test_note)}
+    # Where there is one held-out part, it is the test part, too.
+    val_part = Part(val or test, "its own validation part" if val else test_note, val is not None and val is not test)
+    share = settings.validation_share
+    if val is None and share > 0 and (settings.validation is not None or round(share * len(train)) > 0):
+        train, val, _ = _split(train, share, settings.split_seed + 1, same["train"])
+        val_part = Part(val, f"{share:.0%} of the training part, by seed {settings.split_seed}")
+    chosen = {"train": Part(train, f"to train on{left_out}"), "val": val_part, "test": Part(test, test_note, False)}
     return chosen[split]
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _without(source: Source, own: np.ndarray, *others: np.ndarray) -> tuple[Source, np.ndarray, int]:
+    """A source and its contents without the examples whose contents are others' too, and how many these were."""
+    kept = np.flatnonzero(~np.isin(own, np.concatenate(others)))
+    if not len(kept):
+        raise InputError(f"{source.title}: all of its {len(own)} images are in the held-out part, too")
+    copies = len(own) - len(kept)
+    return (subset(source, kept), own[kept], copies) if copies else (source, own, 0)
 
 
 def _alike(train: Source, part: Source | None) -> Source | None:
@@ -148,14 +187,24 @@ def _alike(train: Source, part: Source | None) -> Source | None:
     return part
 
 
-def _split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    kept, held = hold_out(len(source), share, seed, source.labels)
-    return subset(source, kept), subset(source, held)
+def _split(source: Source, share: float, seed: int, same: np.ndarray) -> tuple[Source, Source, np.ndarray]:
+    """The examples that are kept, those held out, and the places of the first."""
+    labels = source.labels
+    kept, held = hold_out(len(source), share, seed, labels, same)
+    if source.classes and (alone := sorted(set(labels.tolist()) - set(labels[held].tolist()))):
+        names = [f"{source.classes[label]} ({int((labels == label).sum())})" for label in alone]
+        warnings.warn(
+            f"{source.title}: holding out {share:.0%} takes none of {len(names)} rare classes, which are not measured: "
+            f"{listed(names)}",
+            stacklevel=2,
+        )
+    return subset(source, kept), subset(source, held), kept
 
 
 def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
     _check_skipping(settings)
-    source, note = choose_part(read_parts(settings), settings, split)
+    part = choose_part(read_parts(settings), settings, split)
+    source = part.source
     if isinstance(settings.background, tuple) and len(settings.background) not in (1, source.channels):
         raise InputError(
             f"data.background has {len(settings.background)} levels, and {source.title} has {source.channels} channels"
@@ -168,7 +217,9 @@ def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
         levels=settings.levels,
         seed=seed,
         max_unreadable=settings.max_unreadable,
-        note=note,
+        note=part.note,
+        held_out=split != "train",
+        is_test=split != "train" and not part.held_out_from_test,
     )
 
 
@@ -193,7 +244,14 @@ def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
         case other:
             known = ["python-sources", "python-docs", "files"]
             raise InputError(f"there is no byte source {other!r}{suggest(other, known)} ({listed(known)})")
-    kept, held = split_pieces(pieces, settings.holdout, settings.split_seed)
-    train = split == "train"
-    title = f"{settings.path or settings.source} {'to train on' if train else 'held out'}"
-    return BytesDataset(ByteBuffer(kept if train else held), settings.length, train=train, seed=seed, title=title)
+    parts = dict.fromkeys(("val", "test"), "held out")
+    train, held = split_pieces(pieces, settings.holdout, settings.split_seed)
+    chosen, is_test = {"train": train, "val": held, "test": held}, split != "train"
+    if settings.validation_share > 0:
+        chosen["train"], chosen["val"] = split_pieces(train, settings.validation_share, settings.split_seed + 1)
+        parts["val"], is_test = "held out for validation", split == "test"
+    title = f"{settings.path or settings.source} {parts.get(split, 'to train on')}"
+    buffer = ByteBuffer(chosen[split])
+    dataset = BytesDataset(buffer, settings.length, train=split == "train", seed=seed, title=title)
+    dataset.is_test = is_test
+    return dataset

@@ -45,9 +45,11 @@ class ImageData:
         image_column, label_column, split_column: of a manifest or Hub dataset; None finds them by name or type.
         train_part, val_part, test_part: the source's own parts, where it has them.
         holdout: share of the examples held out as the test part, where a source has none of its own.
-        validation: share of the training part set aside for validation, where a source has no such part;
-            at 0 validation uses the test part.
+        validation: share of the training part set aside for validation, where a source has no such part; at 0
+            validation uses the test part. None is 0.1 for one's own data, and 0 for `digits`, `idx` and
+            `megapixel-mnist`, whose published figures train on all of the training part.
         split_seed: which examples these are.
+        sampling: of training images: `uniform`, each once an epoch, or `balanced`, each class equally often.
         augmentation: of training images only. `light`: shift, turn and scale a little (digits); `crop`: random resized
             crop; `crop-flip`: the same and a horizontal flip; `shift`: whole pixels up to a sixteenth of the sides;
             `flip`: mirrored left to right or not; `dihedral`: one of the eight flips and quarter turns. These
@@ -79,8 +81,9 @@ class ImageData:
     val_part: str | None = None
     test_part: str | None = None
     holdout: float = 0.2
-    validation: float = 0.0
+    validation: float | None = None
     split_seed: int = 0
+    sampling: Literal["uniform", "balanced"] = "uniform"
     augmentation: Augmentation = "none"
     background: Background = "none"
     tolerance: float = 0.1
@@ -91,9 +94,16 @@ class ImageData:
 
     def __post_init__(self) -> None:
         _check_counts(max_unreadable=self.max_unreadable, split_seed=self.split_seed, num_workers=self.num_workers)
+        _check_shares(validation=self.validation)
         if self.pixel_range is not None and not -inf < self.pixel_range[0] < self.pixel_range[1] < inf:
             low, high = self.pixel_range
             raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
+
+    @property
+    def validation_share(self) -> float:
+        """Of the training part, where a source has no validation part."""
+        published = self.source in ("digits", "idx", "megapixel-mnist")
+        return (0.0 if published else 0.1) if self.validation is None else self.validation
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class ByteData:
         glob: pattern below the folder, e.g. `**/*.txt`.
         length: tokens of one example.
         holdout: share of the bytes held out: whole files where there are several, else the tail of the one file.
+        validation: share of the others set aside for validation; at 0 it uses the held-out part. None is 0.1 for
+            `files`, and 0 for Python's own, whose published figures train on all others.
         split_seed: which files these are.
         num_workers: processes that read ahead.
     """
@@ -116,11 +128,24 @@ class ByteData:
     glob: str = "**/*"
     length: int = 1024
     holdout: float = 0.1
+    validation: float | None = None
     split_seed: int = 0
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
+        _check_shares(validation=self.validation)
+
+    @property
+    def validation_share(self) -> float:
+        """Of the bytes that are not held out."""
+        return (0.1 if self.source == "files" else 0.0) if self.validation is None else self.validation
+
+
+def _check_shares(**shares: float | None) -> None:
+    for name, share in shares.items():
+        if share is not None and not 0 <= share < 1:
+            raise InputError(f"{name} is {share}: a share from 0 to below 1")
 
 
 def _check_counts(**counts: int) -> None:

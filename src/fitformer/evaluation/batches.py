@@ -16,6 +16,8 @@ from fitformer.tasks.batch import Batch
 def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", workers: int = 0) -> Iterator[Batch]:
     """Yield every example of a dataset once, in order, as batches on a device; the last batch may be smaller.
 
+    Held-out images that cannot be read are left out of their batch.
+
     Raises:
         ChildProcessError: a worker process of the loader died.
     """
@@ -23,6 +25,8 @@ def batches(dataset: Any, batch_size: int, device: str | torch.device = "cpu", w
     collate = getattr(dataset, "collate", None)
     loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate)
     for batch in _loaded(loader):
+        if not batch:
+            continue
         yield {  # type: ignore[misc]
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
         }

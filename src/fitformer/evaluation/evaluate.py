@@ -10,6 +10,7 @@ from torch import Tensor
 from fitformer import data
 from fitformer.config.schema import Recipe
 from fitformer.data.build import Split
+from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import masks_of
 from fitformer.data.settings import ImageData
@@ -43,7 +44,8 @@ def evaluate(
 
     Yields:
         the metrics of `classification` for a classifier; for other tasks the number of examples or tokens, the
-        held-out means of the task, and its baselines.
+        held-out means of the task, and its baselines. After these `left_out`, the number of images that could not be
+        read, if there were any: no measure counts them.
 
     Raises:
         InputError: no model was exported yet, there is no such part, or the data are missing or have changed.
@@ -58,6 +60,8 @@ def evaluate(
         yield from classification(_logits(network, examples, recipe), dataset.classes)
     else:
         yield from mean_metrics(network, examples, recipe)
+    if left_out := len(getattr(dataset, "unreadable", ())):
+        yield "left_out", left_out
     if baselines and task.baselines is not None:
         yield from baseline_metrics(run, dataset, batch_size)
 
@@ -71,11 +75,14 @@ def _check_images(run: Run, dataset: Any) -> None:
 
 
 def plain_dataset(run: Run, split: Split) -> Any:
-    """A part of a run's data without the augmentation of training."""
+    """A part of a run's data without the augmentation of training, and without stand-ins for what cannot be read."""
     settings = run.recipe.data
     if isinstance(settings, ImageData):
         settings = replace(settings, augmentation="none")
-    return data.build_dataset(settings, split, seed=run.recipe.trainer.seed)
+    dataset = data.build_dataset(settings, split, seed=run.recipe.trainer.seed)
+    if isinstance(dataset, ImageDataset):
+        dataset.held_out = True
+    return dataset
 
 
 def _reported(examples: Iterable[Batch], total: int, on_batch: Callable[[int, int], None]) -> Iterator[Batch]:

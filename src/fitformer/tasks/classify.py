@@ -1,8 +1,10 @@
 """Classification: cross-entropy of the class of an image."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,6 +46,28 @@ def _need_one_size(recipe: ClassifyRecipe) -> None:
         )
 
 
+def prepare(recipe: ClassifyRecipe, dataset: Any) -> ClassifyRecipe:
+    """The recipe with its class weights in numbers, whose mean over the training images is 1.
+
+    `balanced` weights are inverse to the number of images of a class.
+
+    Raises:
+        InputError: another number of weights than of classes, or of a class without images.
+    """
+    weights, labels = recipe.objective.class_weights, dataset.source.labels
+    if weights == "none":
+        return recipe
+    counts = np.bincount(labels, minlength=len(dataset.classes))
+    if weights != "balanced" and len(weights) != len(counts):
+        raise InputError(f"objective.class_weights has {len(weights)} numbers, and there are {len(counts)} classes")
+    if weights == "balanced" and not counts.all():
+        names = [name for name, count in zip(dataset.classes, counts) if not count]
+        raise InputError(f"objective.class_weights is balanced, and there are no images to train on of {names}")
+    raw = 1 / counts if weights == "balanced" else np.array(weights)
+    scaled = tuple((raw * counts.sum() / (raw * counts).sum()).tolist())
+    return replace(recipe, objective=replace(recipe.objective, class_weights=scaled))
+
+
 def logits(network: FITImageEncoder, images: Tensor | Sequence[Any]) -> Tensor:
     """Logits `(b, classes)` of images, which the network sees in [-1, 1].
 
@@ -58,13 +82,19 @@ def logits(network: FITImageEncoder, images: Tensor | Sequence[Any]) -> Tensor:
 
 
 def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy in nats, smoothed as the recipe says, and accuracy.
+    """Cross-entropy in nats, smoothed and weighted as the recipe says, and accuracy.
 
     Raises:
         InputError: the logits of images of any size are NaN or infinite (names the images).
     """
-    predicted = logits(network, batch["image"])
-    value = F.cross_entropy(predicted.float(), batch["label"], label_smoothing=recipe.objective.label_smoothing)
+    predicted, label, weights = logits(network, batch["image"]), batch["label"], recipe.objective.class_weights
+    smoothing = recipe.objective.label_smoothing
+    if weights == "none":
+        value = F.cross_entropy(predicted.float(), label, label_smoothing=smoothing)
+    else:
+        # Not over the weights of the batch, which would make an example's share depend on its neighbours.
+        each = F.cross_entropy(predicted.float(), label, label_smoothing=smoothing, reduction="none")
+        value = (each * each.new_tensor(weights)[label]).mean()
     if network.patch_grid.any_size and not bool(predicted.isfinite().all()):
         _refuse_logits(predicted, batch["image"])
     return value, {"accuracy": _accuracy(predicted, batch["label"])}
@@ -110,6 +140,7 @@ TASK = TaskSpec(
     measure=measure,
     monitor=("val/accuracy", "max"),
     logits=labelled_logits,
+    prepare=prepare,
     verb="predict",
     # One of the encoder's two final norms is unused.
     find_unused_parameters=True,

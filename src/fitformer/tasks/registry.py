@@ -33,6 +33,8 @@ class TaskSpec:
             with accuracy by class and confusion; None for other tasks.
         baselines: `(recipe, train, test) -> (name, value), ...`: results that a model should surpass, from the batches
             of the training part and of the part that is evaluated; each is an iterator that is read at most once.
+        prepare: `(recipe, dataset) -> recipe` for `loss`: settings that follow from the training part, in numbers; None
+            if there are none.
         verb: the command that uses a trained model.
         generate_images, generate_bytes: draw tokens one by one, see `tasks.pixels.generate_images` and
             `tasks.bytes.generate_bytes`; one of the two for the verb `generate`.
@@ -49,6 +51,7 @@ class TaskSpec:
     counted: str = "examples"
     logits: "Callable[[Any, Batch, Any], tuple[Tensor, Tensor]] | None" = None
     baselines: "Callable[[Any, Iterator[Batch], Iterator[Batch]], Iterable[tuple[str, float]]] | None" = None
+    prepare: "Callable[[Any, Any], Any] | None" = None
     verb: Literal["predict", "sample", "generate"] | None = None
     generate_images: "Callable[..., Tensor] | None" = None
     generate_bytes: "Callable[..., list[bytes]] | None" = None

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fitformer import data
-from fitformer.config.schema import Recipe, Training
+from fitformer.config.schema import Recipe
 from fitformer.data.datasets.lazy_source import sizes_of
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.workers import dead_worker, message_of
@@ -64,22 +64,23 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
         OSError: a checkpoint could not be written, or a process that reads data died.
     """
     examples = data.build_dataset(recipe.data, "train", seed=recipe.trainer.seed)
+    task = task_of(recipe)
     masks = masks_of(recipe.data)
     held_out = _held_out(recipe, masks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.trainer.seed)
         network = build_model(recipe, examples)
     training = fit_to_memory(recipe, network, examples, masks)
+    prepared = recipe if task.prepare is None else task.prepare(recipe, examples)
     check_run(run_dir, recipe)
     with locked(run_dir):
-        return _train(Run(Path(run_dir), recipe), network, training, examples, held_out, init_from)
+        learner = FITModule(network, replace(prepared, trainer=training))
+        return _train(Run(Path(run_dir), recipe), learner, examples, held_out, init_from)
 
 
-def _train(
-    run: Run, network: FITModel, training: Training, examples: Any, held_out: Any, init_from: str | Path | None
-) -> bool:
+def _train(run: Run, learner: FITModule, examples: Any, held_out: Any, init_from: str | Path | None) -> bool:
     """Begin the run or go on with it, in a directory that is this process's own."""
-    recipe = run.recipe
+    recipe, network = run.recipe, learner.network
     step, validation_pending = _resumed_step(run, network)
     _check_steps(run, step)
     _check_source(run, init_from, step)
@@ -97,7 +98,6 @@ def _train(
             _say(f"{part}: {dataset.describe()}")
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
-    learner = FITModule(network, replace(recipe, trainer=training))
     return _fit(run, learner, Data(recipe, examples, held_out), step, validation_pending)
 
 
@@ -110,6 +110,11 @@ def _held_out(recipe: Recipe, masks: Masks | None) -> Any:
     if recipe.trainer.validate_batches == 0:
         return None
     held_out: Any = data.build_dataset(recipe.data, "val", seed=recipe.trainer.seed)
+    if recipe.trainer.keep_best and held_out.is_test:
+        raise InputError(
+            "trainer.keep_best would choose a checkpoint by the test part, whose measure would then be too good: set "
+            "aside a share of the training part, such as data.validation=0.1"
+        )
     if getattr(held_out, "image_size", 0) is None:
         # Files that do not go with the others are found now, not at the first validation.
         sizes_of(held_out.source, masks.check if masks else None)

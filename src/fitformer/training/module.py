@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fitformer.config.schema import Recipe
-from fitformer.data.order import EvaluationBatches, StepBatches
+from fitformer.data.order import EvaluationBatches, StepBatches, spread_part
 from fitformer.models.base import FITModel
 from fitformer.tasks import optimizers, set_execution, task_of
 from fitformer.tasks.batch import Batch
@@ -62,6 +62,9 @@ class FITModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The task's held-out metrics, weighted over batches and ranks by what they are means over."""
+        if not batch:
+            # None of its images could be read.
+            return
         metrics, weight = task_of(self.recipe).measure(self.network, batch, self.recipe)
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
@@ -116,15 +119,19 @@ class Data(pl.LightningDataModule):
             trainer.world_size,
             trainer.global_step * training.accumulate,
             total_steps=trainer.max_steps * training.accumulate,
+            labels=self.train.source.labels if getattr(self.recipe.data, "sampling", "") == "balanced" else None,
         )
         return StepLoader(self.train, batch_sampler=batches, **self._reading(self.train))
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out example once."""
+        """Every held-out example once, or those of `validate_batches`, spread over all and the same each time."""
         trainer = self.trainer
         assert trainer is not None
         size = self.recipe.trainer.batch_size
-        batches = EvaluationBatches(len(self.held_out), size, trainer.global_rank, trainer.world_size)
+        length, most = len(self.held_out), self.recipe.trainer.validate_batches
+        count = length if most is None else most * size * trainer.world_size
+        places = spread_part(length, count, self.recipe.trainer.seed)
+        batches = EvaluationBatches(length, size, trainer.global_rank, trainer.world_size, places)
         return DataLoader(self.held_out, batch_sampler=batches, **self._reading(self.held_out))
 
     def _reading(self, dataset: Any) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fitformer._support.listed import listed
-from fitformer.data.datasets.sources import ArraySource, Source, check_range, existing, unlabelled
+from fitformer.data.datasets.sources import ArraySource, Source, check_range, existing, number_labels, unlabelled
 from fitformer.errors import InputError, require
 
 _UINT8 = 8
+# Beyond the number of images, which would be a mistake.
+_MOST_CLASSES = 10_000
 
 
 def array_source(
@@ -36,10 +38,45 @@ def array_source(
     elif labels.shape != (len(images),):
         raise InputError(f"{title} has {len(images)} images and labels of shape {labels.shape}: each needs one label")
     else:
-        labels = labels.astype(np.int64)
-        classes = classes or tuple(str(number) for number in range(int(labels.max()) + 1))
+        labels = _whole_numbers(labels, classes, title)
+        classes = classes or tuple(str(number) for number in range(_count(labels, title)))
         check_range(labels, len(classes), title)
     return ArraySource(title, images, labels, classes, channels or images.shape[3])
+
+
+def _whole_numbers(labels: np.ndarray, classes: tuple[str, ...], title: str) -> np.ndarray:
+    """Labels as class numbers int64.
+
+    Raises:
+        InputError: they are no whole numbers.
+    """
+    if labels.dtype.kind in "US":
+        names = [str(label) for label in labels.astype(str).tolist()]
+        if not classes:
+            raise InputError(
+                f"{title} has labels of text, such as {names[0]!r}: name them in data.classes or in the array "
+                "'categories', or store their numbers"
+            )
+        return number_labels(names, classes, title)
+    if labels.dtype.kind not in "buif":
+        raise InputError(f"{title} has labels of type {labels.dtype}: give the whole numbers of classes, from 0")
+    if len(wrong := labels[~(np.isfinite(labels) & (labels == np.floor(labels)))]):
+        raise InputError(f"{title} has the label {wrong[0]}: labels are the whole numbers of classes, from 0")
+    return labels.astype(np.int64)
+
+
+def _count(labels: np.ndarray, title: str) -> int:
+    """How many classes there are, by the largest number.
+
+    Raises:
+        InputError: far more than there are images.
+    """
+    most = int(labels.max()) + 1
+    if most > max(_MOST_CLASSES, len(labels)):
+        raise InputError(
+            f"{title} has the label {most - 1:,} and {len(labels):,} images: number the classes from 0 on, without gaps"
+        )
+    return most
 
 
 def read_digits(channels: int | None = None) -> dict[str, Source]:

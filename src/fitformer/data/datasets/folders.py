@@ -240,6 +240,11 @@ def read_manifest(
         )
     names: Sequence[str | None] = table[found["label"]] if found["label"] else [None] * len(paths)
     split = table[found["split"]] if found["split"] else ["train"] * len(paths)
+    if lacking := [paths[k] for k, part in enumerate(split) if not part]:
+        raise InputError(
+            f"{file}: {len(lacking)} of {len(paths)} rows have nothing in the column {found['split']!r}, which says "
+            f"their part: {listed(lacking, 3)}"
+        )
     parts = {
         part: [(p, n or None) for p, n, s in zip(paths, names, split) if s == part] for part in dict.fromkeys(split)
     }

@@ -75,7 +75,13 @@ def collate_any_size(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {"image": [item["image"] for item in items], **rest}
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
+def collate_readable(collate: Callable[[list[Any]], dict[str, Any]], items: list[Any]) -> dict[str, Any]:
+    """A batch of the items that are there; an empty one if none is."""
+    there = [item for item in items if item is not None]
+    return collate(there) if there else {}
+
+
+class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
@@ -83,8 +89,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
     image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
     randomness of augmentation is a function of (seed, epoch, index).
 
-    A file that cannot be read is logged once by name and the next readable image stands in for it; the count is
-    shared by the worker processes of a loader.
+    A file that cannot be read is logged once by name. In training the next readable image stands in for it; of
+    `held_out` images the item is None, and `collate` leaves it out, so that a measure counts what is there and nothing
+    else. The count is shared by the worker processes of a loader. `is_test` says that these are images of the test
+    part, by which nothing may be chosen.
 
     Raises:
         InputError: bad settings; when read, more than `max_unreadable` unreadable files, or mixed channel counts.
@@ -101,12 +109,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         max_unreadable: int = 10,
         note: str = "",
+        held_out: bool = False,
+        is_test: bool = False,
     ):
         if augmentation != "none" and augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
         if levels is not None and not 2 <= levels <= 256:
             raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
         self.source, self.seed, self.note = source, seed, note
+        self.held_out, self.is_test = held_out, is_test
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
@@ -173,11 +184,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, where: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, where: int | tuple[int, int]) -> dict[str, Any] | None:
         epoch, index = where if isinstance(where, tuple) else (0, where)
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        pixels, label, found = self._read(index)
+        read = self._read(index)
+        if read is None:
+            return None
+        pixels, label, found = read
         augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
         if self.image_size is None:
             image = pixels if augment is None else TransformedImage(pixels, drawn(self.augmentation, random))
@@ -197,17 +211,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
         """How items become a batch; None for the usual way."""
-        return collate_any_size if self.image_size is None or self._grouping is not None else None
+        lists = self.image_size is None or self._grouping is not None
+        inner = collate_any_size if lists else None
+        return partial(collate_readable, inner or default_collate) if self.held_out else inner
 
-    def _read(self, index: int) -> tuple[Any, int, int]:
-        """The image at `index`, or the next one after it that can be read."""
-        for step in range(len(self)):
+    def _read(self, index: int) -> tuple[Any, int, int] | None:
+        """The image at `index`, or the next one after it that can be read; held out, None in place of the next."""
+        for step in range(1 if self.held_out else len(self)):
             place = (index + step) % len(self)
             if not self._broken[place]:
                 try:
                     return *self.source[place], place
                 except UnreadableImageError as broken:
                     self._note(place, broken)
+        if self.held_out and not self._broken.all():
+            return None
         raise InputError(f"no image of {self.source.title} is readable")
 
     def _note(self, place: int, broken: UnreadableImageError) -> None:
@@ -218,4 +236,5 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 f"{count} images of {self.source.title} are unreadable, more than max_unreadable, "
                 f"{self.max_unreadable}: {listed(self.unreadable)}"
             )
-        _log.warning("unreadable image %s; the next one stands in (%d so far)", broken, count)
+        instead = "it is left out" if self.held_out else "the next one stands in"
+        _log.warning("unreadable image %s; %s (%d so far)", broken, instead, count)

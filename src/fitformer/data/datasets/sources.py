@@ -227,7 +227,7 @@ def common_channels(title: str, files: Files, pixel_range: tuple[float, float] |
 def in_order(names: set[str]) -> tuple[str, ...]:
     """Class names in their natural order: as numbers if all are, else by letter."""
     try:
-        return tuple(sorted(names, key=int))
+        return tuple(sorted(names, key=float))
     except ValueError:
         return tuple(sorted(names))
 

@@ -180,6 +180,7 @@ class BytesDataset(Dataset[dict[str, Any]]):
     classes: tuple[str, ...] = ()
     channels = 0
     vocabulary = VOCABULARY
+    is_test = False
 
     def __init__(self, buffer: ByteBuffer, length: int, *, train: bool, seed: int = 0, title: str = "bytes"):
         if length < 1:

@@ -9,6 +9,7 @@ from fitformer._support.listed import listed
 from fitformer.data.readers.axes import guessed, named
 from fitformer.data.readers.errors import readable
 from fitformer.data.readers.levels import OpenImage, OpenOptions, Tiles, weigh_tiles
+from fitformer.data.readers.zarr_store import open_store
 from fitformer.errors import InputError, require
 
 
@@ -21,10 +22,8 @@ def open_zarr(path: str, options: OpenOptions) -> OpenImage:
         InputError: no Zarr folder, none of one image, or one of chunks of more than `most_bytes`.
     """
     zarr = require("zarr", extra="gigapixel")
-    from fitformer.data.readers.zarr_store import BoundedStore
-
     with readable(path):
-        store = BoundedStore(path)
+        store = open_store(path)
         try:
             node = zarr.open(store, mode="r")
         except FileNotFoundError as error:

@@ -3,49 +3,49 @@
 import bz2
 import lzma
 import zlib
+from math import prod
 from typing import Any
 
-from zarr.storage import LocalStore
-
-from fitformer.errors import InputError
+from fitformer.errors import InputError, require
 
 # What a chunk may have beyond its pixels: headers, and the checksums of filters.
 _SPARE = 2**16
+_METADATA = (".json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 _ZSTD = b"\x28\xb5\x2f\xfd"
 # Deflate makes at most so many bytes of one.
 _DEFLATE_RATIO = 1032
 
 
-class BoundedStore(LocalStore):
-    """A folder that is read; `bound` it once the array that it holds is known."""
+def open_store(path: str) -> Any:
+    """A store of Zarr's for a folder that is read; `bound` it for each array that is read from it.
 
-    def __init__(self, path: str):
-        super().__init__(path, read_only=True)
-        self._bounds: dict[str, tuple[str, int]] = {}
+    A chunk of such an array that would inflate to more than its pixels is an InputError.
+    """
+    storage = require("zarr.storage", extra="gigapixel")
 
-    def bound(self, array: Any) -> None:
-        """Refuse chunks of an array that say that they decode to more bytes than its chunks have."""
-        codecs = [type(codec).__name__.removesuffix("Codec").lower() for codec in array.compressors]
-        if codecs:
-            chunk = array.dtype.itemsize
-            for length in array.chunks:
-                chunk *= length
-            self._bounds[f"{array.path}/" if array.path else ""] = codecs[-1], chunk + _SPARE
+    # Zarr need not be installed to import this module.
+    class BoundedStore(storage.LocalStore):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__(path, read_only=True)
+            self.bounds: dict[str, tuple[str, int]] = {}
 
-    async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
-        """The bytes of a file, or part of them.
+        def bound(self, array: Any) -> None:
+            codecs = [type(codec).__name__.removesuffix("Codec").lower() for codec in array.compressors]
+            if codecs:
+                most = prod(array.chunks) * array.dtype.itemsize + _SPARE
+                self.bounds[f"{array.path}/" if array.path else ""] = codecs[-1], most
 
-        Raises:
-            InputError: they are a chunk that would inflate to more than its pixels.
-        """
-        found = await super().get(key, prototype, byte_range)
-        if found is not None and not key.endswith((".json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")):
-            for prefix, (codec, most) in self._bounds.items():
-                if key.startswith(prefix) and inflates_beyond(found.to_bytes(), codec, most):
-                    raise InputError(
-                        f"{self.root}/{key} inflates to more than the {most:,} bytes that a chunk of its array can have"
-                    )
-        return found
+        async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
+            found = await super().get(key, prototype, byte_range)
+            if found is not None and not key.endswith(_METADATA):
+                for prefix, (codec, most) in self.bounds.items():
+                    if key.startswith(prefix) and inflates_beyond(found.to_bytes(), codec, most):
+                        raise InputError(
+                            f"{path}/{key} inflates to more than the {most:,} bytes that a chunk of its array can have"
+                        )
+            return found
+
+    return BoundedStore()
 
 
 def inflates_beyond(data: bytes, codec: str, most: int) -> bool:

@@ -1,0 +1,87 @@
+"""Copies of one image: the same content, so that none lands on both sides of a split."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from fitformer.data.datasets.lazy_source import LazySource
+from fitformer.data.datasets.sources import ArraySource, FileSource, Source, Subset
+
+# Of a file, from its start and from its end, which tell nearly all files of one size apart.
+_EDGE = 4096
+# Larger files are compared by pieces of so many bytes, spread evenly, instead of as a whole.
+_WHOLE, _PIECES, _PIECE = 2**26, 16, 2**20
+
+
+def contents(sources: Sequence[Source]) -> list[np.ndarray]:
+    """A number for the content of each example of some sources, int64 (len,) each: equal numbers are equal contents.
+
+    Files are compared by their bytes, whatever their names; those above 64 MiB by 16 pieces of 1 MiB. Sources that make
+    their images have no copies.
+    """
+    keys: list[Hashable] = []
+    looks: list[list[Callable[[], Hashable]]] = []
+    for number, source in enumerate(sources):
+        for index in range(len(source)):
+            closer = _looks(source, index)
+            keys.append(closer[0]() if closer else (number, index))
+            looks.append(closer[1:])
+    # A closer look only at what is still alike.
+    for level in range(2):
+        counts = Counter(keys)
+        for place, key in enumerate(keys):
+            if counts[key] > 1 and level < len(looks[place]):
+                keys[place] = (key, looks[place][level]())
+    numbers: dict[Hashable, int] = {}
+    found = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    return np.split(found, np.cumsum([len(source) for source in sources])[:-1])
+
+
+def _looks(source: Source, index: int) -> list[Callable[[], Hashable]]:
+    """Ever closer looks at the content of an example; none of one that is made when it is asked for."""
+    if isinstance(source, Subset):
+        return _looks(source.whole, int(source.indices[index]))
+    if isinstance(source, ArraySource):
+        return [lambda: hashlib.blake2b(source.images[index].tobytes()).digest()]
+    if not isinstance(source, FileSource | LazySource):
+        return []
+    file = source.files[index]
+    if isinstance(file, bytes):
+        return [lambda: hashlib.blake2b(file).digest()]
+    try:
+        about = os.stat(file)
+    except OSError:
+        return []
+    if not os.path.isfile(file):
+        return [lambda: os.path.realpath(file)]
+    state = file, about.st_size, about.st_mtime_ns
+    return [lambda: about.st_size, lambda: _edges(*state), lambda: _whole(*state)]
+
+
+def _read(file: str, places: Sequence[int], length: int) -> bytes:
+    """A digest of pieces of a file; its name, which no other has, if it cannot be read."""
+    digest = hashlib.blake2b()
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            for place in places:
+                stream.seek(place)
+                digest.update(stream.read(length))
+    except OSError:
+        return file.encode(errors="surrogateescape")
+    return digest.digest()
+
+
+@lru_cache(maxsize=2**17)
+def _edges(file: str, size: int, modified: int) -> bytes:
+    return _read(file, (0, max(0, size - _EDGE)), _EDGE)
+
+
+@lru_cache(maxsize=2**17)
+def _whole(file: str, size: int, modified: int) -> bytes:
+    if size <= _WHOLE:
+        return _read(file, range(0, max(size, 1), _PIECE), _PIECE)
+    return _read(file, [k * (size - _PIECE) // (_PIECES - 1) for k in range(_PIECES)], _PIECE)
