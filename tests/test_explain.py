@@ -13,9 +13,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from fitformer import FITImageEncoder, data
+from fitformer import FITImageEncoder
 from fitformer.cli import main
-from fitformer.config import load as config
 from fitformer.data.pixels import fit
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain, token_store
@@ -34,8 +33,7 @@ from fitformer.inference.explain.batch import Slide, Slides, find
 from fitformer.inference.explain.explanation import MAPS
 from fitformer.inference.explain.overlay import blend, grey, thumbnail_size
 from fitformer.patching.any_size import GroupedImage, PixelArray
-from fitformer.tasks import build_model
-from fitformer.training import run_dir
+from helpers import untrained_run
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
 WAYS = [plain, checkpointed, Streamed(slice_groups=1), Streamed(slice_groups=3), Streamed(slice_groups=2, keep="disk")]
@@ -647,7 +645,7 @@ def test_every_image_gets_its_files_and_a_line(folder, tmp_path):
     assert made == 3
     assert shown == sorted(shown)
     assert shown[-1] == (3, 3)
-    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("[!.]*.*")}
     assert names == {
         "results.csv",
         *(name + ending for name in ("b.tif", "deep/a.npy", "deep/c.PNG") for ending in ENDINGS),
@@ -746,7 +744,7 @@ def test_an_image_that_is_damaged_in_the_middle_is_broken(folder, tmp_path, way)
     assert made.run(find([folder])) == 2
     assert made.broken[str(folder / "b.tif")].what == "unreadable"
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert not list((tmp_path / "out").glob("b.tif*"))
+    assert [path.name for path in (tmp_path / "out").glob("b.tif*")] == ["b.tif.failed"]
 
 
 def test_broken_images_are_listed_and_tried_again_once_mended(folder, tmp_path):
@@ -1017,13 +1015,8 @@ def run_folder(tmp_path_factory):
     """A run, untrained, that takes images of any size and skips what is black."""
     tiny = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4"]
     keys = [f"model.{key}" for key in (*tiny, "patch_size=2", "latent_position=row_column", "glimpses=1")]
-    recipe = config.load("digits-classify", [*keys, "data.image_size=8", "data.background=black"])
-    train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
-    run = run_dir.start_run(tmp_path_factory.mktemp("runs") / "digits", recipe)
-    run_dir.write_data_card(run, train, test)
-    torch.manual_seed(0)
-    build_model(recipe, train).save_pretrained(run.model_folder)
-    return str(run.path)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    return untrained_run(folder, "digits-classify", *keys, "data.image_size=8", "data.background=black")
 
 
 @pytest.fixture
@@ -1067,7 +1060,7 @@ def test_a_command_that_is_killed_leaves_nothing_half_done(run_folder, tmp_path,
     assert main(words) == 0
     assert f"{40 - made} of 40 images labelled now, {made} were there already" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "seen" / "results.csv")) == 40
-    assert len(list((tmp_path / "seen").iterdir())) == 40 * len(ENDINGS) + 1
+    assert len(list((tmp_path / "seen").glob("[!.]*"))) == 40 * len(ENDINGS) + 1
 
 
 def test_the_command_labels_alone_without_a_folder(run_folder, slides, tmp_path, capsys):
@@ -1148,13 +1141,8 @@ MADE = {
 def one_size_run(tmp_path_factory):
     """A run, untrained, that takes images of 8 x 8."""
     tiny = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4"]
-    recipe = config.load("digits-classify", [*(f"model.{key}" for key in (*tiny, "patch_size=2")), "data.image_size=8"])
-    train, test = (data.build_dataset(recipe.data, split, seed=0) for split in ("train", "test"))
-    run = run_dir.start_run(tmp_path_factory.mktemp("runs") / "digits", recipe)
-    run_dir.write_data_card(run, train, test)
-    torch.manual_seed(0)
-    build_model(recipe, train).save_pretrained(run.model_folder)
-    return str(run.path)
+    keys = [f"model.{key}" for key in (*tiny, "patch_size=2")]
+    return untrained_run(tmp_path_factory.mktemp("runs") / "digits", "digits-classify", *keys, "data.image_size=8")
 
 
 @pytest.fixture
@@ -1181,8 +1169,10 @@ def test_the_command_explains_in_three_ways_images_of_any_size_and_of_one(
     out, err = capsys.readouterr()
     assert out == f"{output}: 2 of 3 images labelled now, 1 could not be read (broken.csv)\n"
     assert (f"fitformer: {method} against leave-out, largest groups of 2 images" in err) == (method != "leave-out")
-    made = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
-    assert made == {"results.csv", "broken.csv"} | {name + ending for name in names for ending in MADE[method]}
+    made = {path.relative_to(output).as_posix() for path in output.rglob("[!.]*.*")}
+    (failed,) = (path.relative_to(output).as_posix() for path in output.rglob("*.failed"))
+    outputs = {name + ending for name in names for ending in MADE[method]}
+    assert made == {"results.csv", "broken.csv", failed} | outputs
     records = [read_record(output / f"{name}.json") for name in names]
     assert all(record["made_with"]["explain"] == method for record in records)
     assert all(("agreement" in record) == (method != "leave-out") for record in records)
@@ -1231,10 +1221,10 @@ def test_the_command_says_in_a_line_what_cannot_be_explained(run_folder, one_siz
 
     for run in (run_folder, one_size_run):
         said = refusal(run, photos, "--explain", "leave-out")
-        assert "--explain leave-out is for maps in a folder, and there is no --output; give --output FOLDER" in said
+        assert "--explain leave-out is for a folder, and there is no --output; give --output FOLDER" in said
         said = refusal(run, photos, "--explain", "attention", "--output", tmp_path / "labels.csv")
         assert "labels.csv; give --output FOLDER" in said
-        assert "--y up is for maps in a folder" in refusal(run, photos, "--y", "up")
+        assert "--y up is for a folder" in refusal(run, photos, "--y", "up")
     assert "for a run that takes images of any size" in refusal(one_size_run, photos, "--keep", "disk")
     assert main(["predict", one_size_run, str(photos), "--output", str(tmp_path / "seen")]) == 0
     before = times(tmp_path / "seen")

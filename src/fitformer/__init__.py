@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fitformer.inference.predictor import Predictor
     from fitformer.models.auto import from_pretrained
     from fitformer.models.decoder import FITDecoder
     from fitformer.models.denoiser import FITDenoiser
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from fitformer.models.image_encoder import FITImageEncoder
 
 __version__ = "0.1.0"
-__all__ = ["FITDecoder", "FITDenoiser", "FITEncoder", "FITImageDenoiser", "FITImageEncoder", "from_pretrained"]
+__all__ = [
+    "FITDecoder",
+    "FITDenoiser",
+    "FITEncoder",
+    "FITImageDenoiser",
+    "FITImageEncoder",
+    "Predictor",
+    "from_pretrained",
+]
 
 _HOMES = {
     "FITDecoder": "fitformer.models.decoder",
@@ -23,6 +32,7 @@ _HOMES = {
     "FITEncoder": "fitformer.models.encoder",
     "FITImageDenoiser": "fitformer.models.image_denoiser",
     "FITImageEncoder": "fitformer.models.image_encoder",
+    "Predictor": "fitformer.inference.predictor",
     "from_pretrained": "fitformer.models.auto",
 }
 _ROOMS = {"diffusion", "execution", "generation", "models", "patching"}

@@ -8,9 +8,14 @@ leaving it out; gradient, the default, and attention are quicker, and tell how f
 A run that takes images of any size reads them piece by piece, however large.
 
 fitformer predict RUN slides/ --output seen/ --explain leave-out
+
+Several processes or machines share the work, each with its part.
+
+fitformer predict RUN slides/ --output seen/ --explain none --shard 2/8
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +27,7 @@ from fitformer.errors import InputError
 
 if TYPE_CHECKING:
     from fitformer.inference.explain.batch import Failure
+    from fitformer.inference.explain.explanation import Method
     from fitformer.inference.labelling import Labeller
 
 
@@ -34,8 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help=".csv or .json to write labels to (default: standard output), or a folder for maps"
     )
     parser.add_argument(
-        "--explain", choices=("leave-out", "gradient", "attention"),
-        help="what the maps in the folder of --output show (default: gradient)",
+        "--explain", choices=("leave-out", "gradient", "attention", "none"),
+        help="what the maps in the folder of --output show (default: gradient); none writes labels alone into it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N",
+        help="label part I of N of the images into the folder of --output, beside other processes or machines that do "
+        "the other parts; the tables are whole when all have ended",
     )  # fmt: skip
     parser.add_argument(
         "--y", choices=("down", "up"), default="down",
@@ -66,14 +77,22 @@ def run(arguments: argparse.Namespace) -> int:
             f"--keep and --scratch are for a run that takes images of any size; {arguments.run} takes one size"
         )
     labels_only = _labels_only(arguments, labeller)
-    if labels_only and (arguments.explain or arguments.y != "down"):
-        option = f"--explain {arguments.explain}" if arguments.explain else "--y up"
+    if labels_only and (arguments.explain or arguments.shard or arguments.y != "down"):
+        option = f"--explain {arguments.explain}" if arguments.explain else "--shard" if arguments.shard else "--y up"
         given = "there is no --output" if arguments.output is None else f"--output is {arguments.output}"
-        raise InputError(f"{option} is for maps in a folder, and {given}; give --output FOLDER")
+        raise InputError(f"{option} is for a folder, and {given}; give --output FOLDER")
     try:
         return (_label if labels_only else _explain)(arguments, labeller)
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Read `2/8`: part 2 of 8."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole; write 1/8 to 8/8 for the eight parts of 8")
+    return int(found[1]), int(found[2])
 
 
 def _labels_only(arguments: argparse.Namespace, labeller: "Labeller") -> bool:
@@ -109,19 +128,24 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
         )
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
-    with progress("explain") as show:
+    from fitformer.inference.explain.batch import Shard
+
+    method: Method | None = None if arguments.explain == "none" else arguments.explain or "gradient"
+    with progress("label" if method is None else "explain") as show:
         work, count, made = labeller.explain(
             arguments.files,
             arguments.output,
-            arguments.explain or "gradient",
+            method,
+            None if arguments.shard is None else Shard(*arguments.shard),
             y=arguments.y,
             show=lambda done, total: show(round(1000 * done), 1000 * total),
             on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
         )
     kept = count - made - len(work.broken)
     there = f", {kept} were there already" if kept else ""
-    print(f"{arguments.output}: {made} of {count} images labelled now{there}{_counted(work.broken)}")
-    if said := _agreement(*work.agreement(), arguments.explain or "gradient"):
+    part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
+    print(f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}")
+    if method is not None and (said := _agreement(*work.agreement(), method)):
         print(said, file=sys.stderr)
     return 0
 

@@ -17,7 +17,7 @@ from fitformer.data.readers import LazyImage
 from fitformer.errors import InputError
 from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
-from fitformer.inference.explain.batch import Slide, Slides, find, identity
+from fitformer.inference.explain.batch import Shard, Slide, Slides, find, identity
 from fitformer.inference.explain.explanation import Method
 from fitformer.inference.predict import Prediction, expand, predict
 from fitformer.models.image_encoder import FITImageEncoder
@@ -72,8 +72,18 @@ class Labeller:
             InputError: no image file, none that can be read, or masks that do not go with them.
         """
         files = [slide.path for slide in find(paths)] if self.takes_any_size else expand(paths)
+        return list(self.label_files(files, batch_size, on_unreadable))
+
+    def label_files(
+        self, files: Sequence[Path], batch_size: int, on_unreadable: Callable[[UnreadableImageError], None]
+    ) -> Iterator[Prediction]:
+        """The labels of image files in their order, without those that cannot be read; see `predict`.
+
+        Raises:
+            InputError: none of the files can be read, or masks do not go with them.
+        """
         self._masks(files)
-        found = predict(
+        return predict(
             self.network,
             files,
             self.run.classes,
@@ -83,15 +93,20 @@ class Labeller:
             group=self._grouping(),
             on_unreadable=on_unreadable,
         )
-        return list(found)
 
     def explain(
-        self, paths: Iterable[str | Path], output: Path, method: Method = "gradient", **options: Any
+        self,
+        paths: Iterable[str | Path],
+        output: Path,
+        method: Method | None = "gradient",
+        shard: Shard | None = None,
+        **options: Any,
     ) -> tuple[Slides, int, int]:
         """Label images and write their maps into a folder; goes on where it was stopped.
 
         Args:
-            paths: files and folders. output: the folder. method: see `explanation.explain`.
+            paths: files and folders. output: the folder. method: see `explanation.explain`; None for labels alone.
+            shard: the part of the images that is this process's; all by default.
             options: `y`, `show` and `on_broken` of `Slides`.
 
         Returns:
@@ -109,7 +124,8 @@ class Labeller:
             )
         how = self._of_any_size if self.takes_any_size else self._of_one_size
         slides, made_with, ways = how(paths, output)
-        made_with = {"model": identity(self.run.model_folder), **made_with}
+        slides = slides if shard is None else shard.of(slides)
+        made_with = {"model": identity(self.network), **made_with}
         work = Slides(self.network, self.run.classes, output, made_with, method, **ways, **options)
         return work, len(slides), work.run(slides)
 

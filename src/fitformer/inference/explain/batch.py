@@ -9,8 +9,10 @@ and beside them
 
     a/b.svs.geojson          groups and patches with the values of all maps, in pixels of the image
     a/b.svs.json             label, probabilities, agreement and what they were made from; written last
+    a/b.svs.failed           in place of all these, why the image could not be labelled, in JSON
 
-and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be labelled.
+and the folder `results.csv`, a line an image, and `broken.csv`, the images that could not be labelled. Both are written
+from what stands in the folder, by one process at a time, so that whoever ends last of several leaves all of it there.
 """
 
 import csv
@@ -21,13 +23,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from glob import escape
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from filelock import FileLock
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
@@ -44,7 +48,9 @@ from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage
 
-RECORD = ".json"
+RECORD, FAILED = ".json", ".failed"
+# Held while the tables are written.
+TABLES_LOCK = ".tables.lock"
 # Rewriting the table of thousands after each of them would take longer than they do.
 TABLE_SECONDS = 10.0
 # Version of the outputs: those of an earlier version are made again.
@@ -129,12 +135,38 @@ def _below(folder: Path, output: Path | None, known: frozenset[str], name: str =
             yield from _below(path, output, known, f"{name}{path.name}/")
 
 
-def identity(folder: Path) -> str:
-    """A digest of a saved model, its numbers and its weights."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+@dataclass(frozen=True)
+class Shard:
+    """The images of one process of several that share a folder: part `number` of `count`, from 1.
+
+    To which part an image belongs follows from its name alone, so that none changes its part when others are added.
+
+    Raises:
+        InputError: no such part.
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise InputError(f"shard {self.number}/{self.count}: parts are numbered from 1 to their count")
+
+    def of(self, slides: Iterable[Slide]) -> list[Slide]:
+        """Those of the images that are in this part."""
+        return [slide for slide in slides if self._part(slide.name) == self.number - 1]
+
+    def _part(self, name: str) -> int:
+        digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % self.count
+
+
+def identity(network: FITImageEncoder) -> str:
+    """A digest of a model, its numbers and its weights."""
+    digest = hashlib.sha256(json.dumps(network.config, sort_keys=True, default=str).encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -146,7 +178,7 @@ class Slides:
         classifier: in eval mode.
         classes: names, as many as its classes.
         output: the folder to write to.
-        method: how decisions are explained.
+        method: how decisions are explained; None labels only.
         made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
         open: an image's file as a source of pixels, which has a `path` if it is the file pixel by pixel.
         group: cuts an image into groups, without those to be skipped; by default none is.
@@ -163,7 +195,7 @@ class Slides:
     classes: Sequence[str]
     output: Path
     made_with: Mapping[str, Any]
-    method: Method = "gradient"
+    method: Method | None = "gradient"
     open: Callable[[Path], AbstractContextManager[Any]] = open_image
     group: Group | None = None
     beside: Callable[[Path], Mapping[str, Any]] | None = None
@@ -191,25 +223,32 @@ class Slides:
         """
         for slide in slides:
             self._need_own_name(slide)
-        for name, prediction, agreement in self._recorded():
-            self._note_done(name, prediction, agreement)
-        made, told = 0, time.monotonic()
+        self._forget_failures_of_files_that_are_gone(slides)
+        made, told, pause = 0, time.monotonic(), TABLE_SECONDS
         try:
             for k, slide in enumerate(slides):
                 self.show(k, len(slides))
                 # An explained image is not done before its outputs are written.
                 made += self._one(slide, lambda share, k=k: self.show(k + 0.99 * share, len(slides)))  # type: ignore[misc]
-                if time.monotonic() - told > TABLE_SECONDS:
+                if (now := time.monotonic()) - told > pause:
                     self._write_tables()
                     told = time.monotonic()
+                    # Tables of a hundred thousand images take a while, and may take a part of the time alone.
+                    pause = max(TABLE_SECONDS, 20 * (told - now))
             self.show(len(slides), len(slides))
         finally:
             self._write_tables()
-        if len(self.broken) == len(slides):
+        if slides and len(self.broken) == len(slides):
             few = "; ".join(each.reason for each in list(self.broken.values())[:5])
             more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
             raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
         return made
+
+    def _forget_failures_of_files_that_are_gone(self, slides: Sequence[Slide]) -> None:
+        asked = {slide.name for slide in slides}
+        for name, record in list(self._recorded(FAILED)):
+            if name not in asked and not Path(record["path"]).exists():
+                (self.output / (name + FAILED)).unlink(missing_ok=True)
 
     def _one(self, slide: Slide, tell: Tell) -> bool:
         """Whether the image was made now."""
@@ -219,16 +258,24 @@ class Slides:
             return False
         try:
             with self.open(slide.path) as image:
-                seen = explain(self.classifier, self._grouped(image), self.method, tell)
+                seen = self._seen(image, tell)
                 if not bool(seen.logits.isfinite().all()):
                     logits = seen.logits.tolist()
                     raise NonFiniteError(f"{slide.path} is answered with {logits}: it has NaN or infinite pixels")
-                thumbnail, own = image.thumbnail(*thumbnail_size(*image.shape[:2])), getattr(image, "path", None)
+                small = image.thumbnail(*thumbnail_size(*image.shape[:2])) if seen.maps else None
+                own = getattr(image, "path", None)
         except (InputError, PermissionError) as error:
             self._note_broken(slide, Failure.by(error))
             return False
-        self._write(slide, seen, thumbnail, own, of)
+        self._write(slide, seen, small, own, of)
         return True
+
+    def _seen(self, image: Any, tell: Tell) -> Explanation:
+        grouped = self._grouped(image)
+        if self.method is not None:
+            return explain(self.classifier, grouped, self.method, tell)
+        with torch.inference_mode():
+            return Explanation(self.classifier([grouped])[0].float().cpu(), {}, grouped)
 
     def _grouped(self, image: Any) -> GroupedImage:
         return self.classifier.grouped(image) if self.group is None else self.group(image)
@@ -244,9 +291,10 @@ class Slides:
             return
         method = record.get("made_with", {}).get("explain", "gradient")
         if method != self.method:
+            was, asked = method or "none", self.method or "none"
             raise InputError(
-                f"{self.output / slide.name}.* was made with --explain {method}, and {self.method} would be written "
-                "over it; give another output folder, or delete what is there"
+                f"{self.output / slide.name}.* was made with --explain {was}, and {asked} would be written over it; "
+                "give another output folder, or delete what is there"
             )
         earlier = Path(record["path"])
         was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
@@ -262,30 +310,31 @@ class Slides:
         record = _read(path)
         if not _same(Path(record["path"]), slide.path):
             _write_text(path, _as_json({**record, **_names(slide)}))
-            self.predictions[slide.name] = replace(self.predictions[slide.name], file=str(slide.path))
 
     def _note_broken(self, slide: Slide, broken: Failure) -> None:
         file = str(slide.path)
         self.broken[file] = broken
-        self.predictions.pop(slide.name, None)
-        self.agreements.pop(slide.name, None)
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
+        _write_text(self._fresh(slide, FAILED), _as_json({**_names(slide), **asdict(broken), "made_with": self._key}))
         self.on_broken(file, broken.reason)
 
     def _write(
-        self, slide: Slide, seen: Explanation, thumbnail: np.ndarray, own: str | None, of: dict[str, Any]
+        self, slide: Slide, seen: Explanation, thumbnail: np.ndarray | None, own: str | None, of: dict[str, Any]
     ) -> None:
         """Write all outputs of an image; `own` is its file if that may have coordinates of its own."""
+        (self.output / (slide.name + FAILED)).unlink(missing_ok=True)
         prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
         maps = {name: HeatMap.of(values, seen.image) for name, values in seen.maps.items()}
         for name, heatmap in maps.items():
+            assert thumbnail is not None
             write_overlay(
                 self._fresh(slide, f".{name}.png"), thumbnail, heatmap, "signed" if name in SIGNED else "heat"
             )
             write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own)
-        shapes = self._fresh(slide, ".geojson")
-        write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y)
-        agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self.method)
+        if maps:
+            shapes = self._fresh(slide, ".geojson")
+            write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y)
+        agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self._maps[-1])
         rows, columns = seen.image.shape[:2]
         record = {
             **asdict(prediction),
@@ -300,12 +349,6 @@ class Slides:
             "made_with": self._key,
         }
         _write_text(self._fresh(slide, RECORD), _as_json(record))
-        self._note_done(slide.name, prediction, agreement)
-
-    def _note_done(self, name: str, prediction: Prediction, agreement: dict[str, Any] | None) -> None:
-        self.predictions[name] = prediction
-        if agreement is not None:
-            self.agreements[name] = agreement
 
     def agreement(self) -> tuple[int, dict[str, float]]:
         """How many images have a measured agreement, and the mean over them of each of its numbers that there is."""
@@ -325,13 +368,17 @@ class Slides:
 
     @property
     def _key(self) -> dict[str, Any]:
-        versions = {name: VERSIONS[name] for name in MAPS[self.method] if name in VERSIONS}
+        versions = {name: VERSIONS[name] for name in self._maps if name in VERSIONS}
         return {**self.made_with, "explain": self.method, **versions, "y": self.y}
+
+    @property
+    def _maps(self) -> tuple[str, ...]:
+        return () if self.method is None else MAPS[self.method]
 
     @property
     def _endings(self) -> list[str]:
         """Of the outputs beside the record."""
-        return [f".{name}.{kind}" for name in MAPS[self.method] for kind in ("png", "tif")] + [".geojson"]
+        return [f".{name}.{kind}" for name in self._maps for kind in ("png", "tif")] + [".geojson"] * bool(self._maps)
 
     def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
         record = _read(self.output / (slide.name + RECORD))
@@ -344,39 +391,50 @@ class Slides:
     def _is_ours(self, record: Any) -> bool:
         return isinstance(record, dict) and record.get("made_with") == self._key
 
-    def _recorded(self) -> Iterator[tuple[str, Prediction, dict[str, Any] | None]]:
-        """Names, predictions and agreements of all images in the output folder that were made as these are."""
-        for path in sorted(self.output.rglob("*" + RECORD)):
+    def _recorded(self, ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and records of all images in the output folder that were made, or failed, as these do."""
+        for path in sorted(self.output.rglob("*" + ending)):
             record = _read(path)
             if self._is_ours(record):
-                name = path.relative_to(self.output).as_posix().removesuffix(RECORD)
-                keys = ("file", "label", "probability", "probabilities")
-                yield name, Prediction(*(record[key] for key in keys)), record.get("agreement")
+                yield path.relative_to(self.output).as_posix().removesuffix(ending), record
 
     def _write_tables(self) -> None:
-        if self.predictions:
-            ordered = sorted(self.predictions.values(), key=lambda prediction: prediction.file)
-            _write_text(self.output / "results.csv", as_text(ordered))
-        if self.broken:
-            text = io.StringIO()
-            rows = [(file, each.what, each.reason) for file, each in self.broken.items()]
-            csv.writer(text, lineterminator="\n").writerows([("file", "what", "reason"), *rows])
-            _write_text(self.output / "broken.csv", text.getvalue())
-        else:
-            (self.output / "broken.csv").unlink(missing_ok=True)
+        self.output.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.output / TABLES_LOCK):
+            self._read_records()
+            if self.predictions:
+                ordered = sorted(self.predictions.values(), key=lambda prediction: prediction.file)
+                _write_text(self.output / "results.csv", as_text(ordered))
+            failed = sorted((each["file"], each["what"], each["reason"]) for _, each in self._recorded(FAILED))
+            if failed:
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows([("file", "what", "reason"), *failed])
+                _write_text(self.output / "broken.csv", text.getvalue())
+            else:
+                (self.output / "broken.csv").unlink(missing_ok=True)
+
+    def _read_records(self) -> None:
+        """Take what this process and others labelled from the folder."""
+        self.predictions.clear()
+        self.agreements.clear()
+        for name, record in self._recorded(RECORD):
+            keys = ("file", "label", "probability", "probabilities")
+            self.predictions[name] = Prediction(*(record[key] for key in keys))
+            if record.get("agreement") is not None:
+                self.agreements[name] = record["agreement"]
 
 
-def _agreement(found: Agreement, image: GroupedImage, method: Method) -> dict[str, Any]:
-    """An agreement as it is written: groups by the corner of their first pixel."""
+def _agreement(found: Agreement, image: GroupedImage, name: str) -> dict[str, Any]:
+    """An agreement of a map as it is written: groups by the corner of their first pixel."""
     high, wide = image.patch_grid.group_size  # type: ignore[misc]
     places = image.coords[found.groups].tolist()
     return {
-        "of": MAPS[method][-1],
+        "of": name,
         "with": "leave-out",
         "rank_correlation": found.rank_correlation,
         "same_sign": found.same_sign,
         "groups": [
-            {"row": row * high, "column": column * wide, MAPS[method][-1]: claimed, "leave-out": added}
+            {"row": row * high, "column": column * wide, name: claimed, "leave-out": added}
             for (row, column), claimed, added in zip(places, found.claimed.tolist(), found.added.tolist(), strict=True)
         ],
     }
