@@ -347,7 +347,7 @@ def test_a_preset_can_be_overridden():
         ("denoiser", {"cond_proj": False}, "cond_proj=False needs cond_dim equal to latent_dim, not 3 and 24"),
         ("denoiser", {"cond_dim": 0}, "cond_dim is 0"),
         ("denoiser", {"latent_dim": 4, "latent_heads": 2}, "latent_dim is 4; a denoiser needs at least 8"),
-        ("denoiser", {"out_dim": -1}, "channels is -1"),
+        ("denoiser", {"out_dim": -1}, "out_dim is -1"),
         ("decoder", {"vocab_size": 0}, "vocab_size is 0"),
         ("images", {"patch_size": 3}, "3"),
         ("images", {"group_size": 10}, "10"),

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.checks import checked
 from fitformer.errors import InputError, require
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
@@ -24,6 +25,7 @@ HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
+@checked
 @torch.no_grad()
 def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     """Attention maps `(blocks, b, H, W)` of images `(b, H, W, ch)`, one for each block that reads.
@@ -56,6 +58,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
 
 
+@checked
 def heat(values: Tensor) -> Tensor:
     """Colours uint8 `(..., 3)` of values `(...)` from 0, dark, to 1, bright; values outside are clamped."""
     table = torch.tensor(HEAT, dtype=torch.float32, device=values.device)
@@ -65,6 +68,7 @@ def heat(values: Tensor) -> Tensor:
     return (table[lower] * (1 - weight) + table[lower + 1] * weight).round().to(torch.uint8)
 
 
+@checked
 def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
     """Images uint8 `(b, H, W, ch)` in grey under the heat of maps `(b, H, W)`: pictures uint8 `(b, H, W, 3)`.
 
@@ -80,11 +84,13 @@ def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
     return (grey * (1 - strength) + colour.float() * strength).round().to(torch.uint8)
 
 
+@checked
 def as_colour(images: Tensor) -> Tensor:
     """Images uint8 `(b, H, W, 1 or more)` as `(b, H, W, 3)`."""
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 
+@checked
 def write_curves(
     path: str | Path, curves: Mapping[str, Curve], *, x: str = "step", y: str = "", title: str = "", log: bool = False
 ) -> None:
@@ -115,6 +121,7 @@ def write_curves(
         figure.savefig(scratch, format=path.suffix.lstrip(".") or "png", dpi=120)
 
 
+@checked
 def metric_curves(lines: Sequence[Mapping[str, float]], *names: str) -> dict[str, Curve]:
     """Curves over `step` of named measurements in a run's metrics lines, without names that were never measured."""
     points = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}

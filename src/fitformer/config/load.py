@@ -40,7 +40,7 @@ HARMLESS = frozenset(
 )
 """Keys that may differ when a run is resumed: apart from rounding, they do not change the result.
 
-Devices only as long as they leave a step as many examples, which training checks: `auto` does not say how many there are.
+Devices only as long as they leave a step as many examples, which training checks: `auto` does not say how many.
 """
 
 

@@ -7,6 +7,7 @@ arXiv 2207.12598. Tensors are `(b, ...)` with any further axes; noise levels are
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.diffusion.process import (
     TINY,
     VARIANCE_PRESERVING,
@@ -17,15 +18,18 @@ from fitformer.diffusion.process import (
     check_fraction,
     predict,
     target,
+    without_condition,
 )
 
 
+@checked
 def normalize(x: Tensor) -> Tensor:
     """A noisy input `(b, ...)` over each example's population standard deviation (arXiv 2301.10972, section 2.2)."""
     deviation = x.float().flatten(1).std(dim=1, correction=0)
     return x / as_column(deviation.clamp_min(TINY), x)
 
 
+@checked
 def loss(
     kind: str,
     output: Tensor,
@@ -52,17 +56,21 @@ def loss(
     return (error / b_scale if on == "x" else error).square().mean()
 
 
+@checked
 def drop_condition(cond: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
     """`cond` `(b, ...)` with the condition of each example zeroed with `probability`, as guidance needs.
+
+    Classes by number `(b,)` become -1, which is none.
 
     Raises:
         InputError: `probability` is outside [0, 1].
     """
     check_fraction("the probability of dropping a condition", probability)
     kept = torch.rand(len(cond), generator=generator, device=cond.device) >= probability
-    return cond * as_column(kept.to(cond.dtype), cond)
+    return torch.where(as_column(kept, cond), cond, without_condition(cond))
 
 
+@checked
 def self_condition_half(
     denoise: Denoise,
     x: Tensor,
@@ -97,6 +105,7 @@ def _whole(count: float, generator: torch.Generator | None) -> int:
     return int(count) + (drawn < count % 1)
 
 
+@checked
 def self_condition_masked(
     denoise: Denoise,
     x: Tensor,

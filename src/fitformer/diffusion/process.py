@@ -6,13 +6,14 @@ A process maps a noise level to the scales of `x_t = alpha x0 + sigma eps`. Ever
 Tensors are `(b, ...)` with any further axes; noise levels are `(b,)`, or of a shape that broadcasts.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from fitformer._support.checks import check_fields, checked, number, rate, whole
 from fitformer.errors import InputError
 
 Clip = tuple[float, float] | None
@@ -88,7 +89,7 @@ PREDICTIONS: dict[str, Prediction] = {
 """All prediction kinds by name; a new kind is one entry."""
 
 
-MOST_GUIDANCE = 100.0
+MOST_GUIDANCE, MOST_STEPS = 100.0, 100_000
 
 
 def check_guidance(guidance: float) -> None:
@@ -127,13 +128,12 @@ class DiffusionConfig:
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         lookup("prediction", self.prediction, PREDICTIONS)
-        check_fraction("condition_dropout", self.condition_dropout)
+        rate("condition_dropout", self.condition_dropout)
         check_guidance(self.guidance)
-        if not 0 < self.b_scale < math.inf:
-            raise InputError(f"b_scale is {self.b_scale}; it must be finite and above 0")
-        if self.sample_steps < 1:
-            raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
+        number("b_scale", self.b_scale)
+        whole("sample_steps", self.sample_steps, 1, MOST_STEPS)
 
 
 def scales_at(level: Tensor, x: Tensor, process: Process = VARIANCE_PRESERVING) -> Level:
@@ -146,11 +146,13 @@ def mix(level: Level, x0: Tensor, eps: Tensor) -> Tensor:
     return level.alpha * x0 + level.sigma * eps
 
 
+@checked
 def add_noise(x0: Tensor, gamma: Tensor, noise: Tensor, process: Process = VARIANCE_PRESERVING) -> Tensor:
     """`x_t = alpha x0 + sigma noise`; `x0` and `noise` `(b, ...)`, noise level `gamma` `(b,)`."""
     return mix(scales_at(gamma, x0, process), x0, noise)
 
 
+@checked
 def target(kind: str, x0: Tensor, eps: Tensor, gamma: Tensor, process: Process = VARIANCE_PRESERVING) -> Tensor:
     """The output of a perfect network of prediction `kind`: `eps`, `x0`, or `v = alpha eps - sigma x0`.
 
@@ -161,6 +163,7 @@ def target(kind: str, x0: Tensor, eps: Tensor, gamma: Tensor, process: Process =
     return of_data * x0 + of_noise * eps
 
 
+@checked
 def predict(
     kind: str,
     xt: Tensor,
@@ -209,6 +212,12 @@ def lookup(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
     if name not in table:
         raise InputError(f"no {what} {name!r}; choose one of {', '.join(table)}")
     return table[name]
+
+
+def without_condition(cond: Tensor) -> Tensor:
+    """What no condition is, in place of `cond`: zeros, or -1 for classes by number `(b,)`."""
+    classes = cond.ndim == 1 and not cond.is_floating_point()
+    return torch.full_like(cond, -1) if classes else torch.zeros_like(cond)
 
 
 def check_fraction(what: str, value: float) -> None:

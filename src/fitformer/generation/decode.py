@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked, whole
 from fitformer._support.rng import seeded_uniforms
 from fitformer.errors import InputError
 from fitformer.generation.logits import check_filters, draw, filter_logits
@@ -32,6 +33,7 @@ class Decoder(Protocol):
         """Logits `(b, t, n, vocab)` of the targets, given tokens `(b, t, n)` shifted right by one."""
 
 
+@checked
 @torch.no_grad()
 def generate(
     decoder: Any,
@@ -89,6 +91,7 @@ def generate(
     return tokens
 
 
+@checked
 def uncached(decoder: Any, window: bool = False) -> Step:
     """The plain step: the decoder runs on every group begun so far.
 
@@ -111,6 +114,7 @@ def uncached(decoder: Any, window: bool = False) -> Step:
     return step
 
 
+@checked
 def context_start(position: int, n: int, groups: int) -> int:
     """Where the context of token `position` begins if at most `groups` groups of `n` may be read, its own included."""
     return max(position // n - groups + 1, 0) * n
@@ -118,8 +122,7 @@ def context_start(position: int, n: int, groups: int) -> int:
 
 def _start(decoder: Any, prompt: Tensor | None, count: int) -> Tensor:
     if prompt is None:
-        if count < 1:
-            raise InputError(f"cannot generate {count} sequences; count must be at least 1")
+        whole("count", count)
         return torch.zeros(count, 0, dtype=torch.int64, device=_device(decoder))
     if prompt.ndim != 2 or prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise InputError(f"the prompt is {prompt.dtype} {tuple(prompt.shape)}; give integer tokens (b, length)")

@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 
 
+@checked
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
@@ -40,6 +42,7 @@ def filter_logits(
     return torch.full_like(logits, -math.inf).scatter(-1, order, ranked)
 
 
+@checked
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens, int64 `(b,)`, with probabilities `softmax(logits (b, vocab))`, from `uniforms` `(b,)` in [0, 1).
 
@@ -57,6 +60,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, passed, right=True).squeeze(1)
 
 
+@checked
 def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse filters that leave no token.
 

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
+from fitformer.models.layers import check_room
 
 KINDS = ("learned", "sin_cos", "sin_cos2d")
 INIT_STD = 0.02
@@ -60,10 +62,12 @@ class PositionTable(nn.Module):
 
     weight: Tensor
 
+    @checked
     def __init__(self, kind: str, rows: int, columns: int, width: int) -> None:
         super().__init__()
         if kind not in KINDS:
             raise InputError(f"unknown positions {kind!r}; known are {', '.join(KINDS)}")
+        check_room(f"a table of {rows} x {columns} positions", rows * columns * width)
         if kind == "learned":
             self.weight = _learned(rows * columns, width)
         else:
@@ -109,6 +113,7 @@ class GridPositions(nn.Module):
         InputError: an odd width.
     """
 
+    @checked
     def __init__(self, latents_per_group: int, width: int) -> None:
         super().__init__()
         if width % 2:
