@@ -337,7 +337,7 @@ BAD = {
     "group_size is '4'; it must be a whole number or a sequence of whole numbers": lambda: g.image_to_groups(
         IMAGES, "4", 2
     ),
-    "the whole is (4, 4); it must be one positive whole number or (frames, rows, columns)": (
+    "video_size is (4, 4); it must be one positive whole number or (frames, rows, columns)": (
         lambda: g.groups_to_video(GROUPS, (4, 4), (4, 4), 2)
     ),
     "images (b, H, W, channels) have 4 axes; got shape (8, 12, 3)": lambda: g.image_to_groups(IMAGES[0], 4, 2),
