@@ -18,6 +18,7 @@ from fitformer._support.checks import checked
 from fitformer.errors import InputError, require
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
+from fitformer.patching.sizes import check_axes
 
 # Equally spaced colours from dark to bright, of increasing brightness, so that they stay legible in grey.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -75,9 +76,11 @@ def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
     The largest value of a map is brightest. `strength` in [0, 1] is the weight of the heat in the blend.
 
     Raises:
-        InputError: maps of another number or size than the images.
+        InputError: maps of another number or size than the images, a strength outside [0, 1].
     """
-    if images.shape[:3] != maps.shape:
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength is {strength}; it must lie in [0, 1]")
+    if images.ndim != 4 or images.shape[:3] != maps.shape:
         raise InputError(f"maps {tuple(maps.shape)} do not match images {tuple(images.shape)}: (b, H, W) must agree")
     colour = heat(maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12))
     grey = images[..., :3].float().mean(dim=-1, keepdim=True).expand(-1, -1, -1, 3)
@@ -86,7 +89,12 @@ def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
 
 @checked
 def as_colour(images: Tensor) -> Tensor:
-    """Images uint8 `(b, H, W, 1 or more)` as `(b, H, W, 3)`."""
+    """Images uint8 `(b, H, W, 1 or more)` as `(b, H, W, 3)`.
+
+    Raises:
+        InputError: not four axes.
+    """
+    check_axes(images, "images (b, H, W, channels)", 4)
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 

@@ -101,6 +101,8 @@ def check_fields(instance: Any) -> None:
 
 def _check(name: str, value: Any, kind: Kind) -> None:
     accepts, description = kind
+    if isinstance(value, Integral) and not -MOST_WHOLE <= int(value) <= MOST_WHOLE:
+        raise InputError(f"{name} is {shown(value)}; whole numbers are below 2**63 here")
     if not accepts(value):
         raise InputError(f"{name} is {shown(value)}; it must be {description}")
 

@@ -25,6 +25,8 @@ from fitformer.diffusion.process import (
     Denoise,
     Level,
     Process,
+    check_alike,
+    check_examples,
     check_guidance,
     lookup,
     mix,
@@ -108,6 +110,9 @@ def transition(
     Raises:
         InputError: the name of the sampler is not in `SAMPLERS`; it needs noise and none is given.
     """
+
+    check_alike(gamma, xt=xt, x0=x0, eps=eps)
+    check_alike(gamma_next, "gamma_next", xt=xt)
 
     def draw() -> Tensor:
         if noise is None:
@@ -235,7 +240,9 @@ def _draw_of(noise: Noise, k: int, steps: int, x: Tensor) -> Draw:
 
 def _check_sampling(init: Tensor, prediction: str, cond: Tensor | None, momentum: float) -> None:
     lookup("prediction", prediction, PREDICTIONS)
-    if cond is not None and len(cond) != len(init):
-        raise InputError(f"there are {len(cond)} conditions for {len(init)} samples; give one for each")
+    check_examples(init=init)
+    conditions = None if cond is None else len(cond) if cond.ndim else 0
+    if conditions not in (None, len(init)):
+        raise InputError(f"cond has {conditions} conditions for {len(init)} samples; give one for each")
     if not 0 <= momentum < 1:
         raise InputError(f"momentum is {momentum}; it must be at least 0 and below 1")

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
-from fitformer.models.layers import check_room, check_sizes, layer_norm
+from fitformer.models.layers import check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
 
 

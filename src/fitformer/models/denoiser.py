@@ -11,7 +11,7 @@ from fitformer.execution.base import Read, Score
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import Stem, causal_of, check_grouped
-from fitformer.models.layers import FeedForward, check_sizes, layer_norm, linear
+from fitformer.models.layers import MOST_SIZE, FeedForward, check_sizes, layer_norm, linear
 from fitformer.models.positions import sin_cos_1d
 from fitformer.models.trunk import Trunk
 
@@ -100,7 +100,7 @@ class FITDenoiser(FITModel):
         if self_cond not in SELF_CONDITIONING:
             raise InputError(f"unknown self_cond {self_cond!r}; known are {', '.join(SELF_CONDITIONING)}")
         check_sizes(out_dim=out_dim, cond_dim=1 if cond_dim is None else cond_dim)
-        whole("extra_time", extra_time, 0)
+        whole("extra_time", extra_time, 0, MOST_SIZE)
         dim, latent_dim = trunk.dim, trunk.latent_dim
         if cond_dim is not None and not cond_proj and cond_dim != latent_dim:
             raise InputError(f"cond_proj=False needs cond_dim equal to latent_dim, not {cond_dim} and {latent_dim}")

@@ -98,6 +98,7 @@ class FITEncoder(FITModel):
         mask: str | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(in_channels=in_channels, y_channels=1 if y_channels is None else y_channels)
         self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
         self.stem = Stem(in_channels, trunk.dim)
         self.stem_y = Stem(y_channels, trunk.dim) if y_channels is not None else None

@@ -18,7 +18,7 @@ from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
-from fitformer.models.layers import check_sizes
+from fitformer.models.layers import MOST_SIZE, check_sizes
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import Size
@@ -69,7 +69,7 @@ class FITImageDenoiser(FITModel):
         cond_proj: bool = True,
     ) -> None:
         super().__init__()
-        whole("num_classes", num_classes, 0)  # 0 is unconditional
+        whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is unconditional
         sampler_of(diffusion.sampler)
         for schedule in (diffusion.train_schedule, diffusion.sample_schedule):
             maths.gamma(schedule, 0.5)

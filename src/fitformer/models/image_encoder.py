@@ -13,7 +13,7 @@ from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import FITEncoder
-from fitformer.models.layers import linear
+from fitformer.models.layers import MOST_SIZE, linear
 from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
@@ -66,7 +66,7 @@ class FITImageEncoder(FITModel):
         self.glimpses, self.channels = glimpses, channels
         self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
-        whole("num_classes", num_classes, 0)  # 0 is no head
+        whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is no head
         self.num_classes = num_classes
         self.head = linear(self.num_features, num_classes) if num_classes else None
 
@@ -85,7 +85,7 @@ class FITImageEncoder(FITModel):
         Raises:
             InputError: a negative number of classes.
         """
-        whole("num_classes", num_classes, 0)
+        whole("num_classes", num_classes, 0, MOST_SIZE)
         like = self.encoder.norm.weight
         self.num_classes = num_classes
         self.head = linear(self.num_features, num_classes).to(like) if num_classes else None

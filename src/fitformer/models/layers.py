@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fitformer._support.bytesize import format_bytes
 from fitformer._support.checks import checked, whole
 from fitformer._support.checks import rate as rate_of
-from fitformer._support.system_memory import total_memory
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.models.block_causal import block_causal_attention
 from fitformer.models.dropout import GroupRandom
 
 NORM_EPS = 1e-6
-FEW_NUMBERS = 2**24
+# Sizes beyond are mistakes, whatever memory there is.
+MOST_SIZE = 2**40
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -42,25 +42,7 @@ def check_sizes(**sizes: int) -> None:
         InputError: such a size, by its name.
     """
     for name, size in sizes.items():
-        whole(name, size)
-
-
-def check_room(what: str, numbers: int) -> None:
-    """Refuse float32 tensors of so many numbers in all that this machine has no memory for them.
-
-    Models on torch's meta device hold none.
-
-    Raises:
-        InputError: names both amounts.
-    """
-    # Most layers are too small to ask the system.
-    if numbers < FEW_NUMBERS or torch.get_default_device().type == "meta":
-        return
-    if 4 * numbers > (most := total_memory()):
-        raise InputError(
-            f"{what} takes {format_bytes(4 * numbers)}, and this machine has {format_bytes(most)} of memory; ask for "
-            "less of it"
-        )
+        whole(name, size, 1, MOST_SIZE)
 
 
 def check_heads(heads: int, width: int, what: str = "attention") -> None:

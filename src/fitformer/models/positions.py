@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
-from fitformer.models.layers import check_room
 
 KINDS = ("learned", "sin_cos", "sin_cos2d")
 INIT_STD = 0.02
@@ -143,5 +143,5 @@ def latent_positions(
             "latents know 'learned', 'sin_cos' (the 2D code of groups x latents) and 'row_column' positions"
         )
     if num_groups is None:
-        raise InputError(f"{kind} latent positions are a table: give num_groups, or take latent_position='row_column'")
+        raise InputError(f"latent_position={kind!r} is a table: give num_groups (or image_size), or take 'row_column'")
     return PositionTable(kind, num_groups, latents_per_group, width)

@@ -20,10 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 from fitformer.models.dropout import GroupRandom, draw_keys
-from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_room, check_sizes, triangle
+from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
 from fitformer.models.positions import PositionTable, latent_positions, token_positions
 
 MOST_LAYERS = 10_000

@@ -62,6 +62,7 @@ def glimpses_to_image(
         InputError: `x` or `y` is not what these sizes make; sizes that do not divide.
     """
     check_axes(x, "groups (b, copies + t, n, c)", 4)
+    whole("copies", copies, 0, min(MOST_GLIMPSES, x.shape[1]))
     b, t = x.shape[:2]
     if tuple(y.shape) != (b, t, 1, t):
         raise InputError(f"the one-hot index of groups {tuple(x.shape)} is {(b, t, 1, t)}, not {tuple(y.shape)}")

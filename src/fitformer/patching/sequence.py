@@ -14,7 +14,15 @@ from torch import Tensor
 from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.patching.image import extract_patches, merge_patches
-from fitformer.patching.sizes import Size, check_axes, check_divisible, format_size, inverse_pattern, to_sides
+from fitformer.patching.sizes import (
+    MOST_CHANNELS,
+    Size,
+    check_axes,
+    check_divisible,
+    format_size,
+    inverse_pattern,
+    to_sides,
+)
 
 SEQUENCE = "b (t n) ... -> b t n ..."
 
@@ -80,7 +88,7 @@ def pixels_to_image(tokens: Tensor, image_size: Size, patch: Size, channels: int
         InputError: tokens outside 0..255, or of another shape than these sizes make.
     """
     check_axes(tokens, "tokens (b, t, n)", 3)
-    values = (*to_sides(patch, "hw"), channels)
+    values = (*to_sides(patch, "hw", "patch"), whole("channels", channels, 1, MOST_CHANNELS))
     if tokens.shape[-1] != prod(values):
         raise InputError(f"a patch of {format_size(values)} values has {prod(values)} tokens, not {tokens.shape[-1]}")
     return merge_patches(_as_bytes(tokens), image_size, patch, order)

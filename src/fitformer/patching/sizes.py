@@ -13,7 +13,7 @@ from fitformer.errors import InputError
 Size = int | Sequence[int]
 
 AXES = {"f": "frames", "h": "rows", "w": "columns"}
-MOST_SIDE = 10**8
+MOST_SIDE, MOST_CHANNELS = 10**8, 2**20
 ORDERS = ("raster", "snake")
 
 
