@@ -106,3 +106,17 @@ def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
 )
 def test_large_numbers_are_short(count, text):
     assert short(count) == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1]", b"3", b"{", b"\xff\xfe", b"[" * 10**5, b"", b'{"role": []}', b'{"role": "FITEncoder", "layers": 5}'],
+)
+def test_a_configuration_that_is_none_is_one_clear_error(content, tmp_path, capsys):
+    from fitformer.cli import main
+
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["info", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fitformer: error: ")
+    assert said.count("\n") == 1

@@ -1,5 +1,6 @@
 import gzip
 import lzma
+import os
 import pickle
 
 import numpy as np
@@ -21,6 +22,7 @@ from fitformer.data.datasets.text import (
     split_pieces,
 )
 from fitformer.data.order import StepBatches
+from fitformer.data.workers import message_of
 from fitformer.errors import InputError
 
 contents = st.lists(st.binary(max_size=40), min_size=1, max_size=6).filter(any)
@@ -100,18 +102,34 @@ def test_folders_are_read_in_order_and_hidden_files_are_not(tmp_path):
     assert ByteBuffer(file_pieces(str(tmp_path), "**/*.txt")).window(0, 99).tobytes() == b"a/1.txtb/2.txt"
 
 
-def test_large_files_are_mapped_and_travel_as_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_MAPPED_FROM", 1000)
+def test_large_files_are_read_by_windows_and_travel_as_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_LARGE_FROM", 1000)
     whole = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
     (tmp_path / "large").write_bytes(whole.tobytes())
     _, held = split_pieces(file_pieces(str(tmp_path / "large")), 0.51, 0)
     buffer = ByteBuffer(held)
-    assert isinstance(buffer._arrays[0], np.memmap)
+    assert isinstance(buffer._arrays[0], text.LargeFile)
     dataset = BytesDataset(buffer, 64, train=True)
     content = pickle.dumps(dataset)
     assert len(content) < 1000
     assert torch.equal(pickle.loads(content)[3, 5]["tokens"], dataset[3, 5]["tokens"])
     assert np.array_equal(buffer.window(0, 51_000), whole[-51_000:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_file_that_is_cut_short_meanwhile_is_one_clear_error(tmp_path, workers):
+    size = 16 * 2**20
+    (tmp_path / "large").write_bytes(bytes(size))
+    dataset = BytesDataset(ByteBuffer(file_pieces(str(tmp_path / "large"))), 2**20, train=False)
+    batches = iter(DataLoader(dataset, num_workers=workers, prefetch_factor=1 if workers else None))
+    assert next(batches)["tokens"].shape == (1, 2**20)
+    os.truncate(tmp_path / "large", 8 * 2**20)
+    with pytest.raises(InputError) as raised:
+        list(batches)
+    assert message_of(raised.value) == (
+        f"{tmp_path / 'large'} is truncated: it had {size} bytes when it was listed and has {size // 2} now; "
+        "put the file back as it was"
+    )
 
 
 def test_workers_hand_out_what_the_main_process_does():

@@ -481,7 +481,7 @@ def test_sampling_drives_the_real_denoiser():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "0 steps"),
+        ({"steps": 0}, "steps is 0"),
         ({"sampler": "dpm"}, "'dpm'.*ddpm@small"),
         ({"prediction": "score"}, "'score'"),
         ({"schedule": "linear"}, "'linear'"),
@@ -616,7 +616,7 @@ def test_a_model_takes_and_returns_images_and_tokens():
         ({"score_scale": 1}, {}, "score_scale"),
         ({}, {"guidance": 1.0}, "guidance 1"),
         ({}, {"count": 0}, "count is 0"),
-        ({}, {"steps": 0}, "0 steps"),
+        ({}, {"steps": 0}, "steps is 0"),
         ({}, {"sampler": "dpm"}, "'dpm'"),
         ({}, {"classes": [5, 0]}, "class 5 .* 0 to 4"),
         ({}, {"classes": [0]}, "1 classes .* 2"),

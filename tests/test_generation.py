@@ -244,7 +244,7 @@ def test_draw_never_gives_an_impossible_token_at_the_edge():
         ((torch.tensor([[-1]]), 4), {}, "token -1"),
         ((torch.tensor([1, 2]), 4), {}, r"\(2,\); give integer tokens"),
         ((torch.ones(1, 2), 4), {}, "float32"),
-        ((None, 4), {"count": 0}, "0 sequences"),
+        ((None, 4), {"count": 0}, "count is 0"),
         ((None, 4), {"temperature": -1.0}, "temperature is -1"),
         ((None, 4), {"temperature": math.nan}, "temperature is nan"),
         ((None, 4), {"top_k": 0}, "top_k is 0"),

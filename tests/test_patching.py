@@ -327,11 +327,17 @@ BAD = {
     "a sequence of 10 tokens does not divide into groups of 4; 8 or 12 tokens would do, or groups of 2 or 5 tokens": (
         lambda: g.sequence_to_groups(torch.zeros(2, 10), 4)
     ),
-    "one positive whole number or (rows, columns), not (4, 4, 4)": lambda: g.image_to_groups(IMAGES, (4, 4, 4), 2),
-    "one positive whole number or (rows, columns), not 0": lambda: g.image_to_groups(IMAGES, 4, 0),
-    "one positive whole number or (rows, columns), not 4.0": lambda: g.image_to_groups(IMAGES, 4.0, 2),
-    "one positive whole number or (rows, columns), not '4'": lambda: g.image_to_groups(IMAGES, "4", 2),
-    "one positive whole number or (frames, rows, columns), not (4, 4)": (
+    "group_size is (4, 4, 4); it must be one positive whole number or (rows, columns)": lambda: g.image_to_groups(
+        IMAGES, (4, 4, 4), 2
+    ),
+    "patch_size is 0; it must be one positive whole number or (rows, columns)": lambda: g.image_to_groups(IMAGES, 4, 0),
+    "group_size is 4.0; it must be a whole number or a sequence of whole numbers": lambda: g.image_to_groups(
+        IMAGES, 4.0, 2
+    ),
+    "group_size is '4'; it must be a whole number or a sequence of whole numbers": lambda: g.image_to_groups(
+        IMAGES, "4", 2
+    ),
+    "video_size is (4, 4); it must be one positive whole number or (frames, rows, columns)": (
         lambda: g.groups_to_video(GROUPS, (4, 4), (4, 4), 2)
     ),
     "images (b, H, W, channels) have 4 axes; got shape (8, 12, 3)": lambda: g.image_to_groups(IMAGES[0], 4, 2),
@@ -362,11 +368,13 @@ BAD = {
     "(b, 8, 12, 3) is expected; channels come last: images.permute(0, 2, 3, 1)": (
         lambda: g.PatchGrid((8, 12), 4, 2).group(IMAGES.permute(0, 3, 1, 2))
     ),
-    "images need at least one channel, not 0": lambda: g.PatchGrid(8, 4, 2, channels=0),
+    "channels is 0; it must be a whole number of at least 1": lambda: g.PatchGrid(8, 4, 2, channels=0),
     "tokens have width 12 where patches of 4 numbers are expected": (
         lambda: g.PatchGrid((8, 12), 4, 2, channels=1).ungroup(GROUPS)
     ),
-    "the number of glimpses must be 0 or more, not -1": lambda: g.glimpses(IMAGES, 4, 2, copies=-1),
+    "copies is -1; it must be a whole number of at least 0, and at most 1024": lambda: g.glimpses(
+        IMAGES, 4, 2, copies=-1
+    ),
     "the one-hot index of groups (2, 6, 4, 12) is (2, 6, 1, 6), not (2, 6, 1, 7)": (
         lambda: g.glimpses_to_image(GROUPS, torch.zeros(2, 6, 1, 7), (8, 12), 4, 2)
     ),
@@ -382,7 +390,7 @@ BAD = {
     "tokens from -1 to 7 are not all within 0..255": lambda: g.tokens_to_bytes(torch.tensor([7, -1])),
     "tokens are whole numbers, not torch.float32": lambda: g.tokens_to_bytes(torch.tensor([7.0])),
     "a batch of sequences (b, L) is expected, not shape (48,)": lambda: g.sequence_to_groups(TOKENS[0, 0], 4),
-    "a group needs at least one token, not 0": lambda: g.sequence_to_groups(TOKENS[0], 0),
+    "n is 0; it must be a whole number of at least 1": lambda: g.sequence_to_groups(TOKENS[0], 0),
     "groups (b, t, n) are expected, not shape (6, 48)": lambda: g.groups_to_sequence(TOKENS[0]),
     "tokens (b, t, n) have 3 axes; got shape (6, 47)": lambda: g.shift_right(TOKENS[0, :, 1:]),
 }

@@ -290,7 +290,7 @@ def test_what_has_no_room_says_what_it_needs_and_what_would_do():
         check_fits(model, setup, 12 * 10**8)
     with pytest.raises(InputError, match=r"take a smaller model"):
         check_fits(model, setup, 10**7)
-    with pytest.raises(InputError, match="execution is 'fast'; known are plain"):
+    with pytest.raises(InputError, match="execution is 'fast'; it must be one of plain"):
         StepConfig(execution="fast")
 
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import fitformer
 from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.execution import checkpointed
@@ -347,7 +348,7 @@ def test_a_preset_can_be_overridden():
         ("denoiser", {"cond_proj": False}, "cond_proj=False needs cond_dim equal to latent_dim, not 3 and 24"),
         ("denoiser", {"cond_dim": 0}, "cond_dim is 0"),
         ("denoiser", {"latent_dim": 4, "latent_heads": 2}, "latent_dim is 4; a denoiser needs at least 8"),
-        ("denoiser", {"out_dim": -1}, "channels is -1"),
+        ("denoiser", {"out_dim": -1}, "out_dim is -1"),
         ("decoder", {"vocab_size": 0}, "vocab_size is 0"),
         ("images", {"patch_size": 3}, "3"),
         ("images", {"group_size": 10}, "10"),
@@ -407,3 +408,32 @@ def test_what_a_role_is_not_given(role, options, inputs, message):
     model = build(role, **options)
     with pytest.raises(InputError, match=message):
         model(*inputs)
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_images_of_any_precision_take_that_of_the_weights(weights, given):
+    sizes = {"image_size": 8, "group_size": 4, "patch_size": 2}
+    model = fitformer.FITImageEncoder.from_preset("tiny", **sizes, num_classes=3).to(weights).eval()
+    images = torch.rand(2, 8, 8, 3).to(torch.bfloat16)
+    answer = model(images.to(given))
+    assert answer.dtype == weights
+    assert torch.equal(answer, model(images.to(weights)))
+
+
+def test_a_denoiser_of_images_takes_classes_by_number():
+    from fitformer import diffusion
+
+    sizes = {"image_size": 8, "group_size": 4, "patch_size": 2, "num_classes": 5}
+    model = fitformer.FITImageDenoiser.from_preset("tiny", **sizes).eval()
+    x, time, classes = torch.randn(2, 4, 4, 12), torch.full((2,), 0.5), torch.tensor([3, -1])
+    wanted = model(x, time, model.condition(classes))[0]
+    assert torch.equal(model(x, time, classes)[0], wanted)
+    # Without a condition is -1, and not class 0.
+    by_number = diffusion.guided(model, x, time, classes, None, 2.0)[0]
+    assert torch.equal(by_number, diffusion.guided(model, x, time, model.condition(classes), None, 2.0)[0])
+    assert diffusion.drop_condition(classes, 1.0).tolist() == [-1, -1]
+    with pytest.raises(InputError, match="class 5 is out of range: classes are 0 to 4"):
+        model(x, time, torch.tensor([5, 0]))
+    with pytest.raises(InputError, match="FITImageDenoiser, which takes their numbers"):
+        model.denoiser(x, time, classes)

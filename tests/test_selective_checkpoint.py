@@ -200,7 +200,7 @@ def test_memory_grows_with_what_is_remembered():
 
 
 def test_recomputation_that_cannot_be():
-    with pytest.raises(InputError, match="recompute is 'some'; known are full, local, selective, light"):
+    with pytest.raises(InputError, match="recompute is 'some'; it must be one of full, local, selective, light"):
         Streamed(recompute="some")
-    with pytest.raises(InputError, match="recompute is 'some'; known are full"):
+    with pytest.raises(InputError, match="recompute is 'some'; it must be one of full"):
         StepConfig(recompute="some")

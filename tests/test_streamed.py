@@ -366,8 +366,8 @@ def test_an_error_of_the_reader_reaches_the_caller():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slice_groups": 0}, "slice of 0 groups"),
-        ({"keep": "tape"}, "keep is 'tape'; known are memory, host, disk"),
+        ({"slice_groups": 0}, "slice_groups is 0"),
+        ({"keep": "tape"}, "keep is 'tape'; it must be one of memory, host, disk"),
         ({"precision": "fp4"}, "precision is 'fp4'"),
     ],
 )

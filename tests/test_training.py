@@ -20,6 +20,7 @@ from fitformer.cli import main
 from fitformer.config import load as config
 from fitformer.errors import InputError
 from fitformer.tasks import classify, task_of
+from fitformer.tasks.optimizers import rate
 from fitformer.training import run_dir as run_dirs
 from fitformer.training.run_dir import Run
 
@@ -570,6 +571,75 @@ def test_two_processes_train_together(text, tmp_path):
     done = subprocess.run([*command, "--trainer.devices=2"], capture_output=True, text=True, check=True)
     assert done.stdout.count("is complete") == 1
     assert Run.open(tmp_path / "run").metrics()[-1]["step"] == 6
+
+
+def test_a_run_measures_the_same_wherever_it_was_stopped(tmp_path, monkeypatch):
+    """Means over three steps, of which a checkpoint falls into the middle, are over the same three."""
+    more = ["--trainer.log_every=3", "--trainer.validate_every=4", "--trainer.checkpoint_every=5"]
+    assert main(words("digits-classify", None, tmp_path / "straight", *more)) == 0
+    for step in (1, 2, 4, 5):
+        run_dir = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            broken = at_call(2 * step + 2, raising(InputError("0.tif is broken")), classify.loss)
+            patch_task(patch, classify, loss=broken)
+            assert main(words("digits-classify", None, run_dir, *more)) == 2
+        assert main(words("digits-classify", None, run_dir, *more)) == 0
+        assert measured(run_dir) == measured(tmp_path / "straight")
+
+
+def test_the_learning_rate_of_a_step_is_the_one_that_it_used(straight):
+    rates = [line["train/lr"] for line in measured(straight) if "train/lr" in line]
+    settings = Run.open(straight).recipe.optimizer
+    assert rates == [settings.lr * rate(step, settings, 4) for step in range(4)]
+    assert rates[:2] == [settings.lr / 2, settings.lr]
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_steps_of_another_number_of_examples_are_refused(devices, straight, tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    last = run_dir / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    noted = checkpoint["callbacks"]["CheckpointCallback"]
+    assert noted["global_batch"] == 12
+    # As on two devices, one of which is gone, or to which another has come.
+    noted["global_batch"] = 24
+    torch.save(checkpoint, last)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    more = ["--trainer.steps=5", f"--trainer.devices={devices}"]
+    assert main(words("digits-classify", None, run_dir, *RARELY_SAVED, *more)) == 2
+    error = last_line(capsys)
+    there = f"took steps of 24 examples, on 2 devices, and would take steps of {12 * devices} on {devices}"
+    assert there in error
+    assert "go on with --trainer.devices=2" in error
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_output_to_a_pipe_is_of_round_steps_with_the_time_that_is_left(tmp_path, capsys, monkeypatch):
+    from fitformer.training import callbacks
+
+    clock = iter(range(0, 10**6))
+    # Every look at the clock is a second later than the one before.
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    more = ["--trainer.steps=30", "--trainer.accumulate=1", "--trainer.validate_every=30", "--trainer.previews=0"]
+    assert main(words("digits-classify", None, tmp_path / "run", *more)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["10/30", "20/30", "30/30", "30/30"]
+    assert [line.split("  ")[-1] for line in lines[:2]] == ["22 s left", "11 s left"]
+    assert "left" not in lines[-1]
+
+
+def test_durations_are_short():
+    from fitformer.training.callbacks import round_interval, time_left
+
+    assert [time_left(s) for s in (5, 99, 119, 5999, 12_345)] == [
+        "5 s left",
+        "99 s left",
+        "2 min left",
+        "1 h 40 min left",
+        "3 h 26 min left",
+    ]
+    assert [round_interval(steps) for steps in (0.01, 1, 1.5, 3, 10, 11, 499, 501)] == [1, 1, 2, 5, 10, 20, 500, 1000]
 
 
 def test_another_recipe_is_refused_but_harmless_keys_may_change(text, tmp_path, capsys):

@@ -14,9 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.checks import checked
 from fitformer.errors import InputError, require
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
+from fitformer.patching.sizes import check_axes
 
 # Equally spaced colours from dark to bright, of increasing brightness, so that they stay legible in grey.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -24,6 +26,7 @@ HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
+@checked
 @torch.no_grad()
 def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     """Attention maps `(blocks, b, H, W)` of images `(b, H, W, ch)`, one for each block that reads.
@@ -56,6 +59,7 @@ def latent_attention(encoder: FITImageEncoder, images: Tensor) -> Tensor:
     return torch.stack([F.interpolate(cells, tuple(size), mode="nearest")[:, 0] for cells in maps])
 
 
+@checked
 def heat(values: Tensor) -> Tensor:
     """Colours uint8 `(..., 3)` of values `(...)` from 0, dark, to 1, bright; values outside are clamped."""
     table = torch.tensor(HEAT, dtype=torch.float32, device=values.device)
@@ -65,26 +69,36 @@ def heat(values: Tensor) -> Tensor:
     return (table[lower] * (1 - weight) + table[lower + 1] * weight).round().to(torch.uint8)
 
 
+@checked
 def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
     """Images uint8 `(b, H, W, ch)` in grey under the heat of maps `(b, H, W)`: pictures uint8 `(b, H, W, 3)`.
 
     The largest value of a map is brightest. `strength` in [0, 1] is the weight of the heat in the blend.
 
     Raises:
-        InputError: maps of another number or size than the images.
+        InputError: maps of another number or size than the images, a strength outside [0, 1].
     """
-    if images.shape[:3] != maps.shape:
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength is {strength}; it must lie in [0, 1]")
+    if images.ndim != 4 or images.shape[:3] != maps.shape:
         raise InputError(f"maps {tuple(maps.shape)} do not match images {tuple(images.shape)}: (b, H, W) must agree")
     colour = heat(maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12))
     grey = images[..., :3].float().mean(dim=-1, keepdim=True).expand(-1, -1, -1, 3)
     return (grey * (1 - strength) + colour.float() * strength).round().to(torch.uint8)
 
 
+@checked
 def as_colour(images: Tensor) -> Tensor:
-    """Images uint8 `(b, H, W, 1 or more)` as `(b, H, W, 3)`."""
+    """Images uint8 `(b, H, W, 1 or more)` as `(b, H, W, 3)`.
+
+    Raises:
+        InputError: not four axes.
+    """
+    check_axes(images, "images (b, H, W, channels)", 4)
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 
+@checked
 def write_curves(
     path: str | Path, curves: Mapping[str, Curve], *, x: str = "step", y: str = "", title: str = "", log: bool = False
 ) -> None:
@@ -115,6 +129,7 @@ def write_curves(
         figure.savefig(scratch, format=path.suffix.lstrip(".") or "png", dpi=120)
 
 
+@checked
 def metric_curves(lines: Sequence[Mapping[str, float]], *names: str) -> dict[str, Curve]:
     """Curves over `step` of named measurements in a run's metrics lines, without names that were never measured."""
     points = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 
+
+@checked
 def seeded_noise(seed: int, samples: Sequence[int], shape: Sequence[int], draw: int = 0) -> Tensor:
     """Standard normal noise `(len(samples), *shape)`, float32 on the CPU.
 

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
+from fitformer._support.bytesize import format_bytes
+from fitformer.errors import InputError
+
 # Memory limits of a container, in version 2 and version 1 of control groups.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# What is smaller than this is not worth asking the system.
+FEW_NUMBERS = 2**24
 _STATUS, _MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
@@ -28,6 +33,23 @@ def available_memory(device: str = "cpu") -> int:
     if device == "cuda":
         return min(most, torch.cuda.mem_get_info()[0])
     return min(most, _field(_MEMORY, "MemAvailable") or most)
+
+
+def check_room(what: str, numbers: int) -> None:
+    """Refuse float32 tensors of so many numbers in all that this machine has no memory for them.
+
+    Models on torch's meta device hold none.
+
+    Raises:
+        InputError: names both amounts.
+    """
+    if numbers < FEW_NUMBERS or torch.get_default_device().type == "meta":
+        return
+    if 4 * numbers > (most := total_memory()):
+        raise InputError(
+            f"{what} takes {format_bytes(4 * numbers)}, and this machine has {format_bytes(most)} of memory; ask for "
+            "less of it"
+        )
 
 
 def _field(path: Path, name: str) -> int | None:

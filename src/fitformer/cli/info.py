@@ -122,8 +122,8 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
             f"--{next(iter(asked)).replace('_', '-')} is for presets; leave it out with {arguments.what}, a saved model"
         )
     try:
-        config = dict(json.loads(path.read_text()))
-    except ValueError as error:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the configuration of a model ({error}); save the model again") from error
     return on_meta(config.pop("role", "nothing"), config)
 

@@ -41,7 +41,10 @@ HARMLESS = frozenset(
         "trainer.memory",
     }
 )
-"""Keys that may differ when a run is resumed: apart from rounding, they do not change the result."""
+"""Keys that may differ when a run is resumed: apart from rounding, they do not change the result.
+
+Devices only as long as they leave a step as many examples, which training checks: `auto` does not say how many.
+"""
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:

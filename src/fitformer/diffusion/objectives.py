@@ -7,6 +7,7 @@ arXiv 2207.12598. Tensors are `(b, ...)` with any further axes; noise levels are
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.diffusion.process import (
     TINY,
     VARIANCE_PRESERVING,
@@ -14,18 +15,29 @@ from fitformer.diffusion.process import (
     Denoise,
     Process,
     as_column,
+    check_examples,
     check_fraction,
     predict,
     target,
+    without_condition,
 )
+from fitformer.errors import InputError
 
 
+@checked
 def normalize(x: Tensor) -> Tensor:
-    """A noisy input `(b, ...)` over each example's population standard deviation (arXiv 2301.10972, section 2.2)."""
+    """A noisy input `(b, ...)` over each example's population standard deviation (arXiv 2301.10972, section 2.2).
+
+    Raises:
+        InputError: no axis besides that of the examples.
+    """
+    if x.ndim < 2:
+        raise InputError(f"x is {tuple(x.shape)}; a noisy input is (b, ...)")
     deviation = x.float().flatten(1).std(dim=1, correction=0)
     return x / as_column(deviation.clamp_min(TINY), x)
 
 
+@checked
 def loss(
     kind: str,
     output: Tensor,
@@ -52,17 +64,22 @@ def loss(
     return (error / b_scale if on == "x" else error).square().mean()
 
 
+@checked
 def drop_condition(cond: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
     """`cond` `(b, ...)` with the condition of each example zeroed with `probability`, as guidance needs.
+
+    Classes by number `(b,)` become -1, which is none.
 
     Raises:
         InputError: `probability` is outside [0, 1].
     """
     check_fraction("the probability of dropping a condition", probability)
+    check_examples(cond=cond)
     kept = torch.rand(len(cond), generator=generator, device=cond.device) >= probability
-    return cond * as_column(kept.to(cond.dtype), cond)
+    return torch.where(as_column(kept, cond), cond, without_condition(cond))
 
 
+@checked
 def self_condition_half(
     denoise: Denoise,
     x: Tensor,
@@ -77,9 +94,10 @@ def self_condition_half(
     examples at rate 0.5, 2 or 3 are chosen with equal probability. None if no example is chosen.
 
     Raises:
-        InputError: `rate` is outside [0, 1].
+        InputError: `rate` is outside [0, 1], or numbers of examples differ.
     """
     check_fraction("the rate of self-conditioning", rate)
+    check_examples(x=x, gamma=gamma, cond=cond)
     first = _whole(len(x) * rate, generator)
     if first == 0:
         return None
@@ -97,6 +115,7 @@ def _whole(count: float, generator: torch.Generator | None) -> int:
     return int(count) + (drawn < count % 1)
 
 
+@checked
 def self_condition_masked(
     denoise: Denoise,
     x: Tensor,
@@ -108,9 +127,10 @@ def self_condition_masked(
     """Latents for training with self-conditioning by masking: all examples make the first pass, each is kept at `rate`.
 
     Raises:
-        InputError: `rate` is outside [0, 1].
+        InputError: `rate` is outside [0, 1], or numbers of examples differ.
     """
     check_fraction("the rate of self-conditioning", rate)
+    check_examples(x=x, gamma=gamma, cond=cond)
     latents = _first_pass(denoise, x, gamma, cond)
     kept = torch.rand(len(x), generator=generator, device=x.device) < rate
     return latents * as_column(kept.to(latents.dtype), latents)

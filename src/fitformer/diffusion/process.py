@@ -6,13 +6,14 @@ A process maps a noise level to the scales of `x_t = alpha x0 + sigma eps`. Ever
 Tensors are `(b, ...)` with any further axes; noise levels are `(b,)`, or of a shape that broadcasts.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from fitformer._support.checks import check_fields, checked, number, rate, whole
 from fitformer.errors import InputError
 
 Clip = tuple[float, float] | None
@@ -34,6 +35,7 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+@runtime_checkable
 class Process(Protocol):
     """A diffusion process `x_t = alpha x0 + sigma eps`."""
 
@@ -88,7 +90,7 @@ PREDICTIONS: dict[str, Prediction] = {
 """All prediction kinds by name; a new kind is one entry."""
 
 
-MOST_GUIDANCE = 100.0
+MOST_GUIDANCE, MOST_STEPS = 100.0, 100_000
 
 
 def check_guidance(guidance: float) -> None:
@@ -127,13 +129,12 @@ class DiffusionConfig:
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         lookup("prediction", self.prediction, PREDICTIONS)
-        check_fraction("condition_dropout", self.condition_dropout)
+        rate("condition_dropout", self.condition_dropout)
         check_guidance(self.guidance)
-        if not 0 < self.b_scale < math.inf:
-            raise InputError(f"b_scale is {self.b_scale}; it must be finite and above 0")
-        if self.sample_steps < 1:
-            raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
+        number("b_scale", self.b_scale)
+        whole("sample_steps", self.sample_steps, 1, MOST_STEPS)
 
 
 def scales_at(level: Tensor, x: Tensor, process: Process = VARIANCE_PRESERVING) -> Level:
@@ -146,21 +147,30 @@ def mix(level: Level, x0: Tensor, eps: Tensor) -> Tensor:
     return level.alpha * x0 + level.sigma * eps
 
 
+@checked
 def add_noise(x0: Tensor, gamma: Tensor, noise: Tensor, process: Process = VARIANCE_PRESERVING) -> Tensor:
-    """`x_t = alpha x0 + sigma noise`; `x0` and `noise` `(b, ...)`, noise level `gamma` `(b,)`."""
+    """`x_t = alpha x0 + sigma noise`; `x0` and `noise` `(b, ...)`, noise level `gamma` `(b,)`.
+
+    Raises:
+        InputError: shapes differ.
+    """
+    check_alike(gamma, x0=x0, noise=noise)
     return mix(scales_at(gamma, x0, process), x0, noise)
 
 
+@checked
 def target(kind: str, x0: Tensor, eps: Tensor, gamma: Tensor, process: Process = VARIANCE_PRESERVING) -> Tensor:
     """The output of a perfect network of prediction `kind`: `eps`, `x0`, or `v = alpha eps - sigma x0`.
 
     Raises:
-        InputError: `kind` is not in `PREDICTIONS`.
+        InputError: `kind` is not in `PREDICTIONS`, or shapes differ.
     """
+    check_alike(gamma, x0=x0, eps=eps)
     of_data, of_noise = lookup("prediction", kind, PREDICTIONS).output(*scales_at(gamma, x0, process))
     return of_data * x0 + of_noise * eps
 
 
+@checked
 def predict(
     kind: str,
     xt: Tensor,
@@ -176,13 +186,14 @@ def predict(
     that both still add up to `xt`. With `kind="x"` it always is.
 
     Raises:
-        InputError: `kind` is not in `PREDICTIONS`; `output` has another shape than `xt`.
+        InputError: `kind` is not in `PREDICTIONS`; `output` has another shape than `xt`, or gammas do not fit it.
     """
     prediction = lookup("prediction", kind, PREDICTIONS)
     if output.shape != xt.shape:
         raise InputError(
-            f"the denoiser returned {tuple(output.shape)} for an input of {tuple(xt.shape)}; set its out_dim to match"
+            f"the denoiser's output is {tuple(output.shape)} for an xt of {tuple(xt.shape)}; set its out_dim to match"
         )
+    check_alike(gamma, xt=xt)
     level = scales_at(gamma, xt, process)
     x0 = _combine(prediction.data(*level), xt, output)
     x0 = x0 if clip is None else x0.clamp(*clip)
@@ -211,6 +222,12 @@ def lookup(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
     return table[name]
 
 
+def without_condition(cond: Tensor) -> Tensor:
+    """What no condition is, in place of `cond`: zeros, or -1 for classes by number `(b,)`."""
+    classes = cond.ndim == 1 and not cond.is_floating_point()
+    return torch.full_like(cond, -1) if classes else torch.zeros_like(cond)
+
+
 def check_fraction(what: str, value: float) -> None:
     """Check that a value lies in [0, 1].
 
@@ -219,6 +236,38 @@ def check_fraction(what: str, value: float) -> None:
     """
     if not 0 <= value <= 1:
         raise InputError(f"{what} is {value}; it must lie in [0, 1]")
+
+
+def check_examples(**tensors: Tensor | None) -> None:
+    """Check that tensors are `(b, ...)` with the same number b of examples; None is no tensor.
+
+    Raises:
+        InputError: names one that is not, with its shape.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, like), *_ = given.items()
+    for name, tensor in given.items():
+        if tensor.ndim == 0 or tensor.shape[0] != like.shape[0]:
+            raise InputError(f"{name} is {tuple(tensor.shape)}; it needs a row for each example of {first}")
+
+
+def check_alike(level: Tensor, level_name: str = "gamma", **tensors: Tensor) -> None:
+    """Check that tensors have one shape `(b, ...)`, and that noise levels are `(b,)` or broadcast to it.
+
+    Raises:
+        InputError: names those that differ, with their shapes.
+    """
+    (first, like), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.shape != like.shape:
+            raise InputError(f"{name} is {tuple(tensor.shape)} and {first} {tuple(like.shape)}; make them equal")
+    check_examples(**{first: like})
+    fits = zip(reversed(level.shape), reversed(like.shape))
+    wrong = len(level) != len(like) if level.ndim == 1 else any(a not in (1, b) for a, b in fits)
+    if wrong and not (level.ndim == 1 and len(level) == 1):
+        raise InputError(
+            f"{level_name} is {tuple(level.shape)}; {first} {tuple(like.shape)} needs one for each example"
+        )
 
 
 def as_column(per_example: Tensor, x: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked, whole
 from fitformer.diffusion.objectives import normalize
 from fitformer.diffusion.process import (
+    MOST_STEPS,
     PREDICTIONS,
     TINY,
     VARIANCE_PRESERVING,
@@ -23,11 +25,14 @@ from fitformer.diffusion.process import (
     Denoise,
     Level,
     Process,
+    check_alike,
+    check_examples,
     check_guidance,
     lookup,
     mix,
     predict,
     scales_at,
+    without_condition,
 )
 from fitformer.diffusion.schedules import gamma
 from fitformer.errors import InputError
@@ -86,6 +91,7 @@ def sampler_of(sampler: str | Sampler) -> Sampler:
     return lookup("sampler", sampler, SAMPLERS) if isinstance(sampler, str) else sampler
 
 
+@checked
 def transition(
     sampler: str | Sampler,
     xt: Tensor,
@@ -105,6 +111,9 @@ def transition(
         InputError: the name of the sampler is not in `SAMPLERS`; it needs noise and none is given.
     """
 
+    check_alike(gamma, xt=xt, x0=x0, eps=eps)
+    check_alike(gamma_next, "gamma_next", xt=xt)
+
     def draw() -> Tensor:
         if noise is None:
             raise InputError(f"the sampler {sampler!r} adds noise and none is given; give noise of the shape of xt")
@@ -113,19 +122,20 @@ def transition(
     return sampler_of(sampler)(xt, x0, eps, scales_at(gamma, xt, process), scales_at(gamma_next, xt, process), draw)
 
 
+@checked
 def times(steps: int, td: float = 0.0) -> list[tuple[float, float]]:
     """The pairs `(t, t_next)` of a sampling run: `1 - k/K` and `max(1 - (k + 1 + td)/K, 0)` for k = 0..K-1.
 
     Raises:
         InputError: fewer than 1 step; `td` of -1 or less, with which time does not fall.
     """
-    if steps < 1:
-        raise InputError(f"cannot sample in {steps} steps; at least 1 is needed")
+    whole("steps", steps, 1, MOST_STEPS)
     if not (math.isfinite(td) and td > -1):
         raise InputError(f"td is {td}, with which time does not fall; it must be above -1 (usually 0)")
     return [(1 - k / steps, min(max(1 - (k + 1 + td) / steps, 0.0), 1.0)) for k in range(steps)]
 
 
+@checked
 def guided(
     denoise: Denoise, x: Tensor, gamma: Tensor, cond: Tensor | None, latents_prev: Tensor | None, guidance: float
 ) -> tuple[Tensor, Any]:
@@ -139,10 +149,11 @@ def guided(
     output, latents = denoise(x, gamma, cond, latents_prev)
     if cond is None or guidance == 0:
         return output, latents
-    free, _ = denoise(x, gamma, torch.zeros_like(cond), latents_prev)
+    free, _ = denoise(x, gamma, without_condition(cond), latents_prev)
     return (1 + guidance) * output - guidance * free, latents
 
 
+@checked
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -175,7 +186,7 @@ def sample(
         guidance: strength of classifier-free guidance, 0 for none; the unconditional call gets a zeroed condition.
         td: additional fall of time at each step (asymmetric time intervals), in steps.
         clip: range of the data, `(-b_scale, b_scale)` for images; None to leave predictions unclipped.
-        cond: the condition `(b, e)` or `(b, s, e)`.
+        cond: the condition `(b, e)` or `(b, s, e)`, or classes `(b,)` for a denoiser that takes them.
         self_cond: pass the latents of each step to the next one (latent self-conditioning); none at the first.
         momentum: weight of older latents in those passed on: `momentum * before + (1 - momentum) * new`.
         noise: noise of step k: `noise(k)`, or `noise[k]`; None draws from torch's default generator.
@@ -229,7 +240,9 @@ def _draw_of(noise: Noise, k: int, steps: int, x: Tensor) -> Draw:
 
 def _check_sampling(init: Tensor, prediction: str, cond: Tensor | None, momentum: float) -> None:
     lookup("prediction", prediction, PREDICTIONS)
-    if cond is not None and len(cond) != len(init):
-        raise InputError(f"there are {len(cond)} conditions for {len(init)} samples; give one for each")
+    check_examples(init=init)
+    conditions = None if cond is None else len(cond) if cond.ndim else 0
+    if conditions not in (None, len(init)):
+        raise InputError(f"cond has {conditions} conditions for {len(init)} samples; give one for each")
     if not 0 <= momentum < 1:
         raise InputError(f"momentum is {momentum}; it must be at least 0 and below 1")

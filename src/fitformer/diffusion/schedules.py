@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 
 SCHEDULES = ("cosine", "cosine@start,end,tau", "sigmoid@start,end,tau", "simple_linear", "log@start,end,reverse")
@@ -14,6 +15,7 @@ SCHEDULES = ("cosine", "cosine@start,end,tau", "sigmoid@start,end,tau", "simple_
 Curve = Callable[[Tensor], Tensor]
 
 
+@checked
 def gamma(schedule: str, t: Tensor | float) -> Tensor:
     """The noise level at times `t` in [0, 1], of the shape of `t`, in float32 or wider (arXiv 2301.10972, section 2.1).
 

@@ -4,15 +4,15 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fitformer._support.checks import check_fields, whole
 from fitformer._support.rng import random_state, set_random_state
 from fitformer._support.system_memory import trim_heap
-from fitformer.errors import InputError
 from fitformer.execution._gradients import gradients_of, plus, put_slice
 from fitformer.execution.base import Inputs, Trunk, run_blocks
 from fitformer.execution.prefetch import prefetch
@@ -37,14 +37,9 @@ class StreamOptions:
     recompute: Recompute = "full"
 
     def __post_init__(self) -> None:
-        if self.slice_groups is not None and self.slice_groups < 1:
-            raise InputError(f"a slice of {self.slice_groups} groups; it needs at least 1")
-        if self.keep not in get_args(Keep):
-            raise InputError(f"keep is {self.keep!r}; known are {', '.join(get_args(Keep))}")
-        if self.precision not in (None, "bf16"):
-            raise InputError(f"precision is {self.precision!r}; data tokens are kept as they are (None) or in 'bf16'")
-        if self.recompute not in get_args(Recompute):
-            raise InputError(f"recompute is {self.recompute!r}; known are {', '.join(get_args(Recompute))}")
+        check_fields(self)
+        if self.slice_groups is not None:
+            whole("slice_groups", self.slice_groups)
 
 
 class StreamedPass:

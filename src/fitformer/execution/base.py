@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fitformer._support.checks import check_fields
+
 Read = Callable[[slice], tuple[Tensor, Tensor | None]]
 Embed = Callable[[slice, Tensor], Tensor]
 Score = Callable[[slice, Tensor, Tensor | None], Tensor]
@@ -79,6 +81,9 @@ class Inputs:
         blocks: numbers of the blocks whose data tokens are wanted whole.
         condition: tokens `(b, s, d)` that the latents attend to.
         parameters: all tensors with gradients that the trunk, `embed` and `score` use.
+
+    Raises:
+        InputError: an attribute of another kind.
     """
 
     tokens: Tensor | Read
@@ -89,6 +94,9 @@ class Inputs:
     blocks: Sequence[int] = ()
     condition: Tensor | None = None
     parameters: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def groups(self) -> int:

@@ -8,12 +8,14 @@ The draw for token p of sample k is a pure function of (seed, k, p): batch size,
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked, whole
 from fitformer._support.rng import seeded_uniforms
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.generation.logits import check_filters, draw, filter_logits
 
@@ -21,6 +23,7 @@ Step = Callable[[Tensor], Tensor]
 """`step(tokens (b, p) so far) -> logits (b, vocab) of token p`; called with one more token each time."""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `num_groups` are to be the first ones."""
 
@@ -32,9 +35,10 @@ class Decoder(Protocol):
         """Logits `(b, t, n, vocab)` of the targets, given tokens `(b, t, n)` shifted right by one."""
 
 
+@checked
 @torch.no_grad()
 def generate(
-    decoder: Any,
+    decoder: Decoder,
     prompt: Tensor | None,
     length: int,
     *,
@@ -72,6 +76,8 @@ def generate(
     _check_stop(stop, decoder.vocab_size)
     tokens = _start(decoder, prompt, count)
     _check_length(decoder, tokens.shape[1], length, window)
+    # Tokens are int64: as much as two numbers each.
+    check_room(f"tokens of {len(tokens)} sequences of length {length}", 2 * len(tokens) * length)
     step = uncached(decoder, window) if step is None else step
     samples = range(first, first + len(tokens))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -89,7 +95,8 @@ def generate(
     return tokens
 
 
-def uncached(decoder: Any, window: bool = False) -> Step:
+@checked
+def uncached(decoder: Decoder, window: bool = False) -> Step:
     """The plain step: the decoder runs on every group begun so far.
 
     With `window`, tokens past the decoder's length are drawn with the last `num_groups - 1` full groups and the current
@@ -111,15 +118,21 @@ def uncached(decoder: Any, window: bool = False) -> Step:
     return step
 
 
+@checked
 def context_start(position: int, n: int, groups: int) -> int:
-    """Where the context of token `position` begins if at most `groups` groups of `n` may be read, its own included."""
+    """Where the context of token `position` begins if at most `groups` groups of `n` may be read, its own included.
+
+    Raises:
+        InputError: a place below 0, or counts below 1.
+    """
+    whole("position", position, 0), whole("n", n), whole("groups", groups)
     return max(position // n - groups + 1, 0) * n
 
 
 def _start(decoder: Any, prompt: Tensor | None, count: int) -> Tensor:
     if prompt is None:
-        if count < 1:
-            raise InputError(f"cannot generate {count} sequences; count must be at least 1")
+        whole("count", count)
+        check_room(f"tokens of count={count} sequences", 2 * count)
         return torch.zeros(count, 0, dtype=torch.int64, device=_device(decoder))
     if prompt.ndim != 2 or prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise InputError(f"the prompt is {prompt.dtype} {tuple(prompt.shape)}; give integer tokens (b, length)")

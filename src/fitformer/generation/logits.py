@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 
 
+@checked
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
@@ -20,9 +22,11 @@ def filter_logits(
         top_p: of those, keep the likeliest until their probabilities add up to p (Holtzman et al., arXiv 1904.09751).
 
     Raises:
-        InputError: a temperature below 0, a `top_k` below 1, a `top_p` outside (0, 1].
+        InputError: a temperature below 0, a `top_k` below 1, a `top_p` outside (0, 1], logits of no tokens.
     """
     check_filters(temperature, top_k, top_p)
+    if not logits.ndim or not logits.shape[-1]:
+        raise InputError(f"logits are {tuple(logits.shape)}; they have an axis (..., vocab) of at least 1")
     top_p = None if top_p == 1 else top_p
     if temperature == 0:
         top_k, temperature = 1, 1.0
@@ -40,14 +44,19 @@ def filter_logits(
     return torch.full_like(logits, -math.inf).scatter(-1, order, ranked)
 
 
+@checked
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens, int64 `(b,)`, with probabilities `softmax(logits (b, vocab))`, from `uniforms` `(b,)` in [0, 1).
 
     The token is where the cumulative distribution passes the uniform number; one of probability 0 is never drawn.
 
     Raises:
-        InputError: logits that are not numbers, or all -inf.
+        InputError: logits that are not numbers, or all -inf; shapes that do not go together.
     """
+    if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
+        raise InputError(
+            f"logits are {tuple(logits.shape)} and uniforms {tuple(uniforms.shape)}; they are (b, vocab) and (b,)"
+        )
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
@@ -57,6 +66,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, passed, right=True).squeeze(1)
 
 
+@checked
 def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse filters that leave no token.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 from fitformer.models.base import FITModel
 from fitformer.models.decoder import FITDecoder
@@ -75,6 +76,7 @@ class Variable(NamedTuple):
         return self.name.endswith("kernel:0")
 
 
+@checked
 def build(kind: str, kwargs: Mapping[str, Any], variables: Mapping[str, np.ndarray]) -> nn.Module:
     """Build a role from the reference's constructor arguments and weights, in eval mode.
 
@@ -104,11 +106,13 @@ def build(kind: str, kwargs: Mapping[str, Any], variables: Mapping[str, np.ndarr
     return model
 
 
+@checked
 def variables(model: nn.Module) -> dict[str, np.ndarray]:
     """A role's weights under the reference's names and shapes: what `build` takes."""
     return {variable.name: variable.to_reference(variable.parameter) for variable in _walk(model)}
 
 
+@checked
 def gradients(model: nn.Module) -> dict[str, np.ndarray]:
     """A role's gradients under the reference's names and shapes; zeros for a parameter that nothing depended on.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 from fitformer.models.base import FITModel
 from fitformer.models.decoder import FITDecoder
@@ -17,6 +18,7 @@ ROLES: dict[str, type[FITModel]] = {
 }
 
 
+@checked
 def from_pretrained(source: str | Path, **options: Any) -> FITModel:
     """Load a saved model of any role, in eval mode: a folder, a run directory, or a name on the Hub.
 

@@ -6,9 +6,9 @@ never the trunk's.
 """
 
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
+from fitformer._support.checks import check_fields, checked, number, rate, whole
 from fitformer.errors import InputError
 
 Position = Literal["learned", "sin_cos", "sin_cos2d"]
@@ -52,8 +52,9 @@ class TrunkConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in fields(TrunkConfig):
-            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
+            object.__setattr__(self, field.name, _in_range(field.name, field.type, getattr(self, field.name)))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -73,26 +74,17 @@ class TrunkConfig:
         return replace(self, layers=self.layers + self.layers[: self.layers.index(")") + 1])
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """An option of the trunk as its own kind: numbers of numpy become plain ones.
+def _in_range(name: str, kind: Any, value: Any) -> Any:
+    """An option of the trunk, in its range; numbers of numpy become plain ones.
 
     Raises:
-        InputError: a value of another kind, or out of range.
+        InputError: it is out of range.
     """
-    flag, number = isinstance(value, bool), isinstance(value, Real)
-    if kind is bool and not flag:
-        raise InputError(f"{name} is {value!r}; it must be true or false")
-    if kind is int and (flag or not isinstance(value, Integral) or not 1 <= int(value) <= MOST):
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1, and at most {MOST}")
-    if name.startswith("drop_") and (flag or not number or not 0 <= value < 1):
-        raise InputError(f"{name} is {value!r}; a rate is at least 0 and below 1")
-    if name == "mlp_ratio" and (flag or not number or not 0 < value <= MOST_RATIO):
-        raise InputError(f"{name} is {value!r}; it must be a number above 0, and at most {MOST_RATIO}")
-    if get_args(kind) and value not in get_args(kind):
-        raise InputError(f"{name} is {value!r}; known are {', '.join(get_args(kind))}")
-    if kind is str and not isinstance(value, str):
-        raise InputError(f"{name} is {value!r}; it must be text")
-    return int(value) if kind is int else float(value) if kind is float and not isinstance(value, int) else value
+    if kind is int:
+        return whole(name, value, 1, MOST)
+    if kind is float:
+        return rate(name, value) if name.startswith("drop_") else number(name, value, 0, MOST_RATIO)
+    return bool(value) if kind is bool else value
 
 
 # Widths and ratios beyond these are mistakes, and would take all memory before anything else complains.
@@ -109,6 +101,7 @@ PRESETS = {
 }
 
 
+@checked
 def preset(name: str, *, ends_local: bool = False) -> TrunkConfig:
     """The trunk of a named size: `tiny` (for tests), `small`, `base` or `large`.
 
@@ -122,16 +115,3 @@ def preset(name: str, *, ends_local: bool = False) -> TrunkConfig:
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name].closed() if ends_local else PRESETS[name]
-
-
-def check_trunk(trunk: Any) -> None:
-    """Refuse anything but a `TrunkConfig`.
-
-    Raises:
-        InputError: another object, such as the layer string alone.
-    """
-    if not isinstance(trunk, TrunkConfig):
-        raise InputError(
-            f"trunk is {trunk!r}; give a TrunkConfig, or build the model from plain numbers by from_preset or "
-            "from_config"
-        )

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
 from fitformer.models.base import FITModel
-from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
@@ -29,6 +31,7 @@ class FITDecoder(FITModel):
         InputError: arguments that do not fit together, see `Trunk`.
     """
 
+    @checked
     def __init__(
         self,
         trunk: TrunkConfig,
@@ -40,8 +43,8 @@ class FITDecoder(FITModel):
         output_bias: bool = True,
     ) -> None:
         super().__init__()
-        check_trunk(trunk)
         check_sizes(vocab_size=vocab_size, dim=trunk.dim)
+        check_room(f"an embedding of {vocab_size} tokens", vocab_size * trunk.dim)
         self.num_groups, self.tokens_per_group, self.vocab_size = num_groups, tokens_per_group, vocab_size
         self.embedding = nn.Embedding(vocab_size, trunk.dim)
         self.output_embedding = None if shared_embedding else nn.Embedding(vocab_size, trunk.dim)

@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
 from fitformer.models.base import FITModel
-from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import Stem, causal_of, check_grouped
-from fitformer.models.layers import FeedForward, check_sizes, layer_norm, linear
+from fitformer.models.layers import MOST_SIZE, FeedForward, check_sizes, layer_norm, linear
 from fitformer.models.positions import sin_cos_1d
 from fitformer.models.trunk import Trunk
 
@@ -24,6 +25,7 @@ class TimeEmbedding(nn.Module):
         InputError: d is below 8, where the code of width d / 4 has no spread to standardise.
     """
 
+    @checked
     def __init__(self, latent_dim: int, extra: int = 0) -> None:
         super().__init__()
         if latent_dim < 8:
@@ -50,6 +52,7 @@ class TimeEmbedding(nn.Module):
 class LatentSelfConditioning(nn.Module):
     """What the latents of an earlier pass add to the initial ones; nothing at first, its last scale starts at 0."""
 
+    @checked
     def __init__(self, latent_dim: int, mlp_ratio: float) -> None:
         super().__init__()
         self.ffn, self.norm = FeedForward(latent_dim, mlp_ratio), layer_norm(latent_dim)
@@ -79,6 +82,7 @@ class FITDenoiser(FITModel):
         InputError: arguments that do not fit together, see `Trunk`.
     """
 
+    @checked
     def __init__(
         self,
         trunk: TrunkConfig,
@@ -93,10 +97,10 @@ class FITDenoiser(FITModel):
         mask: str | None = None,
     ) -> None:
         super().__init__()
-        check_trunk(trunk)
         if self_cond not in SELF_CONDITIONING:
             raise InputError(f"unknown self_cond {self_cond!r}; known are {', '.join(SELF_CONDITIONING)}")
-        check_sizes(cond_dim=1 if cond_dim is None else cond_dim)
+        check_sizes(out_dim=out_dim, cond_dim=1 if cond_dim is None else cond_dim)
+        whole("extra_time", extra_time, 0, MOST_SIZE)
         dim, latent_dim = trunk.dim, trunk.latent_dim
         if cond_dim is not None and not cond_proj and cond_dim != latent_dim:
             raise InputError(f"cond_proj=False needs cond_dim equal to latent_dim, not {cond_dim} and {latent_dim}")
@@ -108,7 +112,7 @@ class FITDenoiser(FITModel):
         self.norm, self.output = layer_norm(dim), linear(dim, out_dim)
 
     def condition(self, batch: int, time: Tensor, cond: Tensor | None) -> Tensor:
-        """Condition tokens `(b, 1 + s, d)`: the time, then `cond (b, e)` or `(b, s, e)`.
+        """Condition tokens `(b, 1 + s, d)`: the time, then `cond (b, e)` or `(b, s, e)`, in the weights' precision.
 
         Raises:
             InputError: a condition given, not given, or of a width other than the model was built for; times or
@@ -117,12 +121,18 @@ class FITDenoiser(FITModel):
         for name, tensor in {"time": time, "cond": cond}.items():
             if tensor is not None and (tensor.ndim == 0 or tensor.shape[0] != batch):
                 raise InputError(f"{name} {tuple(tensor.shape)} needs one row for each of the {batch} examples of x")
+        if cond is not None and cond.ndim == 1:
+            raise InputError(
+                f"cond {tuple(cond.shape)} holds one number for each example, and the denoiser takes rows (b, e): give "
+                "classes as torch.nn.functional.one_hot(cond, e), or take a FITImageDenoiser, which takes their numbers"
+            )
         given = None if cond is None else cond.shape[-1]
         if given != self.cond_dim:
             raise InputError(f"a condition of width {given} given to a denoiser built with cond_dim={self.cond_dim}")
         tokens = self.time(time)[:, None]
         if cond is None:
             return tokens
+        cond = cond.to(self.output.weight.dtype)
         cond = cond if self.cond_proj is None else self.cond_proj(cond)
         return torch.cat([tokens, cond[:, None] if cond.ndim == 2 else cond], dim=1)
 
@@ -139,6 +149,8 @@ class FITDenoiser(FITModel):
         latents = self.trunk.initial_latents(batch, num_groups, coords)
         if latents_prev is not None and latents_prev.shape != latents.shape:
             raise InputError(f"latents_prev has shape {tuple(latents_prev.shape)}, wanted {tuple(latents.shape)}")
+        if latents_prev is not None:
+            latents_prev = latents_prev.to(latents.dtype)
         if self.self_conditioning is not None:
             return latents + self.self_conditioning(torch.zeros_like(latents) if latents_prev is None else latents_prev)
         if latents_prev is not None:

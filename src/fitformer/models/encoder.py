@@ -6,17 +6,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked, shown
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Score
 from fitformer.models.base import FITModel
-from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.config import TrunkConfig
 from fitformer.models.layers import check_sizes, layer_norm, linear
 from fitformer.models.trunk import Causal, Trunk
 
 MASKS: dict[str | None, Causal] = {None: "none", "none": "none", "causal": "global"}
 
 
+@checked
 def causal_of(mask: str | None) -> Causal:
     """Translate the reference's `mask` into the trunk's `causal`.
 
@@ -31,13 +33,14 @@ def causal_of(mask: str | None) -> Causal:
 class Stem(nn.Module):
     """Linear projection of raw tokens and LayerNorm: `(..., channels) -> (..., width)`."""
 
+    @checked
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         check_sizes(channels=channels, dim=width)
         self.projection, self.norm = linear(channels, width), layer_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed tokens `(..., channels)`.
+        """Embed tokens `(..., channels)`, floats of any precision: they take that of the weights.
 
         Raises:
             InputError: the tokens have another number of channels, or are whole numbers.
@@ -48,7 +51,7 @@ class Stem(nn.Module):
             raise InputError(
                 f"tokens of {x.shape[-1]} channels given to a model built for {self.projection.in_features}"
             )
-        return self.norm(self.projection(x))
+        return self.norm(self.projection(x.to(self.projection.weight.dtype)))
 
 
 def check_grouped(x: Tensor, tokens_per_group: int, axes: str) -> None:
@@ -57,6 +60,8 @@ def check_grouped(x: Tensor, tokens_per_group: int, axes: str) -> None:
     Raises:
         InputError: another number of axes, or of tokens in a group.
     """
+    if not isinstance(x, Tensor):
+        raise InputError(f"expected a tensor ({', '.join(axes.split())}), got {shown(x)}")
     if x.ndim != len(axes.split()):
         raise InputError(f"expected a tensor ({', '.join(axes.split())}), got one of shape {tuple(x.shape)}")
     if x.shape[2] != tokens_per_group:
@@ -81,6 +86,7 @@ class FITEncoder(FITModel):
 
     ends_local = False
 
+    @checked
     def __init__(
         self,
         trunk: TrunkConfig,
@@ -92,7 +98,7 @@ class FITEncoder(FITModel):
         mask: str | None = None,
     ) -> None:
         super().__init__()
-        check_trunk(trunk)
+        check_sizes(in_channels=in_channels, y_channels=1 if y_channels is None else y_channels)
         self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
         self.stem = Stem(in_channels, trunk.dim)
         self.stem_y = Stem(y_channels, trunk.dim) if y_channels is not None else None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer import diffusion as maths
+from fitformer._support.checks import checked, whole
 from fitformer.diffusion import DiffusionConfig
 from fitformer.diffusion.samplers import sampler_of
 from fitformer.errors import InputError
@@ -17,7 +18,7 @@ from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
-from fitformer.models.layers import check_sizes
+from fitformer.models.layers import MOST_SIZE, check_sizes
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import Size
@@ -53,6 +54,7 @@ class FITImageDenoiser(FITModel):
     }
     class_weights = ("denoiser.cond_proj.",)
 
+    @checked
     def __init__(
         self,
         trunk: TrunkConfig,
@@ -67,7 +69,7 @@ class FITImageDenoiser(FITModel):
         cond_proj: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes or 1)  # 0 is unconditional
+        whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is unconditional
         sampler_of(diffusion.sampler)
         for schedule in (diffusion.train_schedule, diffusion.sample_schedule):
             maths.gamma(schedule, 0.5)
@@ -105,13 +107,16 @@ class FITImageDenoiser(FITModel):
         Args:
             x: noisy tokens `(b, t, n, ph * pw * channels)`, as `tokens` makes them.
             time: noise level gamma in [0, 1], `(b,)`.
-            cond: `(b, num_classes)`, as `condition` makes it; None for an unconditional model.
+            cond: classes `(b,)`, whole numbers, -1 for none; or `(b, num_classes)`, as `condition` makes it of them;
+                None for an unconditional model.
             latents_prev: latents of an earlier pass, `(b, t, m, d)`.
             score: as in `FITDenoiser.forward`.
 
         Returns:
             the prediction, of the shape of `x`, or the score; and the latents `(b, t, m, d)`.
         """
+        if cond is not None and cond.ndim == 1 and not cond.is_floating_point():
+            cond = self.condition(cond)
         return self.denoiser(x, time, cond, latents_prev, score=score)
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -127,9 +132,14 @@ class FITImageDenoiser(FITModel):
         return maths.signal_to_pixels(self.patch_grid.ungroup(tokens), self.diffusion.b_scale)
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """Condition `(b, num_classes)` of labels `(b,)`: one-hot, zeros for -1; None for an unconditional model."""
+        """Condition `(b, num_classes)` of labels `(b,)`: one-hot, zeros for -1; None for an unconditional model.
+
+        Raises:
+            InputError: labels that are no whole numbers, or, on a CPU, one that is no class.
+        """
         return one_hot(labels, self.num_classes) if self.num_classes else None
 
+    @checked
     def sample(
         self,
         count: int,
@@ -223,5 +233,16 @@ class FITImageDenoiser(FITModel):
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """One-hot rows `(b, classes)` of labels `(b,)`; zeros, which mean no condition, where the label is -1."""
-    return F.one_hot(labels.clamp_min(0), classes).float() * (labels >= 0)[:, None]
+    """One-hot rows `(b, classes)` of labels `(b,)`; zeros, which mean no condition, where the label is -1.
+
+    Raises:
+        InputError: labels that are no whole numbers, or, on a CPU, one that is no class.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"classes are {labels.dtype} {tuple(labels.shape)}; give whole numbers (b,), -1 for none")
+    # Elsewhere the host would have to wait for the device.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels < -1) | (labels >= classes)]
+        if len(wrong):
+            raise InputError(f"class {int(wrong[0])} is out of range: classes are 0 to {classes - 1}, -1 for none")
+    return F.one_hot(labels.long().clamp_min(0), classes).float() * (labels >= 0)[:, None]

@@ -6,17 +6,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.execution import Inputs, Outputs
 from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
-from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import FITEncoder
-from fitformer.models.layers import check_sizes, linear
+from fitformer.models.layers import MOST_SIZE, linear
 from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, stacked, to_signal
+from fitformer.patching.glimpse import MOST_GLIMPSES
 from fitformer.patching.sizes import Size
 
 Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
@@ -44,6 +46,7 @@ class FITImageEncoder(FITModel):
     free = FITModel.free | {"num_classes", "channels", "image_size", "group_size"}
     class_weights = ("head.",)
 
+    @checked
     def __init__(
         self,
         trunk: TrunkConfig,
@@ -57,14 +60,13 @@ class FITImageEncoder(FITModel):
         mask: str | None = None,
     ) -> None:
         super().__init__()
-        check_trunk(trunk)
         grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
-        if glimpses < 0 or (glimpses and not grid.any_size):
-            raise InputError(f"glimpses is {glimpses}; it is 0 or more, and only with image_size=None above 0")
+        if whole("glimpses", glimpses, 0, MOST_GLIMPSES) and not grid.any_size:
+            raise InputError(f"glimpses is {glimpses}; it is 0 but for images of any size (image_size=None)")
         self.glimpses, self.channels = glimpses, channels
         self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
-        check_sizes(num_classes=num_classes or 1)  # 0 is no head
+        whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is no head
         self.num_classes = num_classes
         self.head = linear(self.num_features, num_classes) if num_classes else None
 
@@ -83,7 +85,7 @@ class FITImageEncoder(FITModel):
         Raises:
             InputError: a negative number of classes.
         """
-        check_sizes(num_classes=num_classes or 1)
+        whole("num_classes", num_classes, 0, MOST_SIZE)
         like = self.encoder.norm.weight
         self.num_classes = num_classes
         self.head = linear(self.num_features, num_classes).to(like) if num_classes else None

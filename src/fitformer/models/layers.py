@@ -4,18 +4,21 @@ Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `
 Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
 """
 
-from numbers import Integral
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked, whole
+from fitformer._support.checks import rate as rate_of
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.models.block_causal import block_causal_attention
 from fitformer.models.dropout import GroupRandom
 
 NORM_EPS = 1e-6
+# Sizes beyond are mistakes, whatever memory there is.
+MOST_SIZE = 2**40
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -25,6 +28,7 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """Linear projection with bias; Glorot-uniform weights and zero bias, the defaults of the reference."""
+    check_room(f"a projection from {inputs} to {outputs} channels", inputs * outputs)
     projection = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(projection.weight)
     nn.init.zeros_(projection.bias)
@@ -38,8 +42,7 @@ def check_sizes(**sizes: int) -> None:
         InputError: such a size, by its name.
     """
     for name, size in sizes.items():
-        if not isinstance(size, Integral) or size < 1:
-            raise InputError(f"{name} is {size!r}; it must be a whole number of at least 1")
+        whole(name, size, 1, MOST_SIZE)
 
 
 def check_heads(heads: int, width: int, what: str = "attention") -> None:
@@ -54,16 +57,6 @@ def check_heads(heads: int, width: int, what: str = "attention") -> None:
         above = min((h for h in near if h > heads), default=near[-1])
         ways_out = f"{below} or {above} heads do" if below != above else f"{above} does"
         raise InputError(f"{heads} heads do not divide the width {width} of {what}; the nearest, {ways_out}")
-
-
-def check_rate(rate: float, what: str) -> None:
-    """Refuse a dropout rate outside 0 <= rate < 1.
-
-    Raises:
-        InputError: such a rate.
-    """
-    if not 0 <= rate < 1:
-        raise InputError(f"{what} is {rate}; a rate is at least 0 and below 1")
 
 
 def dropout(x: Tensor, rate: float, random: GroupRandom | None, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -83,10 +76,10 @@ class DropPath(nn.Module):
         InputError: a rate outside 0 <= rate < 1.
     """
 
+    @checked
     def __init__(self, rate: float) -> None:
         super().__init__()
-        check_rate(rate, "drop_path")
-        self.rate = rate
+        self.rate = rate_of("drop_path", rate)
 
     def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
         """Return the branch `x (r, ...)` with whole rows zeroed in training, `x` itself otherwise."""
@@ -114,6 +107,7 @@ class Attention(nn.Module):
         InputError: `heads` does not divide `width`, or a rate outside 0 <= dropout < 1.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -126,8 +120,7 @@ class Attention(nn.Module):
         super().__init__()
         context_dim, width = context_dim or dim, width or dim
         check_heads(heads, width)
-        check_rate(dropout, "drop_att")
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, rate_of("drop_att", dropout)
         self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
         self.output = linear(width, dim)
         self.query_norm = layer_norm(width // heads) if qk_norm else nn.Identity()
@@ -203,14 +196,15 @@ class FeedForward(nn.Module):
         InputError: a ratio that leaves no units, or a rate outside 0 <= dropout < 1.
     """
 
+    @checked
     def __init__(self, dim: int, ratio: float = 4, dropout: float = 0.0) -> None:
         super().__init__()
-        check_rate(dropout, "drop_units")
+        check_sizes(dim=dim)
         if int(ratio * dim) < 1:
             raise InputError(f"mlp_ratio is {ratio}, which leaves {dim} channels no units; 4 is usual")
         self.norm = layer_norm(dim)
         self.inner, self.outer = linear(dim, int(ratio * dim)), linear(int(ratio * dim), dim)
-        self.dropout = dropout
+        self.dropout = rate_of("drop_units", dropout)
 
     def forward(self, x: Tensor, random: GroupRandom | None = None) -> Tensor:
         """Return the branch of `x (..., dim)`, without the residual; `random` gives the rows' own dropout."""
@@ -227,6 +221,7 @@ class TransformerLayer(nn.Module):
     `self_attention=False` keeps only the feed-forward half. The other arguments are those of the parts.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -267,6 +262,7 @@ class CrossLayer(nn.Module):
         mlp_ratio: width of a feed-forward branch after the attention (`xattn_with_mlp`), none by default.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 
 KINDS = ("learned", "sin_cos", "sin_cos2d")
@@ -60,10 +62,12 @@ class PositionTable(nn.Module):
 
     weight: Tensor
 
+    @checked
     def __init__(self, kind: str, rows: int, columns: int, width: int) -> None:
         super().__init__()
         if kind not in KINDS:
             raise InputError(f"unknown positions {kind!r}; known are {', '.join(KINDS)}")
+        check_room(f"a table of {rows} x {columns} positions", rows * columns * width)
         if kind == "learned":
             self.weight = _learned(rows * columns, width)
         else:
@@ -109,6 +113,7 @@ class GridPositions(nn.Module):
         InputError: an odd width.
     """
 
+    @checked
     def __init__(self, latents_per_group: int, width: int) -> None:
         super().__init__()
         if width % 2:
@@ -138,5 +143,5 @@ def latent_positions(
             "latents know 'learned', 'sin_cos' (the 2D code of groups x latents) and 'row_column' positions"
         )
     if num_groups is None:
-        raise InputError(f"{kind} latent positions are a table: give num_groups, or take latent_position='row_column'")
+        raise InputError(f"latent_position={kind!r} is a table: give num_groups (or image_size), or take 'row_column'")
     return PositionTable(kind, num_groups, latents_per_group, width)

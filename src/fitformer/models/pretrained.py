@@ -209,12 +209,12 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
     """
     path = file_of(source, constants.CONFIG_NAME, **hub)
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a whole JSON file ({error}); save or fetch it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model: it holds a {type(config).__name__}")
-    if "role" not in config:
+    if not isinstance(config.get("role"), str):
         raise InputError(f"{path} is not the configuration of a model: it names no role")
     return config
 

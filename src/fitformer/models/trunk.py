@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fitformer._support.checks import checked
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
-from fitformer.models.config import TrunkConfig, check_trunk
+from fitformer.models.config import TrunkConfig
 from fitformer.models.dropout import GroupRandom, draw_keys
 from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
 from fitformer.models.positions import PositionTable, latent_positions, token_positions
@@ -28,6 +30,7 @@ from fitformer.models.positions import PositionTable, latent_positions, token_po
 MOST_LAYERS = 10_000
 
 
+@checked
 def parse_layers(layers: str) -> list[tuple[int, int]]:
     """Read a layer string: `(local)global(local)global...`, so `"(4)8(4)"` is `[(4, 8), (4, 0)]` (spec section 2).
 
@@ -66,6 +69,7 @@ class Block(nn.Module):
         causal: see `Trunk`. condition: latents attend to condition tokens.
     """
 
+    @checked
     def __init__(
         self, index: int, local: int, glob: int, config: TrunkConfig, causal: Causal = "none", condition: bool = False
     ) -> None:
@@ -164,6 +168,7 @@ class Trunk(nn.Module):
             dropout is not below 1.
     """
 
+    @checked
     def __init__(
         self,
         config: TrunkConfig,
@@ -174,10 +179,11 @@ class Trunk(nn.Module):
         condition: bool = False,
     ) -> None:
         super().__init__()
-        check_trunk(config)
         self.config = config
         self.block_depths = parse_layers(config.layers)
         _check(config, self.block_depths, num_groups, tokens_per_group)
+        room = f"a trunk {config.layers} of widths {config.dim} and {config.latent_dim}"
+        check_room(room, _count(config, self.block_depths))
         self.tokens_per_group, self.latents_per_group = tokens_per_group, config.latents_per_group
         self.drops_out = max(config.drop_path, config.drop_units, config.drop_att) > 0
         self.shifts_write = causal == "all"
@@ -240,6 +246,13 @@ class Trunk(nn.Module):
             x, latents = block.group_phase(x, latents, self.write_latents(latents), mask, keys)
             latents = block.global_phase(latents, condition)
         return x, latents
+
+
+def _count(config: TrunkConfig, depths: list[tuple[int, int]]) -> int:
+    """About how many weights the layers have, local and global ones alone."""
+    local, glob = (sum(counts) for counts in zip(*depths, strict=True))
+    inner, attention = 2 * config.mlp_ratio, 4 * config.x_self_attention
+    return int(local * config.dim**2 * (inner + attention) + glob * config.latent_dim**2 * (inner + 4))
 
 
 def _check(config: TrunkConfig, depths: list[tuple[int, int]], num_groups: int | None, tokens_per_group: int) -> None:

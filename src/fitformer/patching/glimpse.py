@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.patching.image import extract_patches, groups_to_image, image_to_groups
 from fitformer.patching.sizes import Size, check_axes, to_sides
 
+# Beyond these, copies of the whole are a mistake.
+MOST_GLIMPSES = 1024
 
+
+@checked
 def glimpses(
     images: Tensor,
     group_size: Size,
@@ -33,8 +38,7 @@ def glimpses(
     Raises:
         InputError: a negative number of copies, and what `image_to_groups` raises.
     """
-    if copies < 0:
-        raise InputError(f"the number of glimpses must be 0 or more, not {copies}")
+    whole("copies", copies, 0, MOST_GLIMPSES)
     x = image_to_groups(images, group_size, patch_size)
     coarse = extract_patches(_shrunk(images, to_sides(group_size, "hw")), patch_size)
     x = torch.cat([coarse[:, None].expand(-1, copies, -1, -1), x], dim=1)
@@ -48,6 +52,7 @@ def glimpses(
     return torch.take_along_dim(x, which[:, :, None, None], dim=1), y
 
 
+@checked
 def glimpses_to_image(
     x: Tensor, y: Tensor, image_size: Size, group_size: Size, patch_size: Size, copies: int = 1
 ) -> Tensor:
@@ -57,6 +62,7 @@ def glimpses_to_image(
         InputError: `x` or `y` is not what these sizes make; sizes that do not divide.
     """
     check_axes(x, "groups (b, copies + t, n, c)", 4)
+    whole("copies", copies, 0, min(MOST_GLIMPSES, x.shape[1]))
     b, t = x.shape[:2]
     if tuple(y.shape) != (b, t, 1, t):
         raise InputError(f"the one-hot index of groups {tuple(x.shape)} is {(b, t, 1, t)}, not {tuple(y.shape)}")

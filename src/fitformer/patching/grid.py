@@ -5,9 +5,10 @@ from math import prod
 
 from torch import Tensor
 
+from fitformer._support.checks import check_fields, whole
 from fitformer.errors import InputError
 from fitformer.patching.image import groups_to_image, groups_to_map, image_to_groups
-from fitformer.patching.sizes import Size, axis_lengths, format_size, to_sides
+from fitformer.patching.sizes import MOST_CHANNELS, Size, axis_lengths, format_size, to_sides
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class PatchGrid:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        whole = self.group_size if self.image_size is None else self.image_size
-        axis_lengths(whole, self.group_size, self.patch_size, "hw")
-        if self.channels < 1:
-            raise InputError(f"images need at least one channel, not {self.channels}")
+        check_fields(self)
+        extent = self.group_size if self.image_size is None else self.image_size
+        axis_lengths(extent, self.group_size, self.patch_size, "hw")
+        whole("channels", self.channels, 1, MOST_CHANNELS)
         # One way to write a size, so that equal grids are equal objects.
         for name in ("image_size", "group_size", "patch_size"):
             if (size := getattr(self, name)) is not None:

@@ -8,6 +8,7 @@ which makes neighbours in the sequence neighbours in the image.
 from einops import rearrange
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 from fitformer.patching.sizes import (
     Size,
@@ -23,6 +24,7 @@ from fitformer.patching.sizes import (
 IMAGE = "b (gh h ph) (gw w pw) ch -> b (gh gw) (h w) (ph pw ch)"
 
 
+@checked
 def image_to_groups(images: Tensor, group_size: Size, patch_size: Size, order: str = "raster") -> Tensor:
     """Cut images `(b, H, W, ch)` into sub-images of patches: `(b, t, n, ph * pw * ch)`, channel fastest.
 
@@ -34,6 +36,7 @@ def image_to_groups(images: Tensor, group_size: Size, patch_size: Size, order: s
     return reorder(rearrange(images, IMAGE, **lengths), lengths, order)
 
 
+@checked
 def groups_to_image(x: Tensor, image_size: Size, group_size: Size, patch_size: Size, order: str = "raster") -> Tensor:
     """Put groups `(b, t, n, ph * pw * ch)` back into images `(b, H, W, ch)`: the inverse of `image_to_groups`.
 
@@ -45,6 +48,7 @@ def groups_to_image(x: Tensor, image_size: Size, group_size: Size, patch_size: S
     return rearrange(reorder(x, lengths, order), inverse_pattern(IMAGE), **lengths)
 
 
+@checked
 def extract_patches(images: Tensor, patch: Size, order: str = "raster") -> Tensor:
     """Cut images `(b, H, W, ch)` into patches `(b, N, ph * pw * ch)`, channel fastest: the whole image is one group.
 
@@ -55,6 +59,7 @@ def extract_patches(images: Tensor, patch: Size, order: str = "raster") -> Tenso
     return image_to_groups(images, images.shape[1:3], patch, order)[:, 0]
 
 
+@checked
 def merge_patches(patches: Tensor, image_size: Size, patch: Size, order: str = "raster") -> Tensor:
     """Put patches `(b, N, ph * pw * ch)` back into images `(b, H, W, ch)`: the inverse of `extract_patches`.
 
@@ -65,6 +70,7 @@ def merge_patches(patches: Tensor, image_size: Size, patch: Size, order: str = "
     return groups_to_image(patches[:, None], image_size, image_size, patch, order)
 
 
+@checked
 def groups_to_map(x: Tensor, image_size: Size, group_size: Size, patch_size: Size, order: str = "raster") -> Tensor:
     """Lay tokens `(b, t, n, c)` out as a feature map `(b, c, H / ph, W / pw)`, each where its patch was in the image.
 
@@ -75,6 +81,7 @@ def groups_to_map(x: Tensor, image_size: Size, group_size: Size, patch_size: Siz
     return rearrange(groups_to_image(x, *map_sizes(lengths), 1, order), "b h w c -> b c h w")
 
 
+@checked
 def map_to_groups(maps: Tensor, image_size: Size, group_size: Size, patch_size: Size, order: str = "raster") -> Tensor:
     """Group a feature map `(b, c, H / ph, W / pw)` as the image is, `(b, t, n, c)`: the inverse of `groups_to_map`.
 

@@ -11,13 +11,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.patching.image import extract_patches, merge_patches
-from fitformer.patching.sizes import Size, check_axes, check_divisible, format_size, inverse_pattern, to_sides
+from fitformer.patching.sizes import (
+    MOST_CHANNELS,
+    Size,
+    check_axes,
+    check_divisible,
+    format_size,
+    inverse_pattern,
+    to_sides,
+)
 
 SEQUENCE = "b (t n) ... -> b t n ..."
 
 
+@checked
 def sequence_to_groups(tokens: Tensor, n: int) -> Tensor:
     """Cut a sequence `(b, L)` or `(b, L, c)` into groups of `n`: `(b, t, n)` or `(b, t, n, c)`.
 
@@ -26,12 +36,12 @@ def sequence_to_groups(tokens: Tensor, n: int) -> Tensor:
     """
     if tokens.ndim < 2:
         raise InputError(f"a batch of sequences (b, L) is expected, not shape {tuple(tokens.shape)}; try tokens[None]")
-    if n < 1:
-        raise InputError(f"a group needs at least one token, not {n}")
+    whole("n", n)
     check_divisible(tokens.shape[1], n, ("a sequence", "groups", "tokens"))
     return rearrange(tokens, SEQUENCE, n=n)
 
 
+@checked
 def groups_to_sequence(x: Tensor) -> Tensor:
     """Join groups `(b, t, n)` or `(b, t, n, c)` into `(b, t * n)` or `(b, t * n, c)`.
 
@@ -43,6 +53,7 @@ def groups_to_sequence(x: Tensor) -> Tensor:
     return rearrange(x, inverse_pattern(SEQUENCE))
 
 
+@checked
 def shift_right(tokens: Tensor) -> Tensor:
     """Input `(b, t, n)` of an autoregressive decoder for targets `(b, t, n)`: position k holds target k-1, the first 0.
 
@@ -55,6 +66,7 @@ def shift_right(tokens: Tensor) -> Tensor:
     return sequence_to_groups(F.pad(groups_to_sequence(tokens)[:, :-1], (1, 0)), tokens.shape[2])
 
 
+@checked
 def image_to_pixels(images: Tensor, patch: Size, order: str = "snake") -> Tensor:
     """Pixel values of uint8 images `(b, H, W, ch)` as int64 tokens `(b, t, n)`: a group is a patch, channel fastest.
 
@@ -68,6 +80,7 @@ def image_to_pixels(images: Tensor, patch: Size, order: str = "snake") -> Tensor
     return extract_patches(images, patch, order).long()
 
 
+@checked
 def pixels_to_image(tokens: Tensor, image_size: Size, patch: Size, channels: int, order: str = "snake") -> Tensor:
     """Images uint8 `(b, H, W, channels)` of pixel tokens `(b, t, n)`: the inverse of `image_to_pixels`.
 
@@ -75,17 +88,19 @@ def pixels_to_image(tokens: Tensor, image_size: Size, patch: Size, channels: int
         InputError: tokens outside 0..255, or of another shape than these sizes make.
     """
     check_axes(tokens, "tokens (b, t, n)", 3)
-    values = (*to_sides(patch, "hw"), channels)
+    values = (*to_sides(patch, "hw", "patch"), whole("channels", channels, 1, MOST_CHANNELS))
     if tokens.shape[-1] != prod(values):
         raise InputError(f"a patch of {format_size(values)} values has {prod(values)} tokens, not {tokens.shape[-1]}")
     return merge_patches(_as_bytes(tokens), image_size, patch, order)
 
 
+@checked
 def bytes_to_tokens(data: bytes | bytearray | memoryview) -> Tensor:
     """Bytes as int64 tokens `(L,)`, 0..255."""
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).astype(np.int64))
 
 
+@checked
 def tokens_to_bytes(tokens: Tensor) -> bytes:
     """Bytes of tokens of any shape, in their order: the inverse of `bytes_to_tokens`.
 

@@ -7,12 +7,13 @@ from operator import index
 import torch
 from torch import Tensor
 
+from fitformer._support.checks import shown
 from fitformer.errors import InputError
 
 Size = int | Sequence[int]
 
 AXES = {"f": "frames", "h": "rows", "w": "columns"}
-MOST_SIDE = 10**8
+MOST_SIDE, MOST_CHANNELS = 10**8, 2**20
 ORDERS = ("raster", "snake")
 
 
@@ -26,8 +27,8 @@ def format_size(sides: Iterable[int]) -> str:
     return " x ".join(str(side) for side in sides)
 
 
-def to_sides(size: Size, axes: str) -> tuple[int, ...]:
-    """Sides of a size, one for each letter of `axes`.
+def to_sides(size: Size, axes: str, name: str = "a size") -> tuple[int, ...]:
+    """Sides of a size, one for each letter of `axes`; `name` is what errors call it.
 
     Raises:
         InputError: not one positive whole number, nor one for each axis.
@@ -37,10 +38,10 @@ def to_sides(size: Size, axes: str) -> tuple[int, ...]:
     except TypeError:
         sides = ()
     if sides and max(sides) > MOST_SIDE:
-        raise InputError(f"a side is {max(sides)}; sizes are at most {MOST_SIDE}")
+        raise InputError(f"{name} is {shown(size)}; sides are at most {MOST_SIDE}")
     if len(sides) != len(axes) or min(sides) < 1:
         names = ", ".join(AXES[axis] for axis in axes)
-        raise InputError(f"a size is one positive whole number or ({names}), not {size!r}")
+        raise InputError(f"{name} is {shown(size)}; it must be one positive whole number or ({names})")
     return sides
 
 
@@ -52,7 +53,9 @@ def axis_lengths(whole: Size, group: Size, patch: Size, axes: str) -> dict[str, 
     """
     what = "a video" if "f" in axes else "an image"
     lengths: dict[str, int] = {}
-    for axis, size, of_group, of_patch in zip(axes, *(to_sides(s, axes) for s in (whole, group, patch)), strict=True):
+    sizes = {f"{what.split()[1]}_size": whole, "group_size": group, "patch_size": patch}
+    sides = (to_sides(size, axes, name) for name, size in sizes.items())
+    for axis, size, of_group, of_patch in zip(axes, *sides, strict=True):
         unit = AXES[axis]
         if of_group == size:
             check_divisible(size, of_patch, (what, "patches", unit))

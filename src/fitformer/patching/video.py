@@ -3,11 +3,13 @@
 from einops import rearrange
 from torch import Tensor
 
+from fitformer._support.checks import checked
 from fitformer.patching.sizes import Size, axis_lengths, check_axes, check_groups, inverse_pattern
 
 VIDEO = "b (gf f pf) (gh h ph) (gw w pw) ch -> b (gf gh gw) (f h w) (pf ph pw ch)"
 
 
+@checked
 def video_to_groups(video: Tensor, group_size: Size, patch_size: Size) -> Tensor:
     """Cut video `(b, T, H, W, ch)` into space-time groups of space-time patches: `(b, t, n, pt * ph * pw * ch)`.
 
@@ -18,6 +20,7 @@ def video_to_groups(video: Tensor, group_size: Size, patch_size: Size) -> Tensor
     return rearrange(video, VIDEO, **axis_lengths(video.shape[1:4], group_size, patch_size, "fhw"))
 
 
+@checked
 def groups_to_video(x: Tensor, video_size: Size, group_size: Size, patch_size: Size) -> Tensor:
     """Put space-time groups back into video `(b, T, H, W, ch)`: the inverse of `video_to_groups`.
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fitformer._support.checks import checked
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
@@ -71,6 +72,7 @@ class GroupPlan:
     layers: str
 
 
+@checked
 def on_meta(role: str, config: dict[str, Any], preset: str | None = None) -> Model:
     """Build a role without memory for its weights.
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from fitformer._support.checks import check_fields
 from fitformer.errors import InputError
 from fitformer.models.config import preset
 from fitformer.patching import PatchGrid
@@ -40,6 +41,7 @@ class Geometry:
     num_classes: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.role not in ROLE_NAMES:
             raise InputError(f"there is no role {self.role!r}; there are {', '.join(ROLE_NAMES)}")
         for name in ("image_size", "patch_size"):

@@ -6,10 +6,10 @@ same time. Weights are float32, the optimizer is AdamW, and its state exists (ev
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal
 
+from fitformer._support.checks import check_fields, whole
 from fitformer.data.readers.cache import MOST_BYTES
-from fitformer.errors import InputError
 from fitformer.execution._streamed_pass import MANY_SLICES
 from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Recompute
 from fitformer.execution.streamed import default_slice
@@ -99,13 +99,10 @@ class StepConfig:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("num_groups", "slice_groups", "batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        words: dict[str, Any] = {"execution": Execution, "keep": Keep, "recompute": Recompute, "precision": Precision}
-        for name, known in ((name, get_args(kind)) for name, kind in words.items()):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(str, known))}")
+            if (value := getattr(self, name)) is not None:
+                whole(name, value)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from fitformer._support.bytesize import format_bytes
+from fitformer._support.checks import check_fields
 from fitformer.errors import InputError
 from fitformer.execution.selective_checkpoint import Recompute
 from fitformer.execution.streamed import default_slice
@@ -44,6 +45,9 @@ class PlanRequest:
     batch: int = 1
     precision: Literal[32, "bf16"] = 32
     device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

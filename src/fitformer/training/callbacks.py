@@ -85,6 +85,7 @@ class MetricsLogger(Callback):
         self.run = run
         self.latest: dict[str, float] = {}
         self._since, self._away, self._step, self._logged = 0.0, 0.0, 0, -1
+        self._rate = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -92,6 +93,10 @@ class MetricsLogger(Callback):
 
     def _restart(self, trainer: pl.Trainer) -> None:
         self._since, self._away, self._step = time.perf_counter(), 0.0, trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Note the learning rate of the step: at its end the schedule holds that of the next."""
+        self._rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
         """Log the means since the last time, every `log_every` optimizer steps."""
@@ -102,7 +107,7 @@ class MetricsLogger(Callback):
         examples = (step - self._step) * training.accumulate * training.batch_size * trainer.world_size
         self.latest = {
             **pl_module.take_recent(),
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self._rate,
             "train/examples_per_second": examples / max(time.perf_counter() - self._since - self._away, 1e-9),
             "train/memory_mb": memory_mb(pl_module.device),
         }
@@ -224,17 +229,44 @@ class ProgressBar(RichProgressBar):
         return dict(brief(self.observer.latest))
 
 
+def round_interval(steps: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `steps`."""
+    power = 1
+    while 10 * power < steps:
+        power *= 10
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= steps)
+
+
+def time_left(seconds: float) -> str:
+    """A duration in short: `50 s left`, `12 min left`, `3 h 20 min left`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s left"
+    return f"{minutes} min left" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min left"
+
+
 class ConsoleLogger(Callback):
-    """Output to a log file or a pipe: a line every 10 seconds, at validations and at the end."""
+    """Output to a log file or a pipe: a line about every 10 seconds, at validations and at the end.
+
+    Lines are of steps that are measured and round: every 1, 2, 5, 10, ... measurements, as often as it takes.
+    """
 
     def __init__(self, observer: MetricsLogger, seconds: float = 10.0) -> None:
         self.observer, self.seconds = observer, seconds
-        self._printed = -float("inf")
         self._shown = observer.latest
+        self._started, self._first = 0.0, 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        """Print the latest metrics, if it is time."""
-        if time.monotonic() - self._printed > self.seconds:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started, self._first = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        """Print what was measured at this step, if it is one to print."""
+        if self.observer.latest is self._shown:
+            return
+        every = self.observer.run.recipe.trainer.log_every
+        measurements = self.seconds / (every * self._seconds_per_step(trainer))
+        if trainer.global_step % (every * round_interval(measurements)) == 0:
             self._print(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -245,10 +277,15 @@ class ConsoleLogger(Callback):
         """Print the held-out means."""
         self._print(trainer)
 
+    def _seconds_per_step(self, trainer: pl.Trainer) -> float:
+        """Of this start, validations counted."""
+        return max(time.monotonic() - self._started, 1e-9) / max(trainer.global_step - self._first, 1)
+
     def _print(self, trainer: pl.Trainer) -> None:
         if self.observer.latest is self._shown:
             return
-        self._shown, self._printed = self.observer.latest, time.monotonic()
+        self._shown, left = self.observer.latest, trainer.max_steps - trainer.global_step
         if trainer.is_global_zero:
             words = "  ".join(f"{name} {value}" for name, value in brief(self._shown).items())
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {words}", flush=True)
+            remaining = f"  {time_left(left * self._seconds_per_step(trainer))}" if left else ""
+            print(f"step {trainer.global_step}/{trainer.max_steps}  {words}{remaining}", flush=True)

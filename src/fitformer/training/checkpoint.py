@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
+from fitformer.config.schema import Training
 from fitformer.errors import InputError
 from fitformer.models.pretrained import Pretrained
 from fitformer.training.checkpoint_file import check_disk_space, first_line, tensor_bytes
@@ -23,10 +24,14 @@ class TrainingInterruptedError(Exception):
     """Training was asked to stop, and its checkpoint is saved."""
 
 
-def validation_pending(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written before the validation of its step."""
-    states = checkpoint.get("callbacks", {})
-    return bool(states.get(CheckpointCallback.__qualname__, {}).get("validation_pending"))
+def noted(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What `CheckpointCallback` noted in a checkpoint, see `CheckpointCallback.state_dict`."""
+    return checkpoint["callbacks"].get(CheckpointCallback.__qualname__, {})
+
+
+def global_batch(training: Training, devices: int) -> int:
+    """Examples of an optimizer step."""
+    return training.batch_size * training.accumulate * devices
 
 
 class CheckpointCallback(Checkpoint):
@@ -54,18 +59,29 @@ class CheckpointCallback(Checkpoint):
         self._failure: Exception | None = None
         # Lightning's counters at the last complete step; None during an optimizer step.
         self._counters: dict[str, Any] | None = None
+        # The training metrics since they were last logged, and over how many micro-batches, at that step.
+        self._recent: tuple[dict[str, Any], int] = ({}, 0)
+        self._batch = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the step's validation is still to come."""
-        return {"validation_pending": self.validation_pending}
+        """Whether the step's validation is still to come, the metrics that are not logged yet, examples of a step."""
+        return {
+            "validation_pending": self.validation_pending,
+            "recent": self._recent[0],
+            "recent_count": self._recent[1],
+            "global_batch": self._batch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.validation_pending = bool(state_dict["validation_pending"])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take the counters of the step that the run goes on from."""
+        """Take the counters and the metrics of the step that the run goes on from."""
         self._counters = checkpoint["loops"]["fit_loop"]
+        saved = checkpoint["callbacks"][self.state_key]
+        self._recent = saved["recent"], saved["recent_count"]
+        pl_module.recent, pl_module.recent_count = self._recent
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers again, since Lightning's own would end the run in the middle of a step.
@@ -73,6 +89,7 @@ class CheckpointCallback(Checkpoint):
         Run the validation that the checkpoint lacks, if it lacks one.
         """
         self.install_signal_handlers()
+        self._batch = global_batch(self.run.recipe.trainer, trainer.world_size)
         # One more if only the last step's validation is missing: Lightning would not start otherwise.
         trainer.fit_loop.epoch_loop.max_steps = self.run.recipe.trainer.steps
         if self.validation_pending:
@@ -100,7 +117,7 @@ class CheckpointCallback(Checkpoint):
         """
         if trainer.fit_loop._should_accumulate():
             return
-        self._note_step(trainer)
+        self._note_step(trainer, pl_module)
         stop = self._all_agree_to_stop(trainer)
         if not self.validation_pending or stop:
             self._save_if_due(trainer, pl_module, stop)
@@ -115,10 +132,11 @@ class CheckpointCallback(Checkpoint):
         self.validation_pending = False
         self._save_if_due(trainer, pl_module, self._all_agree_to_stop(trainer), lacking)
 
-    def _note_step(self, trainer: pl.Trainer) -> None:
-        """Take the counters of a complete step, and whether its validation follows."""
+    def _note_step(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take the counters and the metrics of a complete step, and whether its validation follows."""
         loop: Any = trainer.fit_loop
         self._counters = loop.state_dict()
+        self._recent = dict(pl_module.recent), pl_module.recent_count
         self.validation_pending = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def _save_if_due(self, trainer: pl.Trainer, pl_module: Any, stop: bool, again: bool = False) -> None:
@@ -144,7 +162,7 @@ class CheckpointCallback(Checkpoint):
                 # A later callback failed: the step itself is complete but for its average.
                 if self.average:
                     self.average.on_train_batch_end(trainer, pl_module, None, None, 0)
-                self._note_step(trainer)
+                self._note_step(trainer, pl_module)
             if self._counters is not None:
                 self._save(trainer, pl_module)
         except Exception as error:

@@ -7,16 +7,21 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from fitformer._support.checks import rate
+
 
 class EMACallback(WeightAveraging):
     """Exponential moving average of the weights, whose decay warms up as `(1 + k) / (10 + k)` to `decay`.
 
     Without the warm-up the random initial weights would dominate the average of a short run.
+
+    Raises:
+        InputError: a decay that is not at least 0 and below 1.
     """
 
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._blend)
-        self.decay, self.updates = decay, 0
+        self.decay, self.updates = rate("decay", decay), 0
         self._in_place = False
 
     def _blend(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:

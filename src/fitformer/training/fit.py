@@ -81,7 +81,8 @@ def train(recipe: Recipe, run_dir: str | Path, init_from: str | Path | None = No
 def _train(run: Run, learner: FITModule, examples: Any, held_out: Any, init_from: str | Path | None) -> bool:
     """Begin the run or go on with it, in a directory that is this process's own."""
     recipe, network = run.recipe, learner.network
-    step, validation_pending = _resumed_step(run, network)
+    step, noted = _resumed_step(run, network)
+    validation_pending = bool(noted.get("validation_pending"))
     _check_steps(run, step)
     _check_source(run, init_from, step)
     note = None if init_from is None or step else _initialise(network, init_from)
@@ -98,7 +99,7 @@ def _train(run: Run, learner: FITModule, examples: Any, held_out: Any, init_from
             _say(f"{part}: {dataset.describe()}")
     if step:
         _say(f"{run.path} goes on from step {step} of {recipe.trainer.steps}")
-    return _fit(run, learner, Data(recipe, examples, held_out), step, validation_pending)
+    return _fit(run, learner, Data(recipe, examples, held_out), step, noted)
 
 
 def _say(text: str) -> None:
@@ -121,13 +122,13 @@ def _held_out(recipe: Recipe, masks: Masks | None) -> Any:
     return held_out
 
 
-def _resumed_step(run: Run, network: torch.nn.Module) -> tuple[int, bool]:
-    """The step of the last checkpoint, 0 if there is none, and whether the validation of that step is still to come."""
+def _resumed_step(run: Run, network: torch.nn.Module) -> tuple[int, dict[str, Any]]:
+    """The step of the last checkpoint, 0 if there is none, and what was noted there (`checkpoint.noted`)."""
     if not run.last_checkpoint.is_file():
-        return 0, False
+        return 0, {}
     saved = checkpoint_file.load(run.last_checkpoint, lazily=True)
     checkpoint_file.check_fits(saved, network, run.last_checkpoint)
-    return int(saved["global_step"]), checkpoint.validation_pending(saved)
+    return int(saved["global_step"]), checkpoint.noted(saved)
 
 
 def _check_steps(run: Run, step: int) -> None:
@@ -177,8 +178,8 @@ def _digest(source: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit(run: Run, learner: FITModule, examples: Data, step: int, validation_pending: bool) -> bool:
-    truncate_metrics(run, step, validation_pending)
+def _fit(run: Run, learner: FITModule, examples: Data, step: int, noted: dict[str, Any]) -> bool:
+    validation_pending = bool(noted.get("validation_pending"))
     average = EMACallback(run.recipe.trainer.ema) if run.recipe.trainer.ema else None
     keeper = checkpoint.CheckpointCallback(run, average, step)
     with _quiet(), checkpoint.stopping_cleanly(keeper):
@@ -187,6 +188,8 @@ def _fit(run: Run, learner: FITModule, examples: Data, step: int, validation_pen
             trainer.fit_loop.epoch_loop.max_steps += validation_pending  # See `CheckpointCallback.on_train_start`.
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise InputError(f"these devices cannot be used: {error}") from error
+        _check_global_batch(run, trainer.num_devices, noted)
+        truncate_metrics(run, step, validation_pending)
         try:
             resumed = str(run.last_checkpoint) if step else None
             trainer.fit(learner, datamodule=examples, ckpt_path=resumed, weights_only=True)
@@ -205,6 +208,24 @@ def _fit(run: Run, learner: FITModule, examples: Data, step: int, validation_pen
             raise
     _say(f"{run.path} is complete: {trainer.global_step} steps; its model is {run.model_folder}")
     return True
+
+
+def _check_global_batch(run: Run, devices: int, noted: dict[str, Any]) -> None:
+    """Refuse to go on with steps of another number of examples: other data would be learned, in other portions.
+
+    Raises:
+        InputError: names both numbers, and the devices that make up the former.
+    """
+    training = run.recipe.trainer
+    now, before = checkpoint.global_batch(training, devices), noted.get("global_batch")
+    if before in (None, now):
+        return
+    former = before // checkpoint.global_batch(training, 1)
+    raise InputError(
+        f"{run.path} took steps of {before} examples, on {former} devices, and would take steps of {now} on {devices}: "
+        f"go on with --trainer.devices={former}, or begin another --run-dir with --trainer.accumulate and "
+        "--trainer.batch_size for the present devices"
+    )
 
 
 def _mendable(error: Exception, resume_hint: str) -> Exception | None:

@@ -24,6 +24,7 @@ class FITModule(pl.LightningModule):
     """A network and a recipe; what to compute is asked of the task's plain functions.
 
     `recent` holds the training metrics summed since they were last taken: logging them is the observers' business.
+    Checkpoints keep it, so that a run that was stopped between two measurements averages over the same steps.
     """
 
     def __init__(self, network: FITModel, recipe: Recipe) -> None:

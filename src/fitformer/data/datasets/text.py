@@ -5,6 +5,7 @@ import importlib
 import lzma
 import os
 import sysconfig
+import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from fitformer.data.order import example_generator, permutation
 from fitformer.errors import InputError
 
 VOCABULARY = 256
-# Files from here on are mapped, not read: they may be larger than memory.
-_MAPPED_FROM = 16 * 2**20
+# Files from here on are read window by window: they may be larger than memory.
+_LARGE_FROM = 16 * 2**20
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
@@ -40,21 +41,63 @@ class Piece:
         return self.stop - self.start
 
 
-def _open(piece: Piece) -> np.ndarray:
+class LargeFile:
+    """A piece of a large file, whose bytes are read when they are asked for.
+
+    Not mapped into memory: a mapped file that is cut short ends the process by a signal, without a word.
+    """
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self._file = os.open(piece.name, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Bytes of the piece, a copy, uint8.
+
+        Raises:
+            InputError: the file has become shorter.
+        """
+        start, stop, _ = where.indices(len(self))
+        begin, parts, missing = self.piece.start + start, [], stop - start
+        while missing > 0:
+            # By place: processes that inherit the file share where it is read otherwise.
+            part = os.pread(self._file, missing, begin)
+            if not part:
+                raise _truncated(self.piece, os.fstat(self._file).st_size)
+            parts.append(part)
+            begin, missing = begin + len(part), missing - len(part)
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def _open(piece: Piece) -> "np.ndarray | LargeFile":
     if piece.data is not None:
         return np.frombuffer(piece.data, np.uint8)[piece.start : piece.stop]
     size = os.path.getsize(piece.name)
     if size < piece.stop:
-        raise InputError(f"{piece.name} is truncated: it had {piece.stop} bytes when it was listed and has {size} now")
-    if len(piece) >= _MAPPED_FROM:
-        return np.memmap(piece.name, np.uint8, "r", offset=piece.start, shape=(len(piece),))
-    return np.fromfile(piece.name, np.uint8, count=len(piece), offset=piece.start)
+        raise _truncated(piece, size)
+    if len(piece) >= _LARGE_FROM:
+        return LargeFile(piece)
+    found = np.fromfile(piece.name, np.uint8, count=len(piece), offset=piece.start)
+    if len(found) < len(piece):
+        raise _truncated(piece, piece.start + len(found))
+    return found
+
+
+def _truncated(piece: Piece, size: int) -> InputError:
+    return InputError(
+        f"{piece.name} is truncated: it had {piece.stop} bytes when it was listed and has {size} now; put the file "
+        "back as it was"
+    )
 
 
 class ByteBuffer:
     """The bytes of several pieces, one after the other; large files stay on the disk.
 
-    Pickled as the list of pieces, so that worker processes map the files again instead of receiving their contents.
+    Pickled as the list of pieces, so that worker processes open the files again instead of receiving their contents.
 
     Raises:
         InputError: a file is shorter than its piece.
