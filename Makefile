@@ -12,7 +12,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+# Ray takes 240 MB, so that only the slow tests install it.
 slow: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	$(VENV)/bin/python -m pytest --slow -m slow
 
 lint: $(READY)

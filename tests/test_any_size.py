@@ -214,7 +214,7 @@ def test_masks_say_what_is_skipped(recipe, slides, tmp_path):
         ("--model.latent_position=learned", "data.image_size: null is for models of images of any size"),
         ("--data.augmentation=light", "'light' needs the whole image at once, .*: choose none, flip, dihedral"),
         ("--data.source=digits", "which the source 'digits' does not have"),
-        ("--data.channels=1", "data.channels is 1 and .* has 3; .* remove data.channels"),
+        ("--data.channels=2", "has 3 channels and 2 are asked for"),
         ("--data.masks=nowhere", "there is no folder nowhere of masks"),
         ("--data.background=[255,0]", "data.background has 2 levels, and .* has 3 channels"),
         ("--data.background=pink", "data.background is 'pink'; expected .*'auto'.*, float, tuple"),
@@ -505,7 +505,7 @@ def test_pixels_that_are_no_numbers_do_not_reach_a_checkpoint(recipe, tmp_path, 
         pixels[3, 4] = np.nan if k == 5 else 0
         (root / f"{k % 2}").mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(root / f"{k % 2}" / f"{k}.tif", pixels, tile=(32, 32), photometric="rgb")
-    words = [f"--data.path={root}", "--data.background=none", "--data.holdout=0.1", "--trainer.validate_batches=0"]
+    words = [f"--data.path={root}", "--data.background=none", "--data.holdout=0.25", "--trainer.validate_batches=0"]
     run = tmp_path / "run"
     more = [f"--trainer.batch_size={batch_size}", "--trainer.checkpoint_every=1"]
     assert main(["train", recipe, *words, *more, "--run-dir", str(run)]) == 2

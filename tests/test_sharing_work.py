@@ -1,5 +1,6 @@
 """Many images: processes that share a folder, and a predictor for the engines that spread work themselves."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas
 import pytest
 import tifffile
 from PIL import Image
@@ -156,20 +156,21 @@ def test_a_predictor_says_what_predict_says(run, runs, images, tmp_path, capsys)
     paths = table(images)
     batch = {"path": np.array(paths + paths[:1]), "patient": np.arange(15)}
     found = predictor(batch)
-    assert list(found)[:5] == ["path", "patient", "label", "probability", "probability_0"]
+    assert list(found)[:5] == ["path", "patient", "label", "probability", "p_0"]
     assert found["patient"].tolist() == list(range(15))
     assert len(predictor(batch)["label"]) == 15
     for k, path in enumerate(batch["path"].tolist()):
         if path in wanted:
             assert found["label"][k] == wanted[path]["label"]
             assert found["probability"][k] == pytest.approx(wanted[path]["probability"], abs=1e-6)
-            assert found["probability_3"][k] == pytest.approx(wanted[path]["probabilities"]["3"], abs=1e-6)
+            assert found["p_3"][k] == pytest.approx(wanted[path]["probabilities"]["3"], abs=1e-6)
             assert found["error"][k] == ""
         else:
             assert "broken" in path
             assert found["label"][k] == ""
             assert np.isnan(found["probability"][k])
             assert found["error"][k]
+    pandas = pytest.importorskip("pandas")
     framed = predictor(pandas.DataFrame({"path": paths}))
     assert framed["label"].tolist() == found["label"].tolist()[:14]
 
@@ -185,17 +186,24 @@ def test_a_predictor_is_pickled_as_its_arguments(runs, images):
 def test_a_batch_of_broken_images_alone(runs, images):
     found = fitformer.Predictor(runs["one"], device="cpu")({"path": [str(images / "a" / "broken.tif")]})
     assert found["error"].tolist() != [""]
-    assert np.isnan(found["probability_9"]).all()
+    assert np.isnan(found["p_9"]).all()
 
 
 def test_what_a_predictor_does_not_take(runs, tmp_path):
-    with pytest.raises(InputError, match=r"has the columns \['file'\], and no 'path'"):
+    with pytest.raises(InputError, match="a batch needs a column 'path' of image paths; it has file"):
         fitformer.Predictor(runs["one"])({"file": ["a.png"]})
+    with pytest.raises(InputError, match="has a column 'label' already"):
+        fitformer.Predictor(runs["one"])({"path": ["a.png"], "label": ["x"]})
+    with pytest.raises(InputError, match="a batch is a dict of columns or a pandas DataFrame, and this is list"):
+        fitformer.Predictor(runs["one"])(["a.png"])
+    with pytest.raises(InputError, match="device 'meta' holds no numbers"):
+        fitformer.Predictor(runs["one"], device="meta")({"path": ["a.png"]})
     with pytest.raises(InputError):
         fitformer.Predictor(tmp_path / "nowhere")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: make slow installs it")
 def test_the_example_for_ray(runs, images, tmp_path):
     import pyarrow.parquet
 

@@ -101,18 +101,9 @@ def device_of(arguments: argparse.Namespace) -> "torch.device":
     Raises:
         InputError: the device cannot be used.
     """
-    import torch
+    from fitformer._support.device import usable_device
 
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"the device {name!r} cannot be used ({first}); try --device cpu") from error
-    if device.type == "meta":
-        raise InputError("the device 'meta' holds no numbers; try --device cpu")
-    return device
+    return usable_device(arguments.device)
 
 
 def open_run(path: str, verb: str | None = None) -> "Run":

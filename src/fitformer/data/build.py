@@ -156,7 +156,9 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
     # Where there is one held-out part, it is the test part, too.
     val_part = Part(val or test, "its own validation part" if val else test_note, val is not None and val is not test)
     share = settings.validation_share
-    if val is None and share > 0 and (settings.validation is not None or round(share * len(train)) > 0):
+    # By default only where it can have an image of every class.
+    enough = settings.validation is not None or round(share * len(train)) >= max(1, len(train.classes))
+    if val is None and share > 0 and enough:
         train, val, _ = _split(train, share, settings.split_seed + 1, same["train"])
         val_part = Part(val, f"{share:.0%} of the training part, by seed {settings.split_seed}")
     chosen = {"train": Part(train, f"to train on{left_out}"), "val": val_part, "test": Part(test, test_note, False)}

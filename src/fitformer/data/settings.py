@@ -46,8 +46,8 @@ class ImageData:
         train_part, val_part, test_part: the source's own parts, where it has them.
         holdout: share of the examples held out as the test part, where a source has none of its own.
         validation: share of the training part set aside for validation, where a source has no such part; at 0
-            validation uses the test part. None is 0.1 for one's own data, and 0 for `digits`, `idx` and
-            `megapixel-mnist`, whose published figures train on all of the training part.
+            validation uses the test part. None is 0.1 for one's own data, if that gives as many images as classes, and
+            0 for `digits`, `idx` and `megapixel-mnist`, whose published figures train on all of the training part.
         split_seed: which examples these are.
         sampling: of training images: `uniform`, each once an epoch, or `balanced`, each class equally often.
         augmentation: of training images only. `light`: shift, turn and scale a little (digits); `crop`: random resized

@@ -19,7 +19,7 @@ from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
 from fitformer.inference.explain.batch import Shard, Slide, Slides, find, identity
 from fitformer.inference.explain.explanation import Method
-from fitformer.inference.predict import Prediction, expand, predict
+from fitformer.inference.predict import Prediction, expand, predict, predict_readable
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import PixelArray
 from fitformer.training.run_dir import Run
@@ -72,27 +72,27 @@ class Labeller:
             InputError: no image file, none that can be read, or masks that do not go with them.
         """
         files = [slide.path for slide in find(paths)] if self.takes_any_size else expand(paths)
-        return list(self.label_files(files, batch_size, on_unreadable))
+        self._masks(files)
+        reading = self._reading(batch_size)
+        return list(predict(self.network, files, self.run.classes, **reading, on_unreadable=on_unreadable))
 
-    def label_files(
-        self, files: Sequence[Path], batch_size: int, on_unreadable: Callable[[UnreadableImageError], None]
-    ) -> Iterator[Prediction]:
-        """The labels of image files in their order, without those that cannot be read; see `predict`.
+    def label_each(self, files: Sequence[Path], batch_size: int) -> dict[str, Prediction | UnreadableImageError]:
+        """The label of each file, or why there is none.
 
         Raises:
-            InputError: none of the files can be read, or masks do not go with them.
+            InputError: masks that do not go with the images.
         """
         self._masks(files)
-        return predict(
-            self.network,
-            files,
-            self.run.classes,
-            resize=self.recipe.data.resize,
-            options=open_options(self.recipe.data),
-            batch_size=batch_size,
-            group=self._grouping(),
-            on_unreadable=on_unreadable,
-        )
+        faults: list[UnreadableImageError] = []
+        reading = self._reading(batch_size)
+        found = predict_readable(self.network, files, self.run.classes, **reading, on_unreadable=faults.append)
+        answers: dict[str, Prediction | UnreadableImageError] = {each.file: each for each in found}
+        return {**answers, **{fault.name: fault for fault in faults}}
+
+    def _reading(self, batch_size: int) -> dict[str, Any]:
+        """How the run's images are read."""
+        data, options = self.recipe.data, open_options(self.recipe.data)
+        return {"resize": data.resize, "options": options, "batch_size": batch_size, "group": self._grouping()}
 
     def explain(
         self,

@@ -79,25 +79,55 @@ def predict(
     Raises:
         InputError: none of the files can be read (names them), or `classes` are not as many as the classifier's.
     """
-    known = classifier.num_classes
-    if known != len(classes):
-        raise InputError(f"{len(classes)} class names given to a classifier of {known} classes")
     faults: list[UnreadableImageError] = []
 
     def note(fault: UnreadableImageError) -> None:
         faults.append(fault)
         on_unreadable(fault)
 
-    shares = (
-        _of_any_size(classifier, files, options, group or classifier.grouped, note)
-        if classifier.patch_grid.any_size
-        else _of_one_size(classifier, _readable(classifier.patch_grid, files, resize, options, note), batch_size)
+    yield from predict_readable(
+        classifier,
+        files,
+        classes,
+        resize=resize,
+        options=options,
+        batch_size=batch_size,
+        group=group,
+        on_unreadable=note,
     )
-    for file, row in shares:
-        yield decided(file, row, classes)
     if len(faults) == len(files):
         few = "; ".join(map(str, faults[:5])) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise InputError(f"none of the {len(files)} files can be read: {few}" if files else "no files to label")
+
+
+def predict_readable(
+    classifier: FITImageEncoder,
+    files: Sequence[Path],
+    classes: Sequence[str],
+    *,
+    resize: Resize,
+    options: OpenOptions | None,
+    batch_size: int,
+    group: Group | None,
+    on_unreadable: Callable[[UnreadableImageError], None],
+) -> Iterator[Prediction]:
+    """As `predict`, also where no file can be read.
+
+    Raises:
+        InputError: `classes` are not as many as the classifier's.
+    """
+    known = classifier.num_classes
+    if known != len(classes):
+        raise InputError(f"{len(classes)} class names given to a classifier of {known} classes")
+    shares = (
+        _of_any_size(classifier, files, options, group or classifier.grouped, on_unreadable)
+        if classifier.patch_grid.any_size
+        else _of_one_size(
+            classifier, _readable(classifier.patch_grid, files, resize, options, on_unreadable), batch_size
+        )
+    )
+    for file, row in shares:
+        yield decided(file, row, classes)
 
 
 def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tensor:

@@ -1,105 +1,132 @@
-"""A classifier's run as a function of batches, for engines that spread work over processes and machines."""
+"""A trained classifier as a function of a batch of image paths, as Ray's and Spark's `map_batches` take it."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fitformer.data.decoding import UnreadableImageError
+from fitformer._support.device import usable_device
 from fitformer.errors import InputError
+from fitformer.execution.token_store import Keep
 from fitformer.inference.labelling import Labeller
 from fitformer.inference.predict import Prediction
+from fitformer.tasks import task_of
 from fitformer.training.run_dir import Run
 
 
 class Predictor:
-    """Labels the images that batches name by their paths; Ray's and Spark's `map_batches` take it as it is.
+    """Adds labels to batches of image paths, in any process: a pickle of it holds a path and options, never weights.
 
-    A batch is a mapping of columns (arrays or lists of equal length) or a pandas DataFrame, and comes back as the same
-    kind with more columns: `label` (text), `probability` of it, `probability_NAME` of every class, and `error`, empty
-    for an image that was labelled. One that cannot be read has the label "" and probabilities of NaN, and stops
-    nothing. The numbers are those of `fitformer predict`.
-
-    The model is loaded at the first batch, in the process where that is; pickled, a predictor is its arguments alone.
+    A batch is a dict of columns, each an array or a list of one length, or a pandas DataFrame. It comes back with
+    `label`, `probability`, a column `p_NAME` for each class, and `error`: why an image has no label, else empty. Where
+    there is an error, the label is empty and the probabilities are NaN. The model is loaded by the first batch.
 
     Args:
-        run: the run directory of a classifier, on a disk that every process sees.
-        checkpoint: `last`, `best` or a path, see `Run.model`.
-        device: where to run; `auto` for a GPU where there is one.
-        batch_size: images of one size at once; images of any size are labelled one by one.
-        path: the column of paths.
+        run: run directory of a classifier; every process needs it under this path.
+        checkpoint: as `Run.model`.
+        device: such as `cpu` or `cuda:0`; by default a GPU if the process has one.
+        batch_size: how many images of one size the model takes at once.
+        column: the column of paths.
+        keep, scratch: as `Labeller.stream`, of a run that takes images of any size.
 
     Raises:
-        InputError: no run of a classifier (at once); no such checkpoint, or a batch without the column (at a batch).
+        InputError: no run at `run`, or one of another task.
     """
 
     def __init__(
         self,
         run: str | Path,
         *,
-        checkpoint: str = "last",
-        device: str = "auto",
+        checkpoint: str | Path = "last",
+        device: str | None = None,
         batch_size: int = 64,
-        path: str = "path",
+        column: str = "path",
+        keep: Keep | None = None,
+        scratch: str | None = None,
     ) -> None:
-        opened = Run.open(run)
-        if opened.recipe.task != "classify":
-            raise InputError(f"{run} is a {opened.recipe.task} run; predictions need a run of the task classify")
-        self.run, self.checkpoint, self.device = str(Path(run).resolve()), checkpoint, device
-        self.batch_size, self.path = batch_size, path
+        # Absolute, since a worker may stand in another folder.
+        self.run = os.path.abspath(run)
+        self.checkpoint, self.device, self.batch_size, self.column = checkpoint, device, batch_size, column
+        self.keep, self.scratch = keep, scratch
         self._labeller: Labeller | None = None
+        opened = Run.open(run)
+        if task_of(opened.recipe).verb != "predict":
+            raise InputError(
+                f"{run} is a run of the task {opened.recipe.task}: Predictor labels images, and takes a run of classify"
+            )
+        self.classes = opened.classes
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a batch gets."""
+        return ("label", "probability", *(f"p_{name}" for name in self.classes), "error")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_labeller": None}
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with the columns above.
+        """The batch with columns added, as a dict of arrays or a DataFrame, as it came; see the class.
 
         Raises:
-            InputError: it has no column of paths.
+            InputError: something else than a batch, no column of paths, or columns that are there already.
         """
-        columns = list(batch.columns) if hasattr(batch, "columns") else list(batch)
-        if self.path not in columns:
-            raise InputError(f"a batch has the columns {columns}, and no {self.path!r}: say which has paths (path=...)")
-        added = self._label([str(path) for path in batch[self.path]])
-        return {**batch, **added} if isinstance(batch, Mapping) else batch.assign(**added)
-
-    def _label(self, paths: list[str]) -> dict[str, np.ndarray]:
-        labeller = self._loaded()
-        faults: dict[str, str] = {}
-
-        def note(fault: UnreadableImageError) -> None:
-            faults[str(fault.name)] = fault.reason
-
-        found: list[Prediction] = []
-        try:
-            found.extend(labeller.label_files([Path(path) for path in paths], self.batch_size, note))
-        except InputError:
-            # Of a batch of broken images alone, each says so below.
-            if any(str(Path(path)) not in faults for path in paths):
-                raise
-        by_file = {prediction.file: prediction for prediction in found}
-        rows = [by_file.get(str(Path(path))) for path in paths]
-        names = labeller.run.classes
-        return {
-            "label": np.array(["" if row is None else row.label for row in rows], dtype=object),
-            "probability": np.array([np.nan if row is None else row.probability for row in rows]),
-            **{
-                f"probability_{name}": np.array([np.nan if row is None else row.probabilities[name] for row in rows])
-                for name in names
-            },
-            "error": np.array([faults.get(str(Path(path)), "") for path in paths], dtype=object),
+        self._check(batch)
+        answers = self._answers(list(batch[self.column]))
+        found = [each if isinstance(each, Prediction) else None for each in answers]
+        added: dict[str, np.ndarray] = {
+            "label": np.array([each.label if each else "" for each in found], dtype=object),
+            "probability": np.array([each.probability if each else np.nan for each in found], dtype=np.float64),
         }
+        for name in self.classes:
+            values = [each.probabilities[name] if each else np.nan for each in found]
+            added[f"p_{name}"] = np.array(values, dtype=np.float64)
+        added["error"] = np.array(["" if isinstance(each, Prediction) else each for each in answers], dtype=object)
+        if isinstance(batch, dict):
+            return {**batch, **added}
+        return batch.assign(**added)
 
-    def _loaded(self) -> Labeller:
+    def _check(self, batch: Any) -> None:
+        """Check a batch, which has columns by name.
+
+        Raises:
+            InputError: it has none, lacks that of paths, or has one that would be added.
+        """
+        if not (isinstance(batch, dict) or (hasattr(batch, "columns") and hasattr(batch, "assign"))):
+            raise InputError(
+                f"a batch is a dict of columns or a pandas DataFrame, and this is {type(batch).__name__}; ask for "
+                'batch_format="numpy" or "pandas"'
+            )
+        names = list(batch) if isinstance(batch, dict) else list(batch.columns)
+        if self.column not in names:
+            raise InputError(
+                f"a batch needs a column {self.column!r} of image paths; it has {', '.join(map(str, names))}"
+            )
+        if taken := [name for name in self.columns if name in names]:
+            raise InputError(f"the batch has a column {taken[0]!r} already, which would be added; rename it")
+
+    def _answers(self, cells: Sequence[Any]) -> list[Prediction | str]:
+        """A prediction for each cell, or why there is none."""
+        paths = [Path(str(cell)) if isinstance(cell, str | os.PathLike) and str(cell) else None for cell in cells]
+        files = list(dict.fromkeys(path for path in paths if path is not None))
+        found = self._load().label_each(files, self.batch_size) if files else {}
+        answers: list[Prediction | str] = []
+        for cell, path in zip(cells, paths, strict=True):
+            if path is None:
+                answers.append(f"no path: {type(cell).__name__} {cell!r:.40}")
+                continue
+            answer = found[str(path)]
+            answers.append(answer if isinstance(answer, Prediction) else str(answer))
+        return answers
+
+    def _load(self) -> Labeller:
         if self._labeller is None:
             run = Run.open(self.run)
-            device = self.device
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._labeller = Labeller(run, run.model(self.checkpoint).to(device))
-            if self._labeller.takes_any_size:
-                self._labeller.stream()
+            labeller = Labeller(run, run.model(self.checkpoint).to(usable_device(self.device)))
+            if labeller.takes_any_size:
+                labeller.stream(self.keep, self.scratch)
+            elif self.keep or self.scratch:
+                raise InputError(f"keep and scratch are for a run that takes images of any size; {run.path} takes one")
+            self._labeller = labeller
         return self._labeller

@@ -1,0 +1,28 @@
+"""The device to compute on."""
+
+from typing import TYPE_CHECKING
+
+from fitformer.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_device(name: str | None) -> "torch.device":
+    """The device of this name, such as `cpu` or `cuda:0`; by default the GPU if there is one.
+
+    Raises:
+        InputError: the device cannot be used.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"the device {name!r} cannot be used ({first}); try the device cpu") from error
+    if device.type == "meta":
+        raise InputError("the device 'meta' holds no numbers; try the device cpu")
+    return device
