@@ -505,7 +505,13 @@ def test_pixels_that_are_no_numbers_do_not_reach_a_checkpoint(recipe, tmp_path, 
         pixels[3, 4] = np.nan if k == 5 else 0
         (root / f"{k % 2}").mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(root / f"{k % 2}" / f"{k}.tif", pixels, tile=(32, 32), photometric="rgb")
-    words = [f"--data.path={root}", "--data.background=none", "--data.holdout=0.25", "--trainer.validate_batches=0"]
+    words = [
+        f"--data.path={root}",
+        "--data.background=none",
+        "--data.holdout=0.25",
+        "--data.split_seed=1",
+        "--trainer.validate_batches=0",
+    ]
     run = tmp_path / "run"
     more = [f"--trainer.batch_size={batch_size}", "--trainer.checkpoint_every=1"]
     assert main(["train", recipe, *words, *more, "--run-dir", str(run)]) == 2

@@ -241,7 +241,7 @@ def test_a_mask_of_another_size(size, tmp_path):
         ({"min_foreground": 1.0}, "min_foreground is 1.0"),
         ({"tolerance": -0.1}, "tolerance is -0.1"),
         ({"mask": "nowhere.png"}, r"there is no .*nowhere\.png"),
-        ({"group_size": 0}, "a size is one positive whole number"),
+        ({"group_size": 0}, "a size is 0; it must be one positive whole number"),
     ],
 )
 def test_bad_settings(arguments, message, tmp_path):

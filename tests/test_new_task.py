@@ -95,6 +95,7 @@ def test_a_module_in_the_package_is_a_task(parity, tmp_path, capsys):
         "--trainer.steps=3",
         "--trainer.batch_size=8",
         "--trainer.keep_best=true",
+        "--data.validation=0.1",
         "--trainer.accelerator=cpu",
         "--trainer.validate_every=2",
     ]

@@ -550,6 +550,22 @@ def test_channels_are_converted_alike_in_both_paths(tmp_path):
         open_image(tmp_path / "a.npy", channels=3)
 
 
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_a_file_that_is_cut_off_while_it_is_open_is_an_error(suffix, tmp_path):
+    stored = random_samples(0, (400, 300, 3), 8)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "npy":
+        np.save(path, stored)
+    else:
+        write_tiff(path, stored, 8, RGB)
+    with open_image(path) as image:
+        assert np.array_equal(image.window(390, 0, 10, 300), stored[390:])
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        with pytest.raises(InputError, match=rf"a\.{suffix} was cut off: its pixels end at byte 360,.* byte 1,000"):
+            image.window(390, 0, 10, 300)
+
+
 # --- chunks that inflate
 
 

@@ -554,7 +554,7 @@ def test_images_that_cannot_be():
         GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.zeros((2, 2), bool))
     with pytest.raises(InputError, match=r"2 x 2 .*3 x 2"):
         GroupedImage(PixelArray(picture(16, 24)), model.patch_grid, np.ones((3, 2), bool))
-    with pytest.raises(InputError, match="are a table"):
+    with pytest.raises(InputError, match="is a table"):
         fitformer.FITImageEncoder.from_config(layers="(1)1", image_size=None, group_size=8, patch_size=4, **SIZES)
     fixed = fitformer.FITImageEncoder.from_config(
         layers="(1)1", image_size=(16, 24), group_size=(8, 12), patch_size=4, channels=2, **SIZES

@@ -130,7 +130,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(name, text, tmp_path,
 
 def test_a_run_directory_explains_itself(text, tmp_path):
     run_dir = tmp_path / "run"
-    assert main(words("digits-diffuse", text, run_dir, "--trainer.keep_best=true")) == 0
+    assert main(words("digits-diffuse", text, run_dir, "--trainer.keep_best=true", "--data.validation=0.1")) == 0
     run = Run.open(run_dir)
     assert run.recipe.trainer.keep_best
     assert run.recipe.objective == config.load("digits-diffuse", MORE["digits-diffuse"]).objective
@@ -205,7 +205,12 @@ def test_a_signal_stops_after_the_running_step_with_everything_saved(number, str
 
 
 # Every third step is saved and validated, the last one too, and the best is kept.
-COINCIDING = ["--trainer.checkpoint_every=3", "--trainer.validate_every=3", "--trainer.keep_best=true"]
+COINCIDING = [
+    "--trainer.checkpoint_every=3",
+    "--trainer.validate_every=3",
+    "--trainer.keep_best=true",
+    "--data.validation=0.1",
+]
 IN_TRAINING = "fitformer.training."
 
 

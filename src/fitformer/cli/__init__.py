@@ -32,9 +32,10 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a letter shows its code, and ends nothing.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a letter shows its code, and ends nothing.
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not words or words[0] not in VERBS:
             return _outer(words)

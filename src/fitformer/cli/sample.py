@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{folder} was trained without classes; leave --classes out")
     asked = class_numbers(arguments.classes, classes)
     count = arguments.count or (10 * len(asked) if asked else 16)
+    model.check_room(count, arguments.batch_size)
     labels = [asked[k % len(asked)] for k in range(count)] if asked else None
     drawing = settings(arguments, model)
     done, steps = itertools.count(1), drawing["steps"] * -(-count // arguments.batch_size)

@@ -76,9 +76,9 @@ def parse(text: str, overrides: Sequence[str] = (), where: str = "the recipe") -
     for source, keys in ((where, written), ("the command line", dict(pairs))):
         for key in keys:
             _check_key(key, leaves, source)
-    values = {key: _typed(key, leaves[key], value) for key, value in written.items()}
-    values |= {key: _typed(key, leaves[key], value, from_text=True) for key, value in pairs}
     try:
+        values = {key: _typed(key, leaves[key], value) for key, value in written.items()}
+        values |= {key: _typed(key, leaves[key], value, from_text=True) for key, value in pairs}
         return _build(kind, values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fitformer import diffusion as maths
 from fitformer._support.checks import checked, whole
+from fitformer._support.system_memory import check_room
 from fitformer.diffusion import DiffusionConfig
 from fitformer.diffusion.samplers import sampler_of
 from fitformer.errors import InputError
@@ -169,7 +170,7 @@ class FITImageDenoiser(FITModel):
             InputError: a class out of range, classes for an unconditional model, another number of classes than of
                 images, guidance for a model that was trained with `condition_dropout` 0, an unknown sampler.
         """
-        check_sizes(count=count, batch_size=batch_size)
+        self.check_room(count, batch_size)
         labels, own = self._labels(classes, count, first), self.diffusion
         options = {
             "steps": own.sample_steps if steps is None else steps,
@@ -184,6 +185,19 @@ class FITImageDenoiser(FITModel):
             )
         batches = self._batches(count, first, labels, batch_size)
         return torch.cat([self._sample(numbers, cond, seed, **options) for numbers, cond in batches])
+
+    def check_room(self, count: int, batch_size: int = 64) -> None:
+        """Check that `sample` has the memory for so many images, and for a batch of them at work.
+
+        Raises:
+            InputError: it has not (names both amounts), or a number that is none.
+        """
+        check_sizes(count=count, batch_size=batch_size)
+        tokens = (self.patch_grid.num_groups or 1) * self.patch_grid.tokens_per_group
+        # Noise, prediction, guesses and the trunk's activations; images are kept as bytes.
+        at_work = min(count, batch_size) * tokens * (8 * self.patch_grid.token_dim + 4 * self.trunk.config.dim)
+        images = count * tokens * self.patch_grid.token_dim // 4
+        check_room(f"{count} images, {min(count, batch_size)} at once,", at_work + images)
 
     def _batches(
         self, count: int, first: int, labels: Sequence[int], batch_size: int

@@ -83,19 +83,30 @@ def measure(bench: Bench) -> Measured:
     if bench.image is not None:
         rows, columns, channels = open_image(bench.image).shape
         geometry = replace(bench.geometry, image_size=(rows, columns), channels=channels)
-        return _measured(replace(bench, geometry=geometry), bench.image, device)
+        return _measured(bench, _plan(bench, geometry), bench.image, device)
+    # Before an image is written that nothing could hold.
+    plan = _plan(bench, bench.geometry)
     with tempfile.TemporaryDirectory(prefix="fitformer-bench-") as folder:
         path = Path(folder) / "image.tif"
         rows, columns = to_sides(bench.geometry.image_size, "hw")
         write_image(path, rows, columns, bench.geometry.channels)
-        return _measured(bench, path, device)
+        return _measured(bench, plan, path, device)
 
 
-def _measured(bench: Bench, path: str | Path, device: torch.device) -> Measured:
+def _plan(bench: Bench, geometry: Geometry) -> Plan:
+    """The plan of a step.
+
+    Raises:
+        InputError: none fits the budget.
+    """
     budget = bench.request.budget or available_memory(bench.request.device)
-    plan = choose(bench.geometry, replace(bench.request, budget=budget))
+    plan = choose(geometry, replace(bench.request, budget=budget))
     if not plan.fits:
         raise InputError(plan.verdict)
+    return plan
+
+
+def _measured(bench: Bench, plan: Plan, path: str | Path, device: torch.device) -> Measured:
     torch.manual_seed(0)
     role, config = plan.geometry.config()
     model = getattr(fitformer, role).from_config(config).to(device)

@@ -95,11 +95,23 @@ class Run:
         return read_metrics(self.metrics_file)
 
     def describe_data(self) -> dict[str, Any]:
-        """What was learned from: `classes`, `channels`, the type of `pixels`, one line on each part."""
+        """What was learned from: `classes`, `channels`, the type of `pixels`, one line on each part.
+
+        Raises:
+            InputError: it is not there, not whole, or says something else.
+        """
         path = self.path / "data.json"
         if not path.is_file():
             raise InputError(f"{self.path} has no data.json: its training never started; train it first")
-        return _read_json(path)
+        found = _read_json(path)
+        names = found.get("classes") if isinstance(found, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(
+                f"{path} does not name the classes of a run; remove it, and the same training writes it anew"
+            )
+        if found.get("pixels") not in (None, "uint8", "uint16", "float32", "float64", "float16"):
+            raise InputError(f"{path} says that pixels are {found['pixels']!r}, which images are not; remove it")
+        return found
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -287,7 +299,7 @@ def _note_start(path: Path) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not whole ({error}); remove it, and the same training writes it anew") from error
 
 

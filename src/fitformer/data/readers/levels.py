@@ -5,6 +5,7 @@ A level is stored in tiles (`Tiles`), lies in the file as it is (`MemmapLevel`),
 """
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,11 +173,16 @@ class MemmapLevel:
         rows, columns, *rest = (shape[axis] for axis in self._axes)
         self.shape = (rows, columns, int(np.prod(rest, dtype=np.int64)))
         self.dtype = np.dtype(dtype).newbyteorder("=")
+        self._end = offset + prod(shape) * self.dtype.itemsize
         self.tile = (1, columns) if layout == "C" else (rows, 1)
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Pixels (height, width, channels), copied from the file."""
-        with readable(str(self._map["filename"])):
+        path = str(self._map["filename"])
+        with readable(path):
+            # A page of a map beyond the file's end would kill the process.
+            if (there := os.path.getsize(path)) < self._end:
+                raise InputError(f"{path} was cut off: its pixels end at byte {self._end:,} and it at byte {there:,}")
             whole = np.memmap(mode="r", **self._map).transpose(self._axes)  # type: ignore[call-overload]
         part = np.array(whole[top : top + height, left : left + width], dtype=self.dtype, order="C", subok=False)
         return part.reshape(height, width, self.shape[2])
