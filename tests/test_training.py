@@ -733,6 +733,22 @@ def test_the_best_checkpoint_is_read_by_name_and_by_path(coinciding, tmp_path, c
     assert found["best"]["loss"] != found["last"]["loss"]
 
 
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_run_that_was_moved_or_copied_says_so_and_loses_nothing(how, tmp_path, capsys):
+    first, second, whole = (tmp_path / name for name in ("first", "second", "whole"))
+    assert main(words("digits-classify", None, first, "--trainer.steps=4")) == 0
+    assert main(words("digits-classify", None, whole)) == 0
+    (shutil.move if how == "moved" else shutil.copytree)(str(first), str(second))
+    capsys.readouterr()
+    assert main(words("digits-classify", None, second)) == 0
+    said = "was moved from" if how == "moved" else "is a copy of"
+    assert f"{second} {said} {first}, where it was trained before" in capsys.readouterr().out
+    assert len(Run.open(second).metrics()) == len(Run.open(whole).metrics())
+    assert Run.open(second).last_checkpoint.is_file()
+    assert main(words("digits-classify", None, second)) == 0
+    assert said not in capsys.readouterr().out
+
+
 def test_without_keep_best_there_is_none(straight, capsys):
     for verb in (["evaluate"], ["predict"]):
         assert main([*verb, str(straight), *(["."] if verb == ["predict"] else []), "--checkpoint", "best"]) == 2

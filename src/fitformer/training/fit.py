@@ -35,6 +35,7 @@ from fitformer.training.run_dir import (
     check_run,
     is_first_process,
     locked,
+    place_before,
     start_run,
     truncate_metrics,
     write_data_card,
@@ -86,7 +87,11 @@ def _train(run: Run, learner: FITModule, examples: Any, held_out: Any, init_from
     _check_steps(run, step)
     _check_source(run, init_from, step)
     note = None if init_from is None or step else _initialise(network, init_from)
+    elsewhere = place_before(run.path)
     run = start_run(run.path, recipe, note)
+    if elsewhere is not None:
+        how = "is a copy of" if Path(elsewhere).is_dir() else "was moved from"
+        _say(f"{run.path} {how} {elsewhere}, where it was trained before")
     if step:
         run.check_pixels(examples)
     write_data_card(run, examples, held_out)

@@ -291,9 +291,28 @@ def is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
+def place_before(path: str | Path) -> str | None:
+    """Where a run was last trained, if it stood elsewhere then: it was moved or copied. None if it stood here.
+
+    Raises:
+        InputError: its environment.json is not whole.
+    """
+    starts = _starts(Path(path) / "environment.json")
+    before = starts[-1].get("directory") if starts else None
+    return None if before in (None, os.path.abspath(path)) else str(before)
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    found = _read_json(path) if path.is_file() else {"starts": []}
+    starts = found.get("starts") if isinstance(found, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise InputError(f"{path} is no list of starts; remove it, and the same training writes it anew")
+    return starts
+
+
 def _note_start(path: Path) -> None:
-    starts = _read_json(path)["starts"] if path.is_file() else []
-    _write(path, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+    start = {"directory": os.path.abspath(path.parent), **environment()}
+    _write(path, json.dumps({"starts": [*_starts(path), start]}, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> Any:
