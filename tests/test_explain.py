@@ -29,9 +29,10 @@ from fitformer.inference.explain import (
 )  # fmt: skip
 from fitformer.inference.explain.agreement import rank_correlation
 from fitformer.inference.explain.attribution import CONTRAST
-from fitformer.inference.explain.batch import Slide, Slides, find
+from fitformer.inference.explain.batch import Slides
 from fitformer.inference.explain.explanation import MAPS
 from fitformer.inference.explain.overlay import blend, grey, thumbnail_size
+from fitformer.inference.find import Slide, find
 from fitformer.patching.any_size import GroupedImage, PixelArray
 from helpers import untrained_run
 

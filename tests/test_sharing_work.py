@@ -18,7 +18,7 @@ from PIL import Image
 import fitformer
 from fitformer.cli import main
 from fitformer.errors import InputError
-from fitformer.inference.explain.batch import Shard, Slide
+from fitformer.inference.find import Shard, Slide, find
 from helpers import untrained_run
 
 TINY = ["dim=16", "latent_dim=16", "heads=2", "latent_heads=2", "latents_per_group=2", "group_size=4", "patch_size=2"]
@@ -116,6 +116,17 @@ def test_an_image_stays_in_its_part_when_others_are_added():
         assert before <= {slide.name for slide in Shard(part, 8).of([Slide(Path("new"), "new.tif"), *slides])}
     with pytest.raises(InputError, match="shard 9/8"):
         Shard(9, 8)
+
+
+def test_each_folder_is_read_once_whatever_links_there_are(images, tmp_path):
+    before = [slide.name for slide in find([images])]
+    (images / "a" / "loop").symlink_to("..")
+    (images / "a" / ".hidden").mkdir()
+    (images / "a" / ".hidden" / "x.tif").write_bytes(b"")
+    assert [slide.name for slide in find([images])] == before
+    (images / "out" / "deep").mkdir(parents=True)
+    (images / "out" / "deep" / "map.tif").write_bytes(b"")
+    assert [slide.name for slide in find([images], images / "out")] == before
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1/0", "a/b", "1", "1/2/3", "-1/2"])

@@ -128,7 +128,7 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
         )
     if arguments.output.is_file():
         raise InputError(f"{arguments.output} is a file; heat maps need a folder, labels alone a .csv or .json")
-    from fitformer.inference.explain.batch import Shard
+    from fitformer.inference.find import Shard
 
     method: Method | None = None if arguments.explain == "none" else arguments.explain or "gradient"
     with progress("label" if method is None else "explain") as show:

@@ -138,43 +138,80 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
         InputError: a part that is not there or of other images than those to train on, or a share that leaves a side
             empty.
     """
-    train = _named_part(parts, settings.train_part, ())
-    assert train is not None
-    val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
-    test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
-    sources = [train, *(part or subset(train, _NONE) for part in (val, test))]
-    same = dict(zip(("train", "val", "test"), contents(sources)))
-    train, same["train"], copies = _without(train, same["train"], same["val"], same["test"])
+    train, val, test = _own_parts(parts, settings)
+    whole = len(train.source)
+    train = train.without(val, test)
+    note = f"; {whole - len(train.source)} copies of held-out images left out" if len(train.source) < whole else ""
     if val and test:
-        val, same["val"], _ = _without(val, same["val"], same["test"])
-    left_out = f"; {copies} copies of held-out images left out" if copies else ""
-    test, test_note = (test or val), "its own test part" if test else "its own validation part"
-    if test is None:
-        train, test, kept = _split(train, settings.holdout, settings.split_seed, same["train"])
-        same["train"] = same["train"][kept]
-        test_note = f"{settings.holdout:.0%} held out by seed {settings.split_seed}"
+        val = val.without(test)
+    test_note = "its own test part" if test else "its own validation part"
     # Where there is one held-out part, it is the test part, too.
-    val_part = Part(val or test, "its own validation part" if val else test_note, val is not None and val is not test)
+    test = test or val
+    if test is None:
+        train, test = train.split(settings.holdout, settings.split_seed)
+        test_note = f"{settings.holdout:.0%} held out by seed {settings.split_seed}"
+    val_note = test_note if val is None or val is test else "its own validation part"
     share = settings.validation_share
     # By default only where it can have an image of every class.
-    enough = settings.validation is not None or round(share * len(train)) >= max(1, len(train.classes))
+    enough = settings.validation is not None or round(share * len(train.source)) >= max(1, len(train.source.classes))
     if val is None and share > 0 and enough:
-        train, val, _ = _split(train, share, settings.split_seed + 1, same["train"])
-        val_part = Part(val, f"{share:.0%} of the training part, by seed {settings.split_seed}")
-    chosen = {"train": Part(train, f"to train on{left_out}"), "val": val_part, "test": Part(test, test_note, False)}
-    return chosen[split]
+        train, val = train.split(share, settings.split_seed + 1)
+        val_note = f"{share:.0%} of the training part, by seed {settings.split_seed}"
+    return {
+        "train": Part(train.source, f"to train on{note}"),
+        "val": Part((val or test).source, val_note, val is not None and val is not test),
+        "test": Part(test.source, test_note, False),
+    }[split]
+
+
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """A source and the number of each example's content, see `copies.contents`."""
+
+    source: Source
+    contents: np.ndarray
+
+    def without(self, *others: "_Examples | None") -> "_Examples":
+        """Without the examples whose contents are others' too.
+
+        Raises:
+            InputError: none is left.
+        """
+        shared = np.isin(self.contents, np.concatenate([_NONE, *(other.contents for other in others if other)]))
+        if shared.all():
+            raise InputError(f"{self.source.title}: all of its {len(shared)} images are in the held-out part, too")
+        return self._at(np.flatnonzero(~shared)) if shared.any() else self
+
+    def split(self, share: float, seed: int) -> "tuple[_Examples, _Examples]":
+        """The examples that are kept, and the share that is held out; warns of classes of which none is."""
+        source, labels = self.source, self.source.labels
+        kept, held = hold_out(len(source), share, seed, labels, self.contents)
+        if source.classes and (alone := sorted(set(labels.tolist()) - set(labels[held].tolist()))):
+            names = [f"{source.classes[label]} ({int((labels == label).sum())})" for label in alone]
+            warnings.warn(
+                f"{source.title}: holding out {share:.0%} takes none of {len(names)} rare classes, which are not "
+                f"measured: {listed(names)}",
+                stacklevel=2,
+            )
+        return self._at(kept), self._at(held)
+
+    def _at(self, indices: np.ndarray) -> "_Examples":
+        return _Examples(subset(self.source, indices), self.contents[indices])
 
 
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def _without(source: Source, own: np.ndarray, *others: np.ndarray) -> tuple[Source, np.ndarray, int]:
-    """A source and its contents without the examples whose contents are others' too, and how many these were."""
-    kept = np.flatnonzero(~np.isin(own, np.concatenate(others)))
-    if not len(kept):
-        raise InputError(f"{source.title}: all of its {len(own)} images are in the held-out part, too")
-    copies = len(own) - len(kept)
-    return (subset(source, kept), own[kept], copies) if copies else (source, own, 0)
+def _own_parts(parts: dict[str, Source], settings: ImageData) -> tuple[_Examples, _Examples | None, _Examples | None]:
+    """The source's own parts to train on, to validate on and to test on, where it has them."""
+    train = _named_part(parts, settings.train_part, ())
+    assert train is not None
+    val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
+    test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
+    numbers = iter(contents([part for part in (train, val, test) if part is not None]))
+    first, *others = (None if part is None else _Examples(part, next(numbers)) for part in (train, val, test))
+    assert first is not None
+    return first, others[0], others[1]
 
 
 def _alike(train: Source, part: Source | None) -> Source | None:
@@ -187,20 +224,6 @@ def _alike(train: Source, part: Source | None) -> Source | None:
             "set data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
         )
     return part
-
-
-def _split(source: Source, share: float, seed: int, same: np.ndarray) -> tuple[Source, Source, np.ndarray]:
-    """The examples that are kept, those held out, and the places of the first."""
-    labels = source.labels
-    kept, held = hold_out(len(source), share, seed, labels, same)
-    if source.classes and (alone := sorted(set(labels.tolist()) - set(labels[held].tolist()))):
-        names = [f"{source.classes[label]} ({int((labels == label).sum())})" for label in alone]
-        warnings.warn(
-            f"{source.title}: holding out {share:.0%} takes none of {len(names)} rare classes, which are not measured: "
-            f"{listed(names)}",
-            stacklevel=2,
-        )
-    return subset(source, kept), subset(source, held), kept
 
 
 def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:

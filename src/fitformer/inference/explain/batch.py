@@ -21,7 +21,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from glob import escape
@@ -34,7 +34,6 @@ import torch
 from filelock import FileLock
 
 from fitformer._support.atomic_files import write_atomically
-from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
 from fitformer.data.readers import open_image
 from fitformer.errors import EmptyImageError, InputError
 from fitformer.inference.explain.agreement import Agreement
@@ -44,6 +43,7 @@ from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.inference.explain.leave_out import Tell, log_odds
 from fitformer.inference.explain.overlay import thumbnail_size, write_overlay
+from fitformer.inference.find import Slide, same_file
 from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage
@@ -79,86 +79,6 @@ class Failure:
             else "unreadable"
         )
         return cls(what, str(error))
-
-
-@dataclass(frozen=True)
-class Slide:
-    """An image file and the name, a path below the output folder, that its outputs begin with."""
-
-    path: Path
-    name: str
-
-
-def find(paths: Iterable[str | Path], output: Path | None = None, endings: frozenset[str] | None = None) -> list[Slide]:
-    """Images as they are given, and of folders all below them, sorted; what lies below `output` is left out.
-
-    `endings` are those of images' names, lower case; by default all that can be read piece by piece.
-
-    Raises:
-        InputError: a folder without an image, or two images whose outputs would have the same name.
-    """
-    found: dict[str, Slide] = {}
-    known = lazy_suffixes() if endings is None else endings
-    for path in map(Path, paths):
-        is_folder = path.is_dir() and not _is_image(path, known)
-        slides = list(_below(path, output, known)) if is_folder else [Slide(path, path.name)]
-        if not slides:
-            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
-        for slide in slides:
-            other = found.setdefault(slide.name, slide)
-            if not _same(other.path, slide.path):
-                raise InputError(
-                    f"{other.path} and {slide.path} would both be written as {slide.name}; give the folder above "
-                    "both, or each an output folder of its own"
-                )
-    return list(found.values())
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths, absolute or not, lead to one file."""
-    if os.path.abspath(one) == os.path.abspath(other):
-        return True
-    return one.exists() and other.exists() and one.samefile(other)
-
-
-def _is_image(path: Path, known: frozenset[str]) -> bool:
-    return path.suffix.lower() in known and (not path.is_dir() or is_image_folder(path))
-
-
-def _below(folder: Path, output: Path | None, known: frozenset[str], name: str = "") -> Iterator[Slide]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or (output is not None and path.resolve() == output.resolve()):
-            continue
-        if _is_image(path, known):
-            yield Slide(path, name + path.name)
-        elif path.is_dir():
-            yield from _below(path, output, known, f"{name}{path.name}/")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The images of one process of several that share a folder: part `number` of `count`, from 1.
-
-    To which part an image belongs follows from its name alone, so that none changes its part when others are added.
-
-    Raises:
-        InputError: no such part.
-    """
-
-    number: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise InputError(f"shard {self.number}/{self.count}: parts are numbered from 1 to their count")
-
-    def of(self, slides: Iterable[Slide]) -> list[Slide]:
-        """Those of the images that are in this part."""
-        return [slide for slide in slides if self._part(slide.name) == self.number - 1]
-
-    def _part(self, name: str) -> int:
-        digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % self.count
 
 
 def identity(network: FITImageEncoder) -> str:
@@ -298,7 +218,7 @@ class Slides:
             )
         earlier = Path(record["path"])
         was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
-        if not (_same(earlier, slide.path) or was_moved):
+        if not (same_file(earlier, slide.path) or was_moved):
             raise InputError(
                 f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
                 "another output folder, label both by one command on the folder above them, or delete what is there"
@@ -308,7 +228,7 @@ class Slides:
         """Have the outputs that are there name their image as it is called now, if it was moved since."""
         path = self.output / (slide.name + RECORD)
         record = _read(path)
-        if not _same(Path(record["path"]), slide.path):
+        if not same_file(Path(record["path"]), slide.path):
             _write_text(path, _as_json({**record, **_names(slide)}))
 
     def _note_broken(self, slide: Slide, broken: Failure) -> None:

@@ -1,0 +1,90 @@
+"""Which image files a command is about, by what name each is written, and which of several processes takes it."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fitformer.data.datasets.folders import LAZY, image_files
+from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
+from fitformer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Slide:
+    """An image file and the name, a path below the output folder, that its outputs begin with."""
+
+    path: Path
+    name: str
+
+
+def find(paths: Iterable[str | Path], output: Path | None = None, endings: frozenset[str] | None = None) -> list[Slide]:
+    """Images as they are given, and of folders all below them, sorted; what lies below `output` is left out.
+
+    `endings` are those of images' names, lower case; by default all that can be read piece by piece.
+
+    Raises:
+        InputError: a folder without an image, or two images whose outputs would have the same name.
+    """
+    found: dict[str, Slide] = {}
+    known = lazy_suffixes() if endings is None else endings
+    for path in map(Path, paths):
+        is_folder = path.is_dir() and not _is_image(path, known)
+        slides = list(_below(path, output, known)) if is_folder else [Slide(path, path.name)]
+        if not slides:
+            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
+        for slide in slides:
+            other = found.setdefault(slide.name, slide)
+            if not same_file(other.path, slide.path):
+                raise InputError(
+                    f"{other.path} and {slide.path} would both be written as {slide.name}; give the folder above "
+                    "both, or each an output folder of its own"
+                )
+    return list(found.values())
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths, absolute or not, lead to one file."""
+    if os.path.abspath(one) == os.path.abspath(other):
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _is_image(path: Path, known: frozenset[str]) -> bool:
+    return path.suffix.lower() in known and (not path.is_dir() or is_image_folder(path))
+
+
+def _below(folder: Path, output: Path | None, known: frozenset[str]) -> Iterator[Slide]:
+    """The images below a folder: those that training reads there, each folder once, whatever links there are."""
+    skipped = None if output is None else output.resolve()
+    for file in image_files(folder, replace(LAZY, suffixes=lambda: known)):
+        path = Path(file)
+        if skipped is None or skipped not in path.resolve().parents:
+            yield Slide(path, path.relative_to(folder).as_posix())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of one process of several that share a folder: part `number` of `count`, from 1.
+
+    To which part an image belongs follows from its name alone, so that none changes its part when others are added.
+
+    Raises:
+        InputError: no such part.
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise InputError(f"shard {self.number}/{self.count}: parts are numbered from 1 to their count")
+
+    def of(self, slides: Iterable[Slide]) -> list[Slide]:
+        """Those of the images that are in this part."""
+        return [slide for slide in slides if self._part(slide.name) == self.number - 1]
+
+    def _part(self, name: str) -> int:
+        digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % self.count
