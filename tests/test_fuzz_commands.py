@@ -234,7 +234,7 @@ CONTENTS = [
     *(b"task: [", b'{"layers": 5}', b'{"mlp_ratio": NaN}', b"PK\x03\x04 no archive"),
 ]
 PARTS = ["recipe.yaml", "data.json", "model/config.json", "model/model.safetensors", "metrics.jsonl"]
-PARTS += ["environment.json", "checkpoints/last.ckpt"]
+PARTS += ["environment.json", "initial_weights.json", "checkpoints/last.ckpt"]
 
 
 def damaged_run(run, target, part, random):

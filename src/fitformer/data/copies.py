@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -23,43 +23,42 @@ def contents(sources: Sequence[Source]) -> list[np.ndarray]:
     Files are compared by their bytes, whatever their names; those above 64 MiB by 16 pieces of 1 MiB. Sources that make
     their images have no copies.
     """
-    keys: list[Hashable] = []
-    looks: list[list[Callable[[], Hashable]]] = []
-    for number, source in enumerate(sources):
-        for index in range(len(source)):
-            closer = _looks(source, index)
-            keys.append(closer[0]() if closer else (number, index))
-            looks.append(closer[1:])
+    places = [(source, index) for source in sources for index in range(len(source))]
+    keys: list[Hashable] = [_look(*where, level=0) or place for place, where in enumerate(places)]
     # A closer look only at what is still alike.
-    for level in range(2):
+    for level in (1, 2):
         counts = Counter(keys)
         for place, key in enumerate(keys):
-            if counts[key] > 1 and level < len(looks[place]):
-                keys[place] = (key, looks[place][level]())
+            if counts[key] > 1 and (closer := _look(*places[place], level)) is not None:
+                keys[place] = (key, closer)
     numbers: dict[Hashable, int] = {}
     found = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
     return np.split(found, np.cumsum([len(source) for source in sources])[:-1])
 
 
-def _looks(source: Source, index: int) -> list[Callable[[], Hashable]]:
-    """Ever closer looks at the content of an example; none of one that is made when it is asked for."""
+def _look(source: Source, index: int, level: int) -> Hashable | None:
+    """A look at the content of an example, closer with each `level` from 0 to 2; None if there is no closer one.
+
+    Of an example that is made when it is asked for there is none at all.
+    """
     if isinstance(source, Subset):
-        return _looks(source.whole, int(source.indices[index]))
+        return _look(source.whole, int(source.indices[index]), level)
     if isinstance(source, ArraySource):
-        return [lambda: hashlib.blake2b(source.images[index].tobytes()).digest()]
+        return hashlib.blake2b(source.images[index].tobytes()).digest() if level == 0 else None
     if not isinstance(source, FileSource | LazySource):
-        return []
+        return None
     file = source.files[index]
     if isinstance(file, bytes):
-        return [lambda: hashlib.blake2b(file).digest()]
+        return hashlib.blake2b(file).digest() if level == 0 else None
     try:
         about = os.stat(file)
     except OSError:
-        return []
+        return None
     if not os.path.isfile(file):
-        return [lambda: os.path.realpath(file)]
-    state = file, about.st_size, about.st_mtime_ns
-    return [lambda: about.st_size, lambda: _edges(*state), lambda: _whole(*state)]
+        return os.path.realpath(file) if level == 0 else None
+    if level == 0:
+        return "file", about.st_size
+    return (_edges if level == 1 else _whole)(file, about.st_size, about.st_mtime_ns)
 
 
 def _read(file: str, places: Sequence[int], length: int) -> bytes:

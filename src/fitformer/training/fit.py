@@ -1,7 +1,6 @@
 """Training a recipe into a run directory, on Lightning: one endless epoch that goes on where it stopped."""
 
 import hashlib
-import json
 import logging
 import sys
 import warnings
@@ -158,7 +157,7 @@ def _check_source(run: Run, source: str | Path | None, step: int) -> None:
     Raises:
         InputError: names both sources.
     """
-    begun = json.loads(run.initial_weights.read_text()) if run.initial_weights.is_file() else {}
+    begun = run.describe_start()
     there = begun.get("source", "random weights")
     if source is None:
         if begun and not step:

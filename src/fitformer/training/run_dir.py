@@ -113,6 +113,17 @@ class Run:
             raise InputError(f"{path} says that pixels are {found['pixels']!r}, which images are not; remove it")
         return found
 
+    def describe_start(self) -> dict[str, str]:
+        """From which weights it began: `source`, `sha256`; empty if from random ones.
+
+        Raises:
+            InputError: the note of them is not whole.
+        """
+        found = _read_json(self.initial_weights) if self.initial_weights.is_file() else {}
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise InputError(f"{self.initial_weights} does not say from which weights the run began; remove it")
+        return found
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, by number; empty without classes."""
@@ -319,7 +330,8 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not whole ({error}); remove it, and the same training writes it anew") from error
+        way = "remove it, and the same training writes it anew"
+        raise InputError(f"{path} is not whole ({' '.join(str(error).split())}); {way}") from error
 
 
 def environment() -> dict[str, Any]:
