@@ -118,6 +118,18 @@ def test_an_image_stays_in_its_part_when_others_are_added():
         Shard(9, 8)
 
 
+def test_a_part_of_broken_images_alone_is_no_error(runs, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"no image")
+    words = ["predict", runs["one"], str(tmp_path / "images"), "--explain", "none", "--output", str(tmp_path / "out")]
+    for part in (1, 2):
+        assert main([*words, "--shard", f"{part}/2"]) == 0
+    assert len((tmp_path / "out" / "broken.csv").read_text().splitlines()) == 4
+    assert main(words) == 2
+    assert "none of the 3 images can be labelled" in capsys.readouterr().err
+
+
 def test_each_folder_is_read_once_whatever_links_there_are(images, tmp_path):
     before = [slide.name for slide in find([images])]
     (images / "a" / "loop").symlink_to("..")

@@ -127,7 +127,8 @@ class Labeller:
         slides, made_with, ways = how(paths, output)
         slides = slides if shard is None else shard.of(slides)
         made_with = {"model": identity(self.network), **made_with}
-        work = Slides(self.network, self.run.classes, output, made_with, method, **ways, **options)
+        ways |= {"alone": shard is None, **options}
+        work = Slides(self.network, self.run.classes, output, made_with, method, **ways)
         return work, len(slides), work.run(slides)
 
     def _of_any_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:

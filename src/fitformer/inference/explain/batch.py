@@ -104,6 +104,7 @@ class Slides:
         group: cuts an image into groups, without those to be skipped; by default none is.
         beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
         y: see `write_geojson`.
+        alone: no other process labels a part of the images; then it is an error if none can be labelled.
         show: is told how many images are done, of how many, with the share of the one at work.
         on_broken: is told of every image that could not be labelled, and why.
 
@@ -120,6 +121,7 @@ class Slides:
     group: Group | None = None
     beside: Callable[[Path], Mapping[str, Any]] | None = None
     y: Literal["down", "up"] = "down"
+    alone: bool = True
     show: Callable[[float, int], None] = lambda done, of: None
     on_broken: Callable[[str, str], None] = lambda file, reason: None
     predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
@@ -138,7 +140,8 @@ class Slides:
         many images were made now.
 
         Raises:
-            InputError: none of the images can be labelled (names them), or outputs are those of other images.
+            InputError: none of the images can be labelled, unless others do a part of the work (names them); or
+                outputs are those of other images.
             OSError: an output cannot be written, or the scratch of data tokens failed.
         """
         for slide in slides:
@@ -158,7 +161,7 @@ class Slides:
             self.show(len(slides), len(slides))
         finally:
             self._write_tables()
-        if slides and len(self.broken) == len(slides):
+        if self.alone and len(self.broken) == len(slides):
             few = "; ".join(each.reason for each in list(self.broken.values())[:5])
             more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
             raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
