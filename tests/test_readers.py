@@ -998,7 +998,7 @@ def test_files_that_change_after_they_were_opened(tmp_path):
         if path.suffix in (".tif", ".npy", ".png"):
             image = open_image(path)
             truncate(path, 0.3)
-            with pytest.raises(InputError, match=rf"{path.name}.* cannot be read"):
+            with pytest.raises(InputError, match=rf"{path.name}.* (cannot be read|was cut off)"):
                 image.window(150, 0, 53, 171)
             path.unlink()
             with pytest.raises(InputError, match=rf"{path.name}.* cannot be read"):

@@ -209,7 +209,7 @@ COINCIDING = [
     "--trainer.checkpoint_every=3",
     "--trainer.validate_every=3",
     "--trainer.keep_best=true",
-    "--data.validation=0.1",
+    "--data.validation=0.2",
 ]
 IN_TRAINING = "fitformer.training."
 
