@@ -265,6 +265,8 @@ CALLS = {
 # Protocols, types, tables, ways to run without options, and what only the library makes.
 NO_CALLS = {"Decoder", "Step", "Clip", "Denoise", "Level", "Noise", "Prediction", "Process", "Sampler", "PREDICTIONS"}
 NO_CALLS |= {"SAMPLERS", "SCHEDULES", "Execution", "Outputs", "checkpointed", "plain"}
+# Takes a run: in test_sharing_work.py.
+NO_CALLS |= {"Predictor"}
 # What an error may say in place of an argument's name.
 OTHER_WORDS = {
     "source": "no folder",

@@ -18,6 +18,7 @@ from PIL import Image
 import fitformer
 from fitformer.cli import main
 from fitformer.errors import InputError
+from fitformer.execution.token_store import ScratchError
 from fitformer.inference.find import Shard, Slide, find
 from helpers import untrained_run
 
@@ -223,6 +224,21 @@ def test_what_a_predictor_does_not_take(runs, tmp_path):
         fitformer.Predictor(runs["one"], device="meta")({"path": ["a.png"]})
     with pytest.raises(InputError):
         fitformer.Predictor(tmp_path / "nowhere")
+
+
+ODD = [None, "", "x", b"x", -1, 0, 1.5, float("nan"), 10**18, [], {}, object(), True, np.array([1, 2])]
+
+
+@pytest.mark.parametrize("name", ["run", "checkpoint", "device", "batch_size", "column", "keep", "scratch"])
+def test_an_odd_argument_of_a_predictor_is_one_clear_error_or_means_something(name, runs, images):
+    for odd in ODD:
+        arguments = {"run": runs["any"], "device": "cpu", name: odd}
+        try:
+            found = fitformer.Predictor(**arguments)({str(arguments.get("column", "path")): table(images)[:1]})
+        except (InputError, ScratchError) as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert found["label"][0]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fitformer._support.checks import checked, whole
 from fitformer._support.device import usable_device
 from fitformer.errors import InputError
 from fitformer.execution.token_store import Keep
@@ -32,9 +33,10 @@ class Predictor:
         keep, scratch: as `Labeller.stream`, of a run that takes images of any size.
 
     Raises:
-        InputError: no run at `run`, or one of another task.
+        InputError: no run at `run`, one of another task, or an argument of another kind.
     """
 
+    @checked
     def __init__(
         self,
         run: str | Path,
@@ -48,6 +50,7 @@ class Predictor:
     ) -> None:
         # Absolute, since a worker may stand in another folder.
         self.run = os.path.abspath(run)
+        whole("batch_size", batch_size)
         self.checkpoint, self.device, self.batch_size, self.column = checkpoint, device, batch_size, column
         self.keep, self.scratch = keep, scratch
         self._labeller: Labeller | None = None
