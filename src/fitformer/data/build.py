@@ -118,12 +118,12 @@ class Part:
 
     Attributes:
         source: the examples. note: where they come from, in words.
-        held_out_from_test: they are none of the test part; false if validation uses the test part.
+        is_test: they are the test part, or validation uses it.
     """
 
     source: Source
     note: str
-    held_out_from_test: bool = True
+    is_test: bool = False
 
 
 def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> Part:
@@ -159,8 +159,8 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
         val_note = f"{share:.0%} of the training part, by seed {settings.split_seed}"
     return {
         "train": Part(train.source, f"to train on{note}"),
-        "val": Part((val or test).source, val_note, val is not None and val is not test),
-        "test": Part(test.source, test_note, False),
+        "val": Part((val or test).source, val_note, val is None or val is test),
+        "test": Part(test.source, test_note, True),
     }[split]
 
 
@@ -244,7 +244,7 @@ def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
         max_unreadable=settings.max_unreadable,
         note=part.note,
         held_out=split != "train",
-        is_test=split != "train" and not part.held_out_from_test,
+        is_test=part.is_test,
     )
 
 

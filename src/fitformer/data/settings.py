@@ -95,9 +95,7 @@ class ImageData:
     def __post_init__(self) -> None:
         _check_counts(max_unreadable=self.max_unreadable, split_seed=self.split_seed, num_workers=self.num_workers)
         _check_shares(validation=self.validation)
-        if self.pixel_range is not None and not -inf < self.pixel_range[0] < self.pixel_range[1] < inf:
-            low, high = self.pixel_range
-            raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
+        check_pixel_range(self.pixel_range)
 
     @property
     def validation_share(self) -> float:
@@ -140,6 +138,13 @@ class ByteData:
     def validation_share(self) -> float:
         """Of the bytes that are not held out."""
         return (0.1 if self.source == "files" else 0.0) if self.validation is None else self.validation
+
+
+def check_pixel_range(pixel_range: tuple[float, float] | None) -> None:
+    """Raise InputError if there is a range, and it is not two numbers in order."""
+    if pixel_range is not None and not -inf < pixel_range[0] < pixel_range[1] < inf:
+        low, high = pixel_range
+        raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
 
 
 def _check_shares(**shares: float | None) -> None:

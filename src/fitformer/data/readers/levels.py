@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, isfinite, prod
+from math import ceil, prod
 from typing import Protocol
 
 import numpy as np
 
 from fitformer.data.readers import cache
 from fitformer.data.readers.errors import readable
+from fitformer.data.settings import check_pixel_range
 from fitformer.data.symmetry import IDENTITY, Symmetry, Window
 from fitformer.errors import InputError
 
@@ -72,13 +73,6 @@ class Level(Pixels, Protocol):
         ...
 
 
-def check_range(pixel_range: tuple[float, float]) -> None:
-    """Raise InputError if two numbers are not black and white, in this order."""
-    low, high = pixel_range
-    if not (isfinite(low) and isfinite(high) and low < high):
-        raise InputError(f"pixel_range is {low}, {high}: give two numbers, the one that is black before the larger one")
-
-
 @dataclass(frozen=True)
 class OpenOptions:
     """How a file is read.
@@ -96,8 +90,7 @@ class OpenOptions:
     palette_indices: bool = False
 
     def __post_init__(self) -> None:
-        if self.pixel_range is not None:
-            check_range(self.pixel_range)
+        check_pixel_range(self.pixel_range)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ from fitformer.errors import InputError, require
 
 # Values of the tags Compression, PhotometricInterpretation, and ExtraSamples.
 _OLD_JPEG, _JPEG = 6, {6, 7, 33007, 34892}
-_GREY_FROM_WHITE, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
+_GREY_FROM_WHITE, _RGB, _PALETTE, _YCBCR = 0, 2, 3, 6
 _CMYK, _COLOURS = 5, {8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camera"}
 _PREMULTIPLIED, _ALPHA = 1, (1, 2)
 _ORIENTATION, _GDAL_NODATA = 274, 42113
