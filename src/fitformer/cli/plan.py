@@ -29,7 +29,7 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     geometry.add_argument(
         "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
     )
-    geometry.add_argument("--preset", default="small", help="tiny, small, base or large (default: small)")
+    geometry.add_argument("--preset", help="tiny, small, base or large (default: small)")
     geometry.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS")
     geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
     geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")
@@ -69,7 +69,7 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
     if wanted is None:
         raise InputError("no image size is given: add --image-size 6400, or --image-size 40000x30000 (rows x columns)")
     cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels}
-    found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **trunk_of(arguments))
+    found = Geometry.of_preset(arguments.role, arguments.preset or "small", wanted, **cut, **trunk_of(arguments))
     return found if found.group_size is None else found.checked()
 
 
