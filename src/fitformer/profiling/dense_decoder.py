@@ -18,9 +18,10 @@ from fitformer._support.checks import checked, whole
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution.base import Score
-from fitformer.models.decoder import FITDecoder, check_vocabulary
+from fitformer.models.decoder import FITDecoder
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import check_heads, layer_norm
+from fitformer.patching.sequence import check_vocabulary
 from fitformer.profiling.flops import count_parameters
 
 # Longest wave of the rotation, as usual.
@@ -207,7 +208,7 @@ class CachedDense:
         check_room(f"a cache of {self.length} tokens for {batch} rows", math.prod(shape))
         return DenseState(decoder.embedding.weight.new_empty(shape))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def feed(self, state: DenseState, inputs: Tensor, last: bool = False) -> Tensor:
         """Read the next inputs, in chunks whose masks are small.
 

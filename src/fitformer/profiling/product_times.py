@@ -11,8 +11,8 @@ from fitformer._support.checks import checked
 from fitformer.errors import InputError
 
 # Linear maps, attention's products, and attention where one operation is all of it.
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "_linear_pointwise", "dot"}
-ATTENTION = "_scaled_dot_product"
+PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
+ATTENTION = "scaled_dot_product"
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -24,7 +24,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if name in PRODUCTS or name.startswith(ATTENTION):
+        if name in PRODUCTS or ATTENTION in name:
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -36,14 +36,14 @@ def record_products(work: Callable[[], object]) -> list[Call]:
     Raises:
         InputError: there are none, or they are hidden in compiled code.
     """
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.inference_mode(), _Recorder() as recorder:
         work()
     if not recorder.calls:
         raise InputError("no matrix product was seen: the work has none, or runs as compiled code; run it uncompiled")
     return recorder.calls
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def replay(calls: list[Call]) -> Tensor:
     """Run recorded calls again, and nothing else; the last one's result."""
     for func, args, kwargs in calls:
