@@ -25,9 +25,12 @@ Step = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `num_groups` are to be the first ones."""
+    """What is needed of a decoder; `FITDecoder` has it.
 
-    num_groups: int
+    Fewer groups than `num_groups` are to be the first ones; None takes any number.
+    """
+
+    num_groups: int | None
     tokens_per_group: int
     vocab_size: int
 
@@ -109,7 +112,7 @@ def uncached(decoder: Decoder, window: bool = False) -> Step:
 
     def step(tokens: Tensor) -> Tensor:
         _check_length(decoder, tokens.shape[1], tokens.shape[1] + 1, window)
-        context = tokens[:, context_start(tokens.shape[1], n, groups) :]
+        context = tokens if groups is None else tokens[:, context_start(tokens.shape[1], n, groups) :]
         group, place = divmod(context.shape[1], n)
         # Shifted by one: place k holds token k - 1, the first is 0. What follows the last token is not seen by it.
         shifted = nn.functional.pad(context, (1, (group + 1) * n - context.shape[1] - 1))
@@ -155,7 +158,7 @@ def _check_length(decoder: Any, begun: int, length: int, window: bool) -> None:
     if length < begun:
         raise InputError(f"the prompt has {begun} tokens, more than the length of {length}; ask for a greater length")
     groups, n = decoder.num_groups, decoder.tokens_per_group
-    if length > groups * n and not window:
+    if groups is not None and length > groups * n and not window:
         raise InputError(
             f"a length of {length} is beyond the decoder's {groups * n} ({groups} groups of {n} tokens); "
             "ask for less, or for window=True, which goes on with the last groups as context"

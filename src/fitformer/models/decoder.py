@@ -23,7 +23,7 @@ class FITDecoder(FITModel):
 
     Args:
         trunk: options of the trunk.
-        num_groups: t. tokens_per_group: n.
+        num_groups: t; None for any number, see `Trunk`. tokens_per_group: n.
         vocab_size: number of different tokens.
         shared_embedding: one embedding for input and output. output_bias: a bias of the logits.
 
@@ -35,7 +35,7 @@ class FITDecoder(FITModel):
     def __init__(
         self,
         trunk: TrunkConfig,
-        num_groups: int,
+        num_groups: int | None,
         tokens_per_group: int,
         vocab_size: int,
         *,
