@@ -13,14 +13,14 @@ from fitformer.errors import InputError
 class Counting:
     """Predicts, with certainty, the sum of all tokens before plus one, so any token misplaced or missed shows."""
 
-    num_groups, tokens_per_group, vocab_size = 3, 4, 11
+    most_groups, tokens_per_group, vocab_size = 3, 4, 11
 
     def __init__(self):
         self.groups = []
 
     def __call__(self, tokens):
         self.groups.append(tokens.shape[1])
-        assert tokens.shape[1] <= self.num_groups
+        assert tokens.shape[1] <= self.most_groups
         assert tokens.shape[2] == self.tokens_per_group
         answer = (tokens.flatten(1).cumsum(1) + 1) % self.vocab_size
         return 100.0 * torch.nn.functional.one_hot(answer, self.vocab_size).unflatten(1, tokens.shape[1:])
@@ -29,7 +29,7 @@ class Counting:
 class Chain:
     """A Markov chain over 3 tokens; the token before the first is 0."""
 
-    num_groups, tokens_per_group, vocab_size = 4, 5, 3
+    most_groups, tokens_per_group, vocab_size = 4, 5, 3
     table = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.9, 0.1, 0.0]])
 
     def __call__(self, tokens):

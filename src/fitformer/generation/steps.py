@@ -18,10 +18,10 @@ Step = Callable[[Tensor, Sequence[int]], Tensor]
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `num_groups` are to be the first ones."""
+    """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `most_groups` are to be the first ones."""
 
     @property
-    def num_groups(self) -> int | None:
+    def most_groups(self) -> int | None:
         """Groups at most, None for any number."""
 
     @property
@@ -55,7 +55,7 @@ def context_start(position: int, n: int, groups: int | None) -> int:
 
 def group_limit(decoder: Decoder, window: int | None) -> int | None:
     """Groups of context at most: the window, the decoder's own number, or None for no limit."""
-    limits = [limit for limit in (window, decoder.num_groups) if limit is not None]
+    limits = [limit for limit in (window, decoder.most_groups) if limit is not None]
     return min(limits, default=None)
 
 

@@ -29,7 +29,7 @@ class FITDecoder(FITModel):
 
     Args:
         trunk: options of the trunk.
-        num_groups: t. tokens_per_group: n.
+        num_groups: t; None for any number, see `Trunk`. tokens_per_group: n.
         vocab_size: number of different tokens.
         shared_embedding: one embedding for input and output. output_bias: a bias of the logits.
 
@@ -41,7 +41,7 @@ class FITDecoder(FITModel):
     def __init__(
         self,
         trunk: TrunkConfig,
-        num_groups: int,
+        num_groups: int | None,
         tokens_per_group: int,
         vocab_size: int,
         *,
@@ -102,6 +102,11 @@ class FITDecoder(FITModel):
         table = self.trunk.position
         at = table.at(place, tokens.shape[-1]) if isinstance(place, int) else table.at()[place]
         return self.embedding(tokens.long()) + at
+
+    @property
+    def most_groups(self) -> int | None:
+        """Groups that the decoder has positions for; None for any number."""
+        return self.trunk.most_groups
 
     def head(self, x: Tensor) -> Tensor:
         """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""

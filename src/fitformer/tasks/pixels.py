@@ -77,6 +77,7 @@ def generate_images(
     Raises:
         InputError: a temperature below 0, a `top_k` or `top_p` out of range.
     """
+    assert network.num_groups is not None
     parts = []
     for start in range(0, count, batch_size):
         tokens = network.generate(
