@@ -1,15 +1,19 @@
-"""What the comparisons of autoregressive models share: a budget, a training loop that resumes, an exact held-out loss.
+"""What the comparisons of autoregressive models share: budgets, a training loop that resumes, held-out loss.
 
 `bytes_against_dense.py`, `shakespeare.py` and `fashion_pixels.py` train FIT and a dense transformer with this code: the
-same data, optimizer and schedule, to the same budget.
+same data, optimizer and schedule, to the same budget. Networks take tokens in groups, `(b, t, n)`, and give logits.
 """
 
+import argparse
+import json
 import math
+import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +23,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from fitformer import FITDecoder, patching
 from fitformer._support.atomic_files import write_atomically
 from fitformer.data.order import example_generator
-from fitformer.profiling.dense_decoder import DenseDecoder
+from fitformer.models.config import TrunkConfig
+from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
+from fitformer.profiling.flops import count_parameters
 from fitformer.tasks.optimizers import parameter_groups
+from fitformer.viz import write_curves
 
 # What a training step costs in forward passes.
 STEP_IN_PASSES = 3
-# In bf16, the backward pass of torch's fused attention on a CPU takes eight times that of float32; up to this span the
+# In bf16 the backward pass of torch's fused attention on a CPU takes eight times that of float32; up to this span its
 # products by themselves are faster than either.
 MOST_SPAN = 512
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,7 @@ class Settings:
         lr: peak of AdamW's learning rate. betas, weight_decay, clip: as usual.
         warmup: share of the budget with a rising learning rate; after it the rate falls on a line to `end` of the peak.
         length: tokens of an example. batch: examples of a step.
-        mixed: bf16 autocast. compiled: every layer by torch.compile.
-        seed: of weights and of the order of examples.
+        mixed: bf16 autocast. seed: of weights and of the order of examples.
     """
 
     lr: float
@@ -50,7 +57,6 @@ class Settings:
     warmup: float = 0.05
     end: float = 0.02
     mixed: bool = False
-    compiled: bool = False
     seed: int = 0
 
 
@@ -61,15 +67,26 @@ class Budget:
     flops: float | None = None
     seconds: float | None = None
 
+    @classmethod
+    def of(cls, text: str) -> "Budget":
+        """Read `600s`, `8h` or `1e14` (FLOPs)."""
+        units = {"s": 1, "m": 60, "h": 3600}
+        try:
+            if text[-1:] in units:
+                return cls(seconds=float(text[:-1]) * units[text[-1]])
+            return cls(flops=float(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no budget; write 600s, 8h, or 1e14 for FLOPs") from None
+
     def share(self, run: "Run") -> float:
         """The share that a run has spent."""
         return run.flops / self.flops if self.flops is not None else run.seconds / (self.seconds or math.inf)
 
 
 def training_flops(network: nn.Module, length: int, batch: int, tokens_per_group: int) -> float:
-    """Operations of a training step, counted by torch's counter on tensors without memory.
+    """Operations of a training step, forward and backward, by torch's counter on tensors without memory.
 
-    Causal attention inside a sequence or a group counts half of its pairs, as its kernels compute it.
+    Of causal attention inside a sequence or a group half of the pairs count, as its kernels compute it.
     """
     with torch.device("meta"):
         twin = _twin(network)
@@ -82,15 +99,13 @@ def training_flops(network: nn.Module, length: int, batch: int, tokens_per_group
 def _twin(network: nn.Module) -> nn.Module:
     """The same network without weights; built where the default device is meta."""
     if isinstance(network, DenseDecoder):
-        layer = network.layers[0]
-        hidden = layer.outer.in_features
+        hidden = network.layers[0].outer.in_features
         return DenseDecoder(network.vocab_size, network.dim, len(network.layers), network.heads, hidden)
-    assert isinstance(network, FITDecoder)
     return FITDecoder.from_config(network.config)
 
 
 def _masked_flops(network: nn.Module, length: int, batch: int, tokens_per_group: int) -> float:
-    """Of a forward pass, those of the half of pairs that causal self-attention leaves out."""
+    """Of a forward pass, those of the pairs that causal self-attention leaves out."""
     if isinstance(network, DenseDecoder):
         layers, rows, span, width = len(network.layers), batch, length, network.dim
     else:
@@ -99,7 +114,7 @@ def _masked_flops(network: nn.Module, length: int, batch: int, tokens_per_group:
     return layers * rows * 2 * span * (span - 1) * width
 
 
-def sample(data: Tensor, settings: Settings, step: int) -> Tensor:
+def windows(data: Tensor, settings: Settings, step: int) -> Tensor:
     """Windows `(b, length)` of a sequence of tokens that begin anywhere: a pure function of (seed, step)."""
     random = example_generator(settings.seed, 0, step)
     starts = random.integers(len(data) - settings.length + 1, size=settings.batch)
@@ -112,58 +127,21 @@ def rows(data: Tensor, settings: Settings, step: int) -> Tensor:
     return data[torch.from_numpy(random.integers(len(data), size=settings.batch))].long()
 
 
-def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of every target `(...)`, given logits `(..., vocab)`, in float32."""
-    each = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
-    return each.view(targets.shape)
-
-
-@torch.no_grad()
-def held_out(
-    network: nn.Module,
-    data: Tensor,
-    length: int,
-    tokens_per_group: int,
-    *,
-    overlap: float = 0.5,
-    batch: int = 8,
-    mixed: bool = False,
-) -> float:
-    """Mean nats of the tokens of a sequence, each once, in windows of `length`.
-
-    Windows overlap by a share of their length, and a token counts in the first window that holds it: with an overlap of
-    half, all but the first window's tokens have at least half a window of context. The end that fills no group is left
-    out.
-    """
-    n = tokens_per_group
-    data = data[: len(data) // n * n].long()
-    length = min(length, len(data))
-    stride = max(n, int(length * (1 - overlap)) // n * n)
-    starts = list(range(0, max(len(data) - length, 0) + 1, stride))
-    if starts[-1] + length < len(data):
-        starts.append(len(data) - length)
-    total, done = 0.0, 0
-    network.eval()
-    for first in range(0, len(starts), batch):
-        some = starts[first : first + batch]
-        windows = torch.stack([data[start : start + length] for start in some]).unflatten(1, (-1, n))
-        with autocast(mixed, length):
-            each = nats(network(patching.shift_right(windows)), windows).flatten(1)
-        for start, row in zip(some, each, strict=True):
-            total, done = total + float(row[done - start :].double().sum()), start + length
-    network.train()
-    return total / done
+def nats(network: nn.Module, tokens: Tensor, tokens_per_group: int) -> Tensor:
+    """Negative log-likelihood `(b, length)` of every token of sequences `(b, length)`, in float32."""
+    targets = tokens.unflatten(1, (-1, tokens_per_group))
+    logits = network(patching.shift_right(targets))
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view(tokens.shape)
 
 
 @contextmanager
 def autocast(mixed: bool, span: int) -> Iterator[None]:
     """bf16 where it is asked for, with the attention that is fastest for `span` tokens."""
-    kernels = (
-        [nn.attention.SDPBackend.MATH] if span <= MOST_SPAN else list(nn.attention.SDPBackend.__members__.values())
-    )
     if not mixed:
         yield
         return
+    backends = nn.attention.SDPBackend
+    kernels = [backends.MATH] if span <= MOST_SPAN else [backends.FLASH_ATTENTION, backends.MATH]
     with torch.autocast("cpu", torch.bfloat16), nn.attention.sdpa_kernel(kernels):
         yield
 
@@ -192,26 +170,19 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=made.lr, betas=made.betas, fused=True)
         self.span = made.length if isinstance(self.network, DenseDecoder) else self.tokens_per_group
         self.a_step = training_flops(self.network, made.length, made.batch, self.tokens_per_group)
-        if made.compiled:
-            for layer in self.network.layers if isinstance(self.network, DenseDecoder) else self.network.trunk.layers():
-                layer.compile(dynamic=False)
 
-    def step(self, tokens: Tensor, share: float) -> float:
-        """One training step on tokens `(b, length)`; its loss."""
+    def step(self, tokens: Tensor, share: float) -> None:
+        """One training step on tokens `(b, length)`."""
         start, made = time.perf_counter(), self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = made.lr * rate(share, made)
-        targets = tokens.unflatten(1, (-1, self.tokens_per_group))
         with autocast(made.mixed, self.span):
-            loss = nats(self.network(patching.shift_right(targets)), targets).mean()
-            loss.backward()
+            nats(self.network, tokens, self.tokens_per_group).mean().backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), made.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps, self.flops = self.steps + 1, self.flops + self.a_step
-        value = loss.item()
         self.seconds += time.perf_counter() - start
-        return value
 
     def save(self, path: Path) -> None:
         """All that the next step needs."""
@@ -229,32 +200,119 @@ class Run:
         for name, value in kept.items():
             setattr(self, name, value)
 
+    @torch.no_grad()
+    def held_out(self, data: Tensor, overlap: float = 0.0, batch: int = 8) -> Tensor:
+        """Nats of the tokens of a sequence, each once, in windows of the trained length, float64.
+
+        Windows overlap by a share of their length, and a token counts in the first window that holds it: with an
+        overlap of half, all but the first window's tokens have at least half a window of context. The end that fills no
+        group is left out. Of a table of sequences `(rows, length)` each row is a window.
+        """
+        if data.ndim == 2:
+            starts, length = list(range(0, data.numel(), data.shape[1])), data.shape[1]
+        else:
+            starts, length = self._starts(len(data), overlap)
+        flat, parts, done = data.flatten(), [], 0
+        self.network.eval()
+        for first in range(0, len(starts), batch):
+            some = starts[first : first + batch]
+            tokens = torch.stack([flat[start : start + length] for start in some]).long()
+            with autocast(self.settings.mixed, self.span):
+                each = nats(self.network, tokens, self.tokens_per_group).double()
+            for start, row in zip(some, each, strict=True):
+                parts.append(row[done - start :])
+                done = start + length
+        self.network.train()
+        return torch.cat(parts)
+
+    def _starts(self, size: int, overlap: float) -> tuple[list[int], int]:
+        """Where windows begin, and their length, in tokens."""
+        n = self.tokens_per_group
+        size = size // n * n
+        length = min(self.settings.length, size)
+        stride = max(n, int(length * (1 - overlap)) // n * n)
+        starts = list(range(0, size - length + 1, stride))
+        return (starts if starts[-1] + length == size else [*starts, size - length]), length
+
 
 def rate(share: float, settings: Settings) -> float:
     """The learning rate as a share of its peak: up on a line, then down on a line."""
     if share < settings.warmup:
-        return max(share / settings.warmup, 1e-3)
+        return max(share / settings.warmup, 1e-2)
     done = min((share - settings.warmup) / (1 - settings.warmup), 1.0)
     return 1 - done * (1 - settings.end)
+
+
+def by_place(each: Tensor, tokens_per_group: int) -> dict[str, float]:
+    """Mean nats by the place of a token in its group, in spans that double: what a group's first tokens lack.
+
+    `each` is nats of tokens from a group's start on.
+    """
+    places = each[: len(each) // tokens_per_group * tokens_per_group].view(-1, tokens_per_group).mean(0)
+    spans, first = {}, 0
+    while first < tokens_per_group:
+        stop = min(max(2 * first, first + 1), tokens_per_group)
+        spans[f"{first}" if stop == first + 1 else f"{first} to {stop - 1}"] = float(places[first:stop].mean())
+        first = stop
+    return spans
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training of a comparison: a name, the network's maker, and how it is trained."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    settings: Settings
+    tokens_per_group: int
+
+    def run(self) -> Run:
+        """The training, not begun."""
+        torch.manual_seed(self.settings.seed)
+        return Run(self.make(), self.settings, self.tokens_per_group)
+
+
+def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDecoder:
+    """A FIT decoder for any number of groups, with the weights that a short training starts from.
+
+    Residual branches of local layers are scaled down so that their sum is of unit size, as the dense transformer's are
+    (GPT-2, section 2.3), and embeddings are large enough to be heard beside them.
+    """
+    options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
+    network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
+    layers = [layer for block in network.trunk.blocks for layer in block.local_layers]
+    with torch.no_grad():
+        nn.init.normal_(network.embedding.weight, std=0.1)
+        for layer in layers:
+            layer.attention.output.weight.mul_((2 * len(layers)) ** -0.5)
+            layer.ffn.outer.weight.mul_((2 * len(layers)) ** -0.5)
+    return network
+
+
+def dense_decoder(fit: Callable[[], FITDecoder]) -> DenseDecoder:
+    """The dense transformer of as many parameters as a FIT."""
+    with torch.device("meta"):
+        like = fit()
+    return dense_like(like)
 
 
 def train(
     run: Run,
     batch: Callable[[int], Tensor],
     budget: Budget,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[Run], float],
     *,
     points: int = 10,
     checkpoint: Path | None = None,
     save_every: float = 120.0,
-) -> Run:
+) -> None:
     """Train a run to the end of its budget, from its checkpoint where there is one.
 
     Args:
         run: the training.
         batch: tokens `(b, length)` of a step.
         budget: of the whole run.
-        evaluate: the held-out measurement; it is made at `points` equal shares of the budget, the last at its end.
+        evaluate: the held-out measurement of the curve, made at `points` equal shares of the budget.
         points: of the curve.
         checkpoint: file that the run is kept in. save_every: seconds of training between two savings.
     """
@@ -265,13 +323,100 @@ def train(
         run.step(batch(run.steps), share)
         after = budget.share(run)
         if after >= 1 or int(after * points) > int(share * points):
-            run.curve.append((run.flops, run.seconds, evaluate(run.network)))
-            print(
-                f"  {min(after, 1):4.0%}, {run.steps} steps, {run.seconds:.0f} s, {run.flops:.3g} FLOPs: "
-                f"{run.curve[-1][2]:.4f}",
-                flush=True,
-            )
+            run.curve.append((run.flops, run.seconds, evaluate(run)))
+            spent = f"{run.steps} steps, {run.seconds:.0f} s, {run.flops:.3g} FLOPs"
+            print(f"  {min(after, 1):4.0%}, {spent}: {run.curve[-1][2]:.4f}", flush=True)
         if checkpoint is not None and (after >= 1 or run.seconds > saved + save_every):
             run.save(checkpoint)
             saved = run.seconds
-    return run
+
+
+@dataclass
+class Race:
+    """Trainings to one budget, whose results are kept in a folder; those that are there already are not run again.
+
+    Attributes:
+        budget: of each; in seconds, it is what the first one gets, and the others get the FLOPs that it spent.
+        batch: tokens of a step, given settings and its number.
+        evaluate: of the curve. measure: of a finished run, plain data with `value`.
+        folder: for checkpoints, `results.json` and `curves.png`; None keeps nothing. points: of a curve.
+    """
+
+    budget: Budget
+    batch: Callable[[Settings, int], Tensor]
+    evaluate: Callable[[Run], float]
+    measure: Callable[[Run], Result]
+    folder: Path | None = None
+    points: int = 10
+    results: list[Result] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (known := self.folder / "results.json").is_file():
+                self.results = json.loads(known.read_text())["results"]
+
+    def enter(self, entry: Entry) -> Result:
+        """The result of a training, run to its end if it is not there."""
+        name = f"{entry.name}, seed {entry.settings.seed}"
+        for result in self.results:
+            if result["name"] == name:
+                return result
+        print(name, flush=True)
+        run = entry.run()
+        file = None if self.folder is None else self.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.pt"
+        own = Budget(flops=self.results[0]["flops"]) if self.results and self.budget.flops is None else self.budget
+        get = lambda step: self.batch(entry.settings, step)  # noqa: E731
+        train(run, get, own, self.evaluate, points=self.points, checkpoint=file)
+        result = {
+            "name": name,
+            "entry": entry.name,
+            "parameters": count_parameters(run.network),
+            "settings": asdict(entry.settings),
+            **{key: getattr(run, key) for key in ("steps", "seconds", "flops", "curve")},
+            **self.measure(run),
+        }
+        self.results.append(result)
+        print(f"  {result['parameters']:,} parameters, {result['value']:.4f}", flush=True)
+        self._write()
+        return result
+
+    def best(self, entries: Sequence[Entry]) -> Entry:
+        """Of several entries the one with the lowest value, all of them run."""
+        return min(entries, key=lambda entry: self.enter(entry)["value"])
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        with write_atomically(self.folder / "results.json") as scratch:
+            scratch.write_text(json.dumps({"machine": machine(), "results": self.results}, indent=2))
+        curves = {
+            result["name"]: ([point[0] for point in result["curve"]], [point[2] for point in result["curve"]])
+            for result in self.results
+        }
+        write_curves(self.folder / "curves.png", curves, x="FLOPs of training", y="held-out loss")
+
+
+def machine() -> Result:
+    """Where this runs."""
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
+    """Options of all comparisons; `trunk` has the defaults of FIT's sizes."""
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="results and checkpoints; run again to continue")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each with different seeds")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--points", type=int, default=10, help="of each curve")
+    parser.add_argument("--float32", action="store_true", help="no bf16")
+    for name, value in trunk.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+
+
+SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
+
+
+def fit_of(arguments: argparse.Namespace, vocab_size: int) -> Callable[[], FITDecoder]:
+    """The maker of the FIT decoder that the options describe."""
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **sizes)

@@ -24,13 +24,15 @@ from fitformer.profiling.product_times import record_products, replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = "--layers (1)1(1) --dim 16 --latent-dim 16 --heads 2 --latent-heads 2 --latents-per-group 2".split()
+TRUNK = {"layers": "(1)1(1)", "dim": 16, "latent_dim": 16, "heads": 2, "latent_heads": 2, "latents_per_group": 2}
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in TRUNK.items()]
 WORDS += ["--tokens-per-group", "8", "--repeats", "1"]
 
 
 def bench(**options):
-    trunk = TrunkConfig("(1)1(1)", 16, 16, heads=2, latent_heads=2, latents_per_group=2)
-    return GenerationBench(trunk, **{"tokens_per_group": 8, "positions": (40, 20), "repeats": 2, **options})
+    return GenerationBench(
+        TrunkConfig(**TRUNK), **{"tokens_per_group": 8, "positions": (40, 20), "repeats": 2, **options}
+    )
 
 
 def test_every_way_is_measured_at_every_position_and_they_have_equal_parameters():
@@ -40,8 +42,8 @@ def test_every_way_is_measured_at_every_position_and_they_have_equal_parameters(
     assert [row["position"] for row in found["rows"]] == [20, 40]
     for row in found["rows"]:
         for name in WAYS:
-            times = row[name]["all_seconds"]
-            assert row[name]["tokens_per_second"] == pytest.approx(2 / sorted(times)[0], rel=2) or len(times) > 1
+            assert row[name]["tokens_per_second"] == pytest.approx(2 / row[name]["seconds"])
+            assert min(row[name]["all_seconds"]) <= row[name]["seconds"] <= max(row[name]["all_seconds"])
     # Keys and values of every token, of 2 rows; FIT's grows by its latents alone.
     dense = found["dense"]
     assert found["rows"][0]["dense_cached"]["cache_bytes"] == 2 * 2 * dense["depth"] * dense["dim"] * 20 * 4
@@ -66,8 +68,10 @@ def test_dense_measurements_begin_at_the_position_too():
     assert way.stand_at(20)
     for _ in range(2):
         way.loop()()
-        assert way.cache_bytes() == DenseCached.cache_bytes(way)
-        assert way.state.position == [20]
+        assert way.state.position == [20 + way.tokens]
+    size = way.cache_bytes()
+    way.stand_at(40)
+    assert way.cache_bytes() == 2 * size
 
 
 def test_what_takes_too_much_is_left_out(monkeypatch):
@@ -83,9 +87,8 @@ def test_products_are_those_of_the_layers_and_run_again_with_the_same_result():
     asked = bench(positions=(20,))
     found = measure_products(asked)
     assert found["fit"]["ratio"] > 1
-    # Of a token: in two local layers queries, keys and values; attention, output and two of the feed-forward; write
-    # with queries, attention and output; logits. Of a group of 8: read 3 and attention and output, a global layer, write
-    # of keys and values.
+    # Of a token: in two local layers queries, keys and values at once, attention, output and two of the feed-forward;
+    # in write queries, attention and output; logits. Of a group of 8: read, a global layer, keys and values of write.
     assert found["fit"]["products"] == pytest.approx(2 * 5 + 3 + 1 + (5 + 7 + 2) / 8)
     way = FITCached(asked, asked.decoder())
     way.stand_at(20)
@@ -123,15 +126,14 @@ def test_options_that_do_not_apply_are_refused(words, said, capsys):
 
 
 def test_the_loop_feeds_each_row_its_own_likeliest_token():
-    class Echo:
-        fed: list = []
+    fed = []
 
+    class Echo:
         def feed(self, state, tokens, last):
-            self.fed.append(tokens.clone())
+            fed.append(tokens.clone())
             logits = torch.zeros(2, 1, 256)
             logits[0, 0, 5] = logits[1, 0, 7] = 1
             return logits
 
-    echo = Echo()
-    assert greedy(bench(batch=2), echo, None, 2).tolist() == [[5], [7]]
-    assert [fed.flatten().tolist() for fed in echo.fed] == [[0, 0], [5, 7]]
+    assert greedy(bench(batch=2), Echo(), None, 2).tolist() == [[5], [7]]
+    assert [tokens.flatten().tolist() for tokens in fed] == [[0, 0], [5, 7]]

@@ -117,8 +117,11 @@ class DenseDecoder(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Weights of unit gain; branches are scaled down so that their sum is of unit size (GPT-2, section 2.3)."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        """Weights of unit gain; branches are scaled down so that their sum is of unit size (GPT-2, section 2.3).
+
+        Embeddings are larger than the usual 0.02, with which a short training learns less.
+        """
+        nn.init.normal_(self.embedding.weight, std=0.1)
         for layer in self.layers:
             for name in ("qkv", "output", "inner", "outer"):
                 weight = getattr(layer, name).weight

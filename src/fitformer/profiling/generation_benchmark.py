@@ -57,7 +57,9 @@ class GenerationBench:
     """
 
     trunk: TrunkConfig = field(
-        default_factory=lambda: TrunkConfig("(2)2(2)2(2)", 256, 384, heads=4, latent_heads=6, latents_per_group=8)
+        default_factory=lambda: TrunkConfig(
+            "(2)2(2)2(2)", 256, 384, heads=4, latent_heads=6, latents_per_group=8, latent_position="index"
+        )
     )
     tokens_per_group: int = 512
     positions: Sequence[int] = POSITIONS
@@ -75,9 +77,10 @@ class GenerationBench:
         object.__setattr__(self, "positions", tuple(sorted(self.positions)))
 
     def decoder(self) -> FITDecoder:
-        """The FIT decoder, of random weights, with positions for one group more than it stands at."""
+        """The FIT decoder, of random weights; a table of positions reaches one group beyond the last position."""
         torch.manual_seed(0)
-        groups = self.positions[-1] // self.tokens_per_group + 2
+        is_table = self.trunk.latent_position in ("learned", "sin_cos")
+        groups = self.positions[-1] // self.tokens_per_group + 2 if is_table else None
         return FITDecoder(self.trunk, groups, self.tokens_per_group, VOCABULARY).to(self.device).eval()
 
 
