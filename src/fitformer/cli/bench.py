@@ -1,6 +1,7 @@
-"""Measure whole training steps on a generated image on disk, or generation at several positions beside a dense model.
+"""Measure whole training steps on a generated file, or generation at several positions beside a dense transformer.
 
 fitformer bench step --preset small --image-size 1600 --execution streamed --keep disk
+fitformer bench step --preset small --role decoder --length 1000000 --execution streamed
 fitformer bench scaling --preset small --sizes 1600,3200,6400 --execution streamed --output scaling.png
 fitformer bench generate --positions 1000,65536 --output generation.png
 fitformer bench generate --products --positions 1000
@@ -33,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generating = parser.add_argument_group("of generate")
     words = "tokens of context (default: 1000,4096,16384,65536,262144)"
     generating.add_argument("--positions", type=sizes, metavar="TOKENS", help=words)
-    generating.add_argument("--tokens-per-group", type=positive, help="n (default: 512)")
     generating.add_argument("--repeats", type=positive, help="turns that medians are taken of (default: 3)")
     words = "compare a token's time with that of its matrix products alone, at the first position"
     generating.add_argument("--products", action="store_true", help=words)
@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     return _scaling(arguments) if arguments.what == "scaling" else _step(arguments)
 
 
-_OF_GENERATE = ("positions", "tokens_per_group", "repeats", "products", "threads")
-_OF_STEPS = ("sizes", "image", "image_size", "patch_size", "group_size", "keep", "slice", "recompute", "memory")
+_OF_GENERATE = ("positions", "repeats", "products", "threads")
+_OF_IMAGES = ("sizes", "image", "image_size", "patch_size", "group_size", "channels", "length")
+_OF_STEPS = (*_OF_IMAGES, "keep", "kept_precision", "slice", "recompute", "memory")
 
 
 def sizes(text: str) -> list[int]:
@@ -67,8 +68,10 @@ def sizes(text: str) -> list[int]:
 def _step(arguments: argparse.Namespace) -> int:
     if arguments.sizes or arguments.output:
         raise InputError("--sizes and --output are for `fitformer bench scaling`")
-    if arguments.image is not None and arguments.image_size is not None:
-        raise InputError(f"--image-size is of a generated image, and {arguments.image} has its own size: leave one out")
+    for name in ("image_size", "length"):
+        if arguments.image is not None and getattr(arguments, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is of a generated image, and {arguments.image} has its own size: leave one out")
     from fitformer.profiling.benchmark import Bench, as_plain, measure
 
     geometry = geometry_of(arguments, None if arguments.image is None else 1)
