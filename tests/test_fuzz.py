@@ -172,6 +172,7 @@ CALLS = {
         "seed": 0,
         "first": 0,
         "use_cache": True,
+        "compile": False,
         "window": None,
     },
     generation.generate: {
