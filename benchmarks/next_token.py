@@ -275,17 +275,18 @@ class Entry:
 def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDecoder:
     """A FIT decoder for any number of groups, with the weights that a short training starts from.
 
-    Residual branches of local layers are scaled down so that their sum is of unit size, as the dense transformer's are
-    (GPT-2, section 2.3), and embeddings are large enough to be heard beside them.
+    As in the dense transformer residual branches begin at zero, but for read, without which latents would hold nothing,
+    and embeddings are large.
     """
     options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
     network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
-    layers = [layer for block in network.trunk.blocks for layer in block.local_layers]
-    with torch.no_grad():
-        nn.init.normal_(network.embedding.weight, std=0.1)
-        for layer in layers:
-            layer.attention.output.weight.mul_((2 * len(layers)) ** -0.5)
-            layer.ffn.outer.weight.mul_((2 * len(layers)) ** -0.5)
+    nn.init.normal_(network.embedding.weight, std=0.1)
+    for block in network.trunk.blocks:
+        for layer in [*block.local_layers, *block.global_layers]:
+            nn.init.zeros_(layer.attention.output.weight)
+            nn.init.zeros_(layer.ffn.outer.weight)
+        if block.write is not None:
+            nn.init.zeros_(block.write.attention.output.weight)
     return network
 
 

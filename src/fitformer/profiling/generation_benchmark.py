@@ -8,7 +8,7 @@ that of one whole group, so the global phase at its end is included.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class GenerationBench:
         tokens_per_group: n.
         positions: tokens of context at which a token's time is measured.
         batch: rows generated at once. repeats: turns that medians are taken of. device: `cpu` or `cuda`.
+        compile: compile the step of one token, of both.
 
     Raises:
         InputError: no positions, or numbers below 1.
@@ -66,6 +67,7 @@ class GenerationBench:
     batch: int = 1
     repeats: int = 3
     device: str = "cpu"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +90,7 @@ class FITCached:
     """FIT with its caches; a measurement is one whole group, the one that holds the position."""
 
     def __init__(self, bench: GenerationBench, decoder: FITDecoder) -> None:
-        self.bench, self.tokens, self.cached = bench, bench.tokens_per_group, CachedDecoder(decoder)
+        self.bench, self.tokens, self.cached = bench, bench.tokens_per_group, CachedDecoder(decoder, bench.compile)
         self.state = self.cached.start(bench.batch)
 
     def stand_at(self, position: int) -> bool:
@@ -153,7 +155,7 @@ class DenseCached:
         self.bench, room = bench, DENSE_SHARE * available_memory(bench.device)
         a_token = 2 * len(decoder.layers) * decoder.dim * bench.batch * decoder.embedding.weight.element_size()
         self.reached = [p for p in bench.positions if (p + DENSE_TOKENS) * a_token <= room]
-        self.cached = CachedDense(decoder, max(self.reached, default=1) + DENSE_TOKENS)
+        self.cached = CachedDense(decoder, max(self.reached, default=1) + DENSE_TOKENS, bench.compile)
         self.state = self.cached.start(bench.batch)
 
     def stand_at(self, position: int) -> bool:
@@ -254,6 +256,7 @@ def _sizes(bench: GenerationBench, decoder: FITDecoder, dense: DenseDecoder) -> 
         "parameters": {"fit": count_parameters(decoder), "dense": count_parameters(dense)},
         "batch": bench.batch,
         "device": bench.device,
+        "compiled": bench.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -267,19 +270,22 @@ def measure_products(bench: GenerationBench) -> Result:
     """
     decoder = bench.decoder()
     dense = dense_like(decoder).to(bench.device).eval()
-    ways: dict[str, Way] = {"fit": FITCached(bench, decoder), "dense": DenseCached(bench, dense)}
-    found = {name: _against_products(bench, way) for name, way in ways.items()}
+    fit = _against_products(bench, lambda asked: FITCached(asked, decoder))
+    found = {"fit": fit, "dense": _against_products(bench, lambda asked: DenseCached(asked, dense))}
     return {**_sizes(bench, decoder, dense), "position": bench.positions[0], **found}
 
 
-def _against_products(bench: GenerationBench, way: Way) -> Result:
-    way.stand_at(bench.positions[0])
-    products, times = record_products(way.loop()), []
+def _against_products(bench: GenerationBench, make: Callable[[GenerationBench], Way]) -> Result:
+    """A way's loop against the products of the same loop uncompiled, in turns."""
+    plain, way = make(replace(bench, compile=False)), make(bench)
+    for each in (plain, way):
+        each.stand_at(bench.positions[0])
+        seconds_of(each.loop())
+    products, times = record_products(plain.loop()), []
     for _ in range(bench.repeats):
         times.append((seconds_of(way.loop()), seconds_of(lambda: replay(products))))
     loop, alone = (statistics.median(each) / way.tokens for each in zip(*times, strict=True))
-    count = len(products) / way.tokens
-    return {"seconds": loop, "product_seconds": alone, "ratio": loop / alone, "products": count}
+    return {"seconds": loop, "product_seconds": alone, "ratio": loop / alone, "products": len(products) / way.tokens}
 
 
 def ratios(found: Result) -> list[Result]:
