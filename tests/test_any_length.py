@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import fitformer
 from fitformer.errors import InputError
@@ -13,6 +14,7 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.layers import Attention, TransformerLayer
 from fitformer.models.positions import rotate
 from fitformer.models.trunk import Trunk
+from fitformer.profiling import StepConfig, flops, memory, on_meta
 from small_models import SIZES
 
 N, VOCABULARY = 6, 11
@@ -325,3 +327,29 @@ def test_encoders_that_are_causal_know_a_window():
     assert (difference > 0).tolist() == [False, True, True, False, False, False]
     with pytest.raises(InputError, match=r"global_window is 2, .*mask='causal'"):
         fitformer.FITEncoder.from_config(sizes, **geometry, global_window=2)
+
+
+@pytest.mark.parametrize("groups", [3, 300])
+def test_the_plan_counts_the_pairs_that_a_window_computes(groups):
+    sizes = {**SIZES, "latents_per_group": 8, "latent_heads": 2, "latent_position": "index", "rotary": True}
+    geometry = {"num_groups": None, "tokens_per_group": N, "vocab_size": VOCABULARY, "layers": "(1)2(1)"}
+    with torch.device("meta"):
+        models = [fitformer.FITDecoder.from_config(sizes, **geometry, global_window=window) for window in (4, None)]
+        tokens = torch.zeros(1, groups, N, dtype=torch.int64)
+    counted = []
+    for model in models:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens)
+        counted.append(counter.get_total_flops())
+    found = [flops(model, num_groups=groups).total for model in models]
+    assert found[0] == counted[0]
+    assert found[0] < found[1] / 2 if groups == 300 else found[0] == found[1]
+    with pytest.raises(InputError, match="any number of groups"):
+        flops(models[0])
+
+
+def test_a_step_over_a_window_is_planned_to_take_memory_in_proportion_to_its_length():
+    model = on_meta("FITDecoder", {"num_groups": None, "tokens_per_group": 8, "vocab_size": VOCABULARY, "rotary": True,
+                    "latent_position": "index", "global_window": 16}, preset="tiny")  # fmt: skip
+    working = [memory(model, StepConfig(num_groups=groups, execution="streamed")).working for groups in (2**15, 2**16)]
+    assert 1.9 < working[1] / working[0] < 2.1
