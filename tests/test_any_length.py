@@ -240,6 +240,20 @@ def test_attention_in_a_band_is_that_of_the_dense_mask(band, most, monkeypatch):
         torch.testing.assert_close(gradient, other)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 7, 30])
+def test_the_last_queries_of_a_window_attend_as_among_all(queries, monkeypatch):
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 60, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    whole = block_causal_attention(*given, Band(2, window=3))
+    for least in (4, 256):
+        monkeypatch.setattr(block_causal, "LEAST_QUERIES", least)
+        last = block_causal_attention(given[0][:, :, -2 * queries :], *given[1:], Band(2, window=3))
+        torch.testing.assert_close(last, whole[:, :, -2 * queries :])
+        gradients = (torch.autograd.grad(out[:, :, -2:].sin().sum(), given, retain_graph=True) for out in (last, whole))
+        for ours, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
 @given(
     tokens=st.integers(0, 3000), block=st.integers(1, 40), window=st.none() | st.integers(1, 90), rows=st.integers(1, 3)
 )

@@ -61,17 +61,20 @@ class Chunk(NamedTuple):
 
 
 def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, band: int | Band, dropout: float = 0.0) -> Tensor:
-    """Attention `(r, h, s, e)` of queries, keys and values `(r, h, s, e)` in a band, or in blocks of so many tokens."""
+    """Attention `(r, h, q, e)` of queries to keys and values `(r, h, k, e)` in a band, or in blocks of so many tokens.
+
+    The queries are the last q of the k tokens, in whole blocks.
+    """
     band = band if isinstance(band, Band) else Band(band)
-    only, *more = chunks(query.shape[2], band, band.rows(len(query)))
+    only, *more = _chunks_of(query, key, band)
     if not more and only.pairs * band.rows(len(query)) <= MOST_MASK:
-        return _attend(query, key, value, only, band, dropout)
+        return _attend(*_cut((query, key, value), only), only, band, dropout)
     # Mixed precision leaves normalised queries and keys in float32; there is none in the backward pass to cast them.
     return _InChunks.apply(query.to(value.dtype), key.to(value.dtype), value, band, dropout)
 
 
-def chunks(tokens: int, band: Band, rows: int = 1) -> Iterator[Chunk]:
-    """The chunks of so many tokens: the masks of one, for `rows` rows, have at most MOST_MASK numbers if they can."""
+def chunks(tokens: int, band: Band, rows: int = 1, first: int = 0) -> Iterator[Chunk]:
+    """The chunks of queries from `first` to `tokens`; masks of one, for `rows` rows, have at most MOST_MASK numbers."""
     behind = tokens if band.window is None else (band.window - 1) * band.block
     if behind + LEAST_QUERIES >= tokens:
         behind, most = tokens, MOST_MASK // max(tokens * rows, 1)
@@ -81,9 +84,15 @@ def chunks(tokens: int, band: Band, rows: int = 1) -> Iterator[Chunk]:
         most = min(most, MOST_MASK // (2 * most * rows))
     size, stop = max(1, most // band.block) * band.block, -1
     while stop < tokens:
-        start = max(stop, 0)
+        start = max(stop, first)
         stop = min(start + size, tokens)
         yield Chunk(max(start - behind, 0), start, stop)
+
+
+def _chunks_of(query: Tensor, key: Tensor, band: Band) -> list[Chunk]:
+    """The chunks of queries that are the last of the keys' tokens."""
+    tokens = key.shape[2]
+    return list(chunks(tokens, band, band.rows(len(query)), tokens - query.shape[2]))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, band: Band, dropout: float) -> Tensor:
@@ -107,8 +116,7 @@ class _InChunks(torch.autograd.Function):
         ctx.band, ctx.dropout = band, dropout
         ctx.state = random_state(query.device) if dropout else None
         parts = [
-            _attend(*_cut((query, key, value), chunk), chunk, band, dropout)
-            for chunk in chunks(query.shape[2], band, band.rows(len(query)))
+            _attend(*_cut((query, key, value), chunk), chunk, band, dropout) for chunk in _chunks_of(query, key, band)
         ]
         return torch.cat(parts, dim=2)
 
@@ -120,11 +128,11 @@ class _InChunks(torch.autograd.Function):
         now = random_state(gradient.device) if ctx.dropout else None
         if ctx.state is not None:
             set_random_state(ctx.state, gradient.device)
-        for chunk in chunks(gradient.shape[2], ctx.band, ctx.band.rows(len(gradient))):
+        for chunk in _chunks_of(whole[0], whole[1], ctx.band):
             q, k, v = (part.detach().requires_grad_() for part in _cut(whole, chunk))
             with torch.enable_grad():
                 out = _attend(q, k, v, chunk, ctx.band, ctx.dropout)
-            found = torch.autograd.grad(out, (q, k, v), gradient[:, :, chunk.start : chunk.stop].to(out.dtype))
+            found = torch.autograd.grad(out, (q, k, v), _queries(gradient, whole[1], chunk).to(out.dtype))
             for total, part in zip(_cut(sums, chunk), found, strict=True):
                 total += part
         if now is not None:
@@ -136,7 +144,12 @@ def _cut(whole: tuple[Tensor, ...], chunk: Chunk) -> tuple[Tensor, Tensor, Tenso
     """Views of the queries, keys and values of a chunk."""
     query, key, value = whole
     return (
-        query[:, :, chunk.start : chunk.stop],
+        _queries(query, key, chunk),
         key[:, :, chunk.begin : chunk.stop],
         value[:, :, chunk.begin : chunk.stop],
     )
+
+
+def _queries(query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
+    first = key.shape[2] - query.shape[2]
+    return query[:, :, chunk.start - first : chunk.stop - first]

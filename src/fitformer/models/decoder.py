@@ -1,19 +1,26 @@
 """FIT as an autoregressive decoder: shifted tokens in, logits of the next ones out (spec section 5)."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fitformer import generation
 from fitformer._support.checks import checked
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
+from fitformer.generation import GenerationConfig
+from fitformer.generation.decode import Prompt
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
 from fitformer.patching import groups_to_sequence, pad_to_groups, places_in_documents, sequence_to_groups, shift_right
+from fitformer.patching.sequence import check_vocabulary
 from fitformer.patching.sizes import check_axes
 
 
@@ -63,8 +70,8 @@ class FITDecoder(FITModel):
             tokens: `(b, t, n)`; fewer groups than the model was built for are the first ones.
             score: function of a slice of groups, its logits and None, whose sum over slices is returned in place of
                 the logits: a loss that never holds them whole.
-            documents: a number for each group, int64 `(b, t)`, as `patching.pack_documents` gives them: each document is
-                read as if it were alone. None for one document a row.
+            documents: a number for each group, int64 `(b, t)`, as `patching.pack_documents` gives them: each document
+                is read as if it were alone. None for one document a row.
 
         Returns:
             logits `(b, t, n, vocab_size)`, or the score.
@@ -84,8 +91,8 @@ class FITDecoder(FITModel):
             InputError: as `forward`.
         """
         check_axes(tokens, "tokens (b, L)", 2)
-        shifted = shift_right(sequence_to_groups(pad_to_groups(tokens, self.tokens_per_group), self.tokens_per_group))
-        return groups_to_sequence(self(shifted), tokens.shape[1])
+        n = self.tokens_per_group
+        return groups_to_sequence(self(shift_right(sequence_to_groups(pad_to_groups(tokens, n), n))), tokens.shape[1])
 
     def read(
         self,
@@ -112,29 +119,30 @@ class FITDecoder(FITModel):
         outputs = self.execute(inputs)
         return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Integer tokens `(b, t, n)` as data tokens `(b, t, n, c)`."""
-        return self.embedding(tokens.long()) + self.trunk.position.at()
+    def embed(self, tokens: Tensor, place: int | Tensor = 0) -> Tensor:
+        """Integer tokens `(b, ..., k)` as data tokens `(b, ..., k, c)`.
+
+        Args:
+            tokens: whole groups `(b, t, n)`, or part of a group `(b, k)`.
+            place: that of the first token in its group, or the place of every token.
+        """
+        table = self.trunk.position
+        at = table.at(place, tokens.shape[-1]) if isinstance(place, int) else table.at()[place]
+        return self.embedding(tokens.long()) + at
+
+    @property
+    def most_groups(self) -> int | None:
+        """Groups that the decoder has positions for; None for any number."""
+        return self.trunk.most_groups
 
     def head(self, x: Tensor) -> Tensor:
         """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""
         return nn.functional.linear(self.norm(x), (self.output_embedding or self.embedding).weight, self.output_bias)
 
+    def generate(self, prompt: Prompt = None, config: GenerationConfig | None = None, **options: Any) -> Any:
+        """Prompts with what the decoder generates after them: `fitformer.generation.generate` of this decoder."""
+        return generation.generate(self, prompt, config, **options)
 
-def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse tokens outside 0 to vocab_size - 1.
-
-    Only where looking costs nothing: on an accelerator it would make the host wait for the device, and a graph that is
-    being traced has no values to check.
-
-    Raises:
-        InputError: a token outside, or tokens that are no whole numbers.
-    """
-    if tokens.is_floating_point() or tokens.is_complex():
-        raise InputError(f"tokens are {tokens.dtype}; they are whole numbers below {vocab_size}")
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
-        return
-    low, high = (int(end) for end in torch.aminmax(tokens))
-    if low < 0 or high >= vocab_size:
-        outside = low if low < 0 else high
-        raise InputError(f"token {outside} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})")
+    def stream(self, prompt: Prompt = None, config: GenerationConfig | None = None, **options: Any) -> Iterator[Tensor]:
+        """The same token by token, columns `(b,)`: `fitformer.generation.stream` of this decoder."""
+        return generation.stream(self, prompt, config, **options)

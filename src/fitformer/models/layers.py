@@ -4,6 +4,7 @@ Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `
 Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from fitformer.errors import InputError
 from fitformer.models.block_causal import Band, block_causal_attention
 from fitformer.models.dropout import GroupRandom
 from fitformer.models.positions import rotate
+
+# Keys and values of new tokens to those that they attend to, which a cache keeps.
+Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 NORM_EPS = 1e-6
 # Sizes beyond are mistakes, whatever memory there is.
@@ -136,17 +140,17 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Queries `(r, h, q, e)` of tokens `x (r, q, dim)`; `positions` as in `attend`."""
-        return self._turned(self.query_norm(self._by_head(self.query(x))), positions)
+        return self.turned(self.query_norm(self._by_head(self.query(x))), positions)
 
     def project(self, context: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`: what a cache keeps of it.
 
         `positions` are the context's, int64 `(k,)` or `(r, k)`.
         """
-        key = self._turned(self.key_norm(self._by_head(self.key(context))), positions)
+        key = self.turned(self.key_norm(self._by_head(self.key(context))), positions)
         return key, self._by_head(self.value(context))
 
-    def _turned(self, by_head: Tensor, positions: Tensor | None) -> Tensor:
+    def turned(self, by_head: Tensor, positions: Tensor | None) -> Tensor:
         """Queries or keys `(r, h, k, e)` turned by their positions, 0, 1, 2 ... by default, if the attention does."""
         if not self.rotary:
             return by_head
@@ -172,7 +176,7 @@ class Attention(nn.Module):
             x, key, value: queries' tokens, and the projected context.
             mask: boolean, broadcastable to `(r, h, q, k)`, true where a query attends.
             causal: a token attends to its own and earlier runs of so many tokens; 1 is the usual triangle, 0 is none. A
-                `Band` says more, with runs of its `block`.
+                `Band` says more, with runs of its `block`. Queries may be the last of the keys' tokens, in whole runs.
             random: gives the rows' own dropout.
             positions: of the queries, int64 `(q,)` or `(r, q)`, that rotary attention turns them by; 0, 1, 2 ... by
                 default.
@@ -181,7 +185,7 @@ class Attention(nn.Module):
         if rate and random is not None:
             mask = triangle(x.shape[1], x.device) if causal else mask
             out = dropout(attention_weights(query, key, mask), rate, random) @ value
-        elif isinstance(causal, Band) or causal > 1:
+        elif isinstance(causal, Band) or causal > 1 or (causal and key.shape[2] > query.shape[2]):
             out = block_causal_attention(query, key, value, causal, rate)
         else:
             out = F.scaled_dot_product_attention(
@@ -197,9 +201,20 @@ class Attention(nn.Module):
         causal: int | Band = 0,
         random: GroupRandom | None = None,
         positions: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`, both at the same positions; as in `attend`."""
-        return self.attend(x, *self.project(context, positions), mask, causal, random, positions)
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`, both at the same positions.
+
+        Args:
+            x, context: the queries' tokens, and those that they attend to.
+            mask, causal, random, positions: as in `attend`.
+            memory: given the keys and values of the context, those that are attended to instead: a cache puts earlier
+                ones before them.
+        """
+        key, value = self.project(context, positions)
+        if memory is not None:
+            key, value = memory(key, value)
+        return self.attend(x, key, value, mask, causal, random, positions)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -273,11 +288,12 @@ class TransformerLayer(nn.Module):
         causal: int | Band = 0,
         random: GroupRandom | None = None,
         positions: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Transform tokens `x (r, s, dim)`; the rest as in `Attention.attend`."""
+        """Transform tokens `x (r, s, dim)`; the rest as in `Attention.forward`."""
         if self.norm is not None and self.attention is not None:
             normed = self.norm(x)
-            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random, positions), random)
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random, positions, memory), random)
         return x + self.drop_path(self.ffn(x, random), random)
 
 

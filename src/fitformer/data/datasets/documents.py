@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fitformer.data.datasets.text import ByteBuffer, BytesDataset, Piece
-from fitformer.errors import InputError
 from fitformer.patching import pack_rows
 
 # Files are searched for separators so many bytes at a time.
