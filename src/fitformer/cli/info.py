@@ -91,8 +91,7 @@ def _sequence(asked: dict[str, Any]) -> dict[str, Any]:
     vocabulary = {"vocab_size": asked.pop("vocab_size", 256)}
     if "length" in asked:
         length, n = asked.pop("length"), asked.pop("tokens_per_group", 64)
-        check_divisible(length, n, ("a sequence", "groups", "tokens"))
-        return {"num_groups": length // n, "tokens_per_group": n, **vocabulary}
+        return {"num_groups": -(-length // n), "tokens_per_group": n, **vocabulary}
     rows, columns = to_sides(asked.pop("image_size", DEFAULT_CUT["image_size"]), "hw")
     high, wide = to_sides(asked.pop("patch_size", DEFAULT_CUT["patch_size"]), "hw")
     check_divisible(rows, high, ("an image", "patches", "rows"))

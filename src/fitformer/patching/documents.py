@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fitformer._support.checks import checked, whole
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 
 
@@ -42,6 +43,8 @@ def pack_documents(documents: Sequence[Tensor], n: int, groups: int) -> PackedDo
         if not isinstance(each, Tensor) or each.ndim != 1 or each.is_floating_point() or each.is_complex():
             raise InputError(f"documents[{k}] is no sequence (L,) of whole numbers; convert it by tensor.long()")
     rows = pack_rows([-(-len(each) // n) for each in documents], groups)
+    # Tokens are int64: as much as two numbers each.
+    check_room(f"{len(rows)} rows of groups={groups} of n={n} tokens", 2 * len(rows) * groups * n)
     device = documents[0].device
     tokens = torch.zeros(len(rows), groups * n, dtype=torch.int64, device=device)
     numbers = torch.full((len(rows), groups), -1, device=device)
@@ -67,13 +70,14 @@ def unpack_documents(x: Tensor, documents: Tensor, mask: Tensor) -> list[Tensor]
     Raises:
         InputError: shapes that do not belong together.
     """
-    if x.ndim < 3 or mask.shape != x.shape[:3] or documents.shape != x.shape[:2]:
+    if x.ndim < 3 or mask.shape != x.shape[:3] or documents.shape != x.shape[:2] or mask.dtype != torch.bool:
         raise InputError(
-            f"documents {tuple(documents.shape)} and mask {tuple(mask.shape)} do not belong to x {tuple(x.shape)}"
+            f"documents {tuple(documents.shape)} and mask {mask.dtype} {tuple(mask.shape)} do not belong to x "
+            f"{tuple(x.shape)}; they are (b, t) and booleans (b, t, n)"
         )
     numbers, held = documents.flatten(), mask.flatten(0, 1)
     order = numbers.argsort(stable=True)[int((numbers < 0).sum()) :]
-    counts = numbers[order].bincount().tolist()
+    counts = numbers[order].unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(x.flatten(0, 1)[order].split(counts), held[order].split(counts), strict=True)
     return [part[real] for part, real in parts]
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fitformer._support.checks import checked, whole
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.patching.documents import places_in_documents
 from fitformer.patching.image import extract_patches, merge_patches
@@ -52,6 +53,7 @@ def pad_to_groups(tokens: Tensor, n: int) -> Tensor:
     if tokens.ndim < 2:
         raise InputError(f"a batch of sequences (b, L) is expected, not tokens {tuple(tokens.shape)}; try tokens[None]")
     missing = -tokens.shape[1] % whole("n", n)
+    check_room(f"groups of n={n} tokens", missing)
     return F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, missing)) if missing else tokens
 
 
