@@ -508,3 +508,77 @@ def test_logits_of_a_sequence_of_any_length(length):
     torch.testing.assert_close(longer[:, :length], logits)
     grouped = model(shift_right(sequence_to_groups(pad_to_groups(tokens, N), N)))
     assert torch.equal(grouped.flatten(1, 2)[:, :length], logits)
+
+
+# ---- train at one length, run at another ----
+
+EXTRAPOLATING = [{"latent_position": "shared", "rotary": True, "global_window": 4}, {"latent_position": "index"}]
+
+
+def repeated(batch, groups, generator):
+    """Sequences that repeat one random word, a group long."""
+    word = torch.randint(0, 4, (batch, 1, 4), generator=generator)
+    return word.expand(batch, groups, 4).contiguous()
+
+
+@pytest.mark.parametrize("options", EXTRAPOLATING, ids=["shared, rotary, window", "index"])
+def test_what_is_learned_at_four_groups_holds_at_sixteen(options, one_thread):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = fitformer.FITDecoder.from_config(
+        layers="(1)1(1)", dim=32, latent_dim=32, heads=2, latent_heads=2, latents_per_group=2, num_groups=None,
+        tokens_per_group=4, vocab_size=4, **options,
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        tokens = repeated(32, 4, generator)
+        adamw.zero_grad()
+        losses(model(shift_right(tokens)), tokens).mean().backward()
+        adamw.step()
+    tokens = repeated(128, 16, generator)
+    with torch.no_grad():
+        by_group = losses(model.eval()(shift_right(tokens)), tokens).view(tokens.shape).mean(dim=(0, 2))
+    assert by_group[0] > 1.3
+    assert by_group[1:4].max() < 0.3
+    assert by_group[4:].max() < 0.4
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_packed_documents_on_a_gpu_are_what_they_are_alone_and_nothing_waits_for_it(options, way):
+    model = decoder(**options).double().cuda()
+    packed = pack_documents([document.cuda() for document in some_documents()], N, 7)
+    inputs = shift_right(packed.tokens, packed.documents)
+    model.set_execution("plain")
+    wanted = [model.logits(document[None].cuda())[0] for document in some_documents()]
+    model.set_execution(way)
+    table = model.most_groups is not None
+    torch.cuda.set_sync_debug_mode("default" if table or way != "plain" else "error")
+    try:
+        logits = model(inputs, documents=packed.documents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, other in zip(unpack_documents(logits, packed.documents, packed.mask), wanted, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("band", [Band(4, window=16), Band(4, starts=torch.arange(1024) // 100 * 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_band_on_a_gpu_is_that_of_the_dense_mask(band, dtype):
+    torch.manual_seed(0)
+    band = Band(band.block, band.window, None if band.starts is None else band.starts.cuda())
+    given = [torch.randn(2, 4, 4096, 32, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    ours = block_causal_attention(*given, band)
+    cpu = Band(band.block, band.window, None if band.starts is None else band.starts.cpu())
+    wanted = torch.nn.functional.scaled_dot_product_attention(*given, dense(cpu, 4096).cuda())
+    close = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
+    gradients = (torch.autograd.grad(out.float().sin().sum(), given) for out in (ours, wanted))
+    for gradient, other in zip(*gradients, strict=True):
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, other, rtol=10 * close, atol=10 * close)
