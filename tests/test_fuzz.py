@@ -177,6 +177,7 @@ CALLS = {
         "seed": 0,
         "first": 0,
         "use_cache": True,
+        "compile": False,
         "window": None,
     },
     generation.generate: {

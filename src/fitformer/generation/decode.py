@@ -127,7 +127,7 @@ class _Run:
         for own, row, start in zip(self.tokens, rows, self.starts, strict=True):
             own[start : self.length] = row
         self.seed = config.seed if generator is None else _seed_from(generator)
-        self.step = step or (Cached if config.use_cache else Uncached)(decoder, config.window)
+        self.step = step or _step(decoder, config)
         self.seen = self._seen(decoder.vocab_size) if config.repetition_penalty != 1 else None
 
     def so_far(self) -> Tensor:
@@ -196,6 +196,12 @@ class _Run:
         for own, row, start in zip(seen, self.tokens, self.starts, strict=True):
             own[row[start : self.length]] = True
         return seen
+
+
+def _step(decoder: Decoder, config: GenerationConfig) -> Step:
+    if config.use_cache:
+        return Cached(decoder, config.window, config.compile)
+    return Uncached(decoder, config.window)
 
 
 def _rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:

@@ -91,15 +91,15 @@ class Cached:
     """The step with a cache, which reads each token once but for those of a context that begins anew.
 
     Args:
-        decoder: a `FITDecoder`. window: groups of context at most.
+        decoder: a `FITDecoder`. window: groups of context at most. compile: see `CachedDecoder`.
 
     Raises:
         InputError: the decoder is in training mode with dropout.
     """
 
     @checked
-    def __init__(self, decoder: Decoder, window: int | None = None) -> None:
-        self.decoder, self.groups = CachedDecoder(decoder), group_limit(decoder, window)
+    def __init__(self, decoder: Decoder, window: int | None = None, compile: bool = False) -> None:
+        self.decoder, self.groups = CachedDecoder(decoder, compile), group_limit(decoder, window)
         self.state: DecodingState | None = None
         self.begins: list[int] = []
 

@@ -67,7 +67,7 @@ def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, band: int 
     """
     band = band if isinstance(band, Band) else Band(band)
     only, *more = _chunks_of(query, key, band)
-    if not more and only.pairs * band.rows(len(query)) <= MOST_MASK:
+    if not more and only.pairs * band.rows(query.shape[0]) <= MOST_MASK:
         return _attend(*_cut((query, key, value), only), only, band, dropout)
     # Mixed precision leaves normalised queries and keys in float32; there is none in the backward pass to cast them.
     return _InChunks.apply(query.to(value.dtype), key.to(value.dtype), value, band, dropout)
@@ -92,7 +92,7 @@ def chunks(tokens: int, band: Band, rows: int = 1, first: int = 0) -> Iterator[C
 def _chunks_of(query: Tensor, key: Tensor, band: Band) -> list[Chunk]:
     """The chunks of queries that are the last of the keys' tokens."""
     tokens = key.shape[2]
-    return list(chunks(tokens, band, band.rows(len(query)), tokens - query.shape[2]))
+    return list(chunks(tokens, band, band.rows(query.shape[0]), tokens - query.shape[2]))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, band: Band, dropout: float) -> Tensor:
