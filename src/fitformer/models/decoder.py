@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fitformer import generation
 from fitformer._support.checks import checked
 from fitformer._support.system_memory import check_room
+from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
 from fitformer.generation import GenerationConfig
@@ -18,7 +19,9 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
+from fitformer.patching import groups_to_sequence, pad_to_groups, places_in_documents, sequence_to_groups, shift_right
 from fitformer.patching.sequence import check_vocabulary
+from fitformer.patching.sizes import check_axes
 
 
 class FITDecoder(FITModel):
@@ -60,34 +63,58 @@ class FITDecoder(FITModel):
         self.trunk = Trunk(trunk, num_groups, tokens_per_group, causal="all")
         self.norm = layer_norm(trunk.dim)
 
-    def forward(self, tokens: Tensor, score: Score | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, score: Score | None = None, documents: Tensor | None = None) -> Tensor:
         """Logits of the targets, given integer tokens shifted right by one.
 
         Args:
             tokens: `(b, t, n)`; fewer groups than the model was built for are the first ones.
             score: function of a slice of groups, its logits and None, whose sum over slices is returned in place of
                 the logits: a loss that never holds them whole.
+            documents: a number for each group, int64 `(b, t)`, as `patching.pack_documents` gives them: each document
+                is read as if it were alone. None for one document a row.
 
         Returns:
             logits `(b, t, n, vocab_size)`, or the score.
 
         Raises:
-            InputError: groups of another length, tokens that are no whole numbers, or one outside the vocabulary.
+            InputError: groups of another length, tokens that are no whole numbers, one outside the vocabulary, or
+                documents of other groups.
         """
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
-        return self.read(tokens, tokens.shape[0], tokens.shape[1], score)
+        return self.read(tokens, tokens.shape[0], tokens.shape[1], score, documents)
 
-    def read(self, tokens: Tensor | Read, batch: int, groups: int, score: Score | None = None) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits `(b, L, vocab_size)` of each token of sequences `(b, L)` of any length, given those before it.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        check_axes(tokens, "tokens (b, L)", 2)
+        n = self.tokens_per_group
+        return groups_to_sequence(self(shift_right(sequence_to_groups(pad_to_groups(tokens, n), n))), tokens.shape[1])
+
+    def read(
+        self,
+        tokens: Tensor | Read,
+        batch: int,
+        groups: int,
+        score: Score | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """As `forward`, for `groups` groups of `batch` examples, in memory or by a function that reads a slice."""
+        if documents is not None and documents.shape != (batch, groups):
+            raise InputError(f"documents {tuple(documents.shape)} of an input of ({batch}, {groups}) groups (b, t)")
+        places = None if documents is None else places_in_documents(documents)
         scored = None if score is None else (lambda which, x, mask: score(which, self.head(x), mask))
         inputs = Inputs(
             tokens=tokens,
-            latents=self.trunk.initial_latents(batch, groups),
+            latents=self.trunk.initial_latents(batch, groups, places=places),
             embed=lambda which, raw: self.embed(raw),
             score=scored,
             blocks=() if score else self.last_block(),
             parameters=self.all_parameters(),
+            places=places,
         )
         outputs = self.execute(inputs)
         return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score

@@ -27,13 +27,14 @@ def build_decoder(
     )
 
 
-def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of tokens `(b, t, n)` in bits, a scalar with gradients.
 
     Args:
         network: the decoder. tokens: the targets. mask: bool `(b, t, n)`, true where a token counts; None for all.
+        documents: of the groups, see `FITDecoder.forward`.
     """
-    shifted = patching.shift_right(tokens)
+    shifted = patching.shift_right(tokens, documents)
     weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
     def nats(groups: slice, logits: Tensor, _: Tensor | None) -> Tensor:
@@ -41,16 +42,28 @@ def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Ten
         each = F.cross_entropy(logits.flatten(0, -2).float(), tokens[:, groups].flatten(), reduction="none")
         return (each * weights[:, groups].flatten()).sum()
 
-    return network(shifted, score=nats) / weights.sum() / math.log(2)
+    return network(shifted, score=nats, documents=documents) / weights.sum() / math.log(2)
 
 
-def loss_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict]:
+def loss_in_bits(
+    network: FITDecoder,
+    unit: str,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, dict]:
     """Cross-entropy in nats, which is minimized, and the same in bits under the name `unit`, detached."""
-    value = bits(network, tokens, mask)
+    value = bits(network, tokens, mask, documents)
     return value * math.log(2), {unit: value.detach()}
 
 
-def measure_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[dict, int]:
+def measure_in_bits(
+    network: FITDecoder,
+    unit: str,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[dict, int]:
     """Held-out `loss` in nats and `unit` in bits, means over tokens, and the number of tokens."""
-    value = bits(network, tokens, mask)
+    value = bits(network, tokens, mask, documents)
     return {"loss": value * math.log(2), unit: value}, tokens.numel() if mask is None else int(mask.sum())

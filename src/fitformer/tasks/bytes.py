@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fitformer import patching
+from fitformer._support.checks import whole
 from fitformer.config.schema import ByteRecipe
 from fitformer.data.datasets.text import compressed_bits_per_byte
 from fitformer.errors import InputError
@@ -22,30 +23,24 @@ _PREVIEW_PROMPT = b"\n"
 
 
 def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
-    """A decoder of bytes.
+    """A decoder of bytes, of as many groups as hold `data.length`.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
-    return build_decoder(recipe.model, _num_groups(recipe), recipe.model.tokens_per_group, BYTE_VALUES)
+    n = whole("model.tokens_per_group", recipe.model.tokens_per_group)
+    return build_decoder(recipe.model, -(-recipe.data.length // n), n, BYTE_VALUES)
 
 
-def _num_groups(recipe: ByteRecipe) -> int:
-    length, n = recipe.data.length, recipe.model.tokens_per_group
-    if n < 1 or length % n:
-        below = length // max(n, 1) * max(n, 1)
-        near = f"{below} or {below + n}" if below else f"{n}"
-        raise InputError(
-            f"data.length {length} is not a multiple of model.tokens_per_group {n}; the nearest lengths are {near}"
-        )
-    return length // n
+def targets(batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Bytes `(b, t, n)` of a batch, a mask `(b, t, n)` of those that count, and their documents `(b, t)`.
 
-
-def targets(batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, Tensor | None]:
-    """Bytes `(b, t, n)` of a batch, and a mask `(b, t, n)` of those that count; None if all do."""
-    n, mask = recipe.model.tokens_per_group, batch.get("mask")
-    grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
-    return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
+    The mask is None if all count, and the documents if each example is one.
+    """
+    n, tokens = recipe.model.tokens_per_group, batch["tokens"]
+    mask = batch.get("mask", torch.ones_like(tokens, dtype=torch.bool))
+    tokens, mask = (patching.sequence_to_groups(patching.pad_to_groups(each, n), n) for each in (tokens, mask))
+    return tokens, None if bool(mask.all()) else mask, batch.get("documents")
 
 
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
