@@ -17,19 +17,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from next_token import (
-    Budget,
-    Entry,
-    Race,
-    Result,
-    Run,
-    Settings,
-    add_options,
-    by_place,
-    dense_decoder,
-    fit_of,
-    windows,
-)
+from next_token import Budget, Result, Run, Settings, by_place, windows
+from race import Entry, Race, add_options, dense_decoder, fit_of
 from torch import Tensor
 
 from fitformer.data.datasets.text import ByteBuffer, python_docs, python_sources, split_pieces

@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 
 import torch
-from next_token import Budget, Entry, Race, Run, Settings, add_options, dense_decoder, fit_of, rows
+from next_token import Budget, Run, Settings, rows
+from race import Entry, Race, add_options, dense_decoder, fit_of
 from torch import Tensor
 
 from fitformer.data.datasets.arrays import read_idx

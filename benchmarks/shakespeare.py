@@ -10,19 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from next_token import (
-    Budget,
-    Entry,
-    Race,
-    Result,
-    Run,
-    Settings,
-    add_options,
-    by_place,
-    dense_decoder,
-    fit_of,
-    windows,
-)
+from next_token import Budget, Result, Run, Settings, by_place, windows
+from race import Entry, Race, add_options, dense_decoder, fit_of
 from torch import Tensor
 
 # Characters of the validation part that a curve is measured on.

@@ -38,12 +38,16 @@ def next_token(monkeypatch):
     return importlib.import_module("next_token")
 
 
+def race():
+    return importlib.import_module("race")
+
+
 def entry(next_token, name="FIT", length=16, **settings):
     def fit():
-        return next_token.fit_decoder(VOCABULARY, N, **TRUNK)
+        return race().fit_decoder(VOCABULARY, N, **TRUNK)
 
-    make = fit if name == "FIT" else lambda: next_token.dense_decoder(fit)
-    return next_token.Entry(name, make, next_token.Settings(1e-2, length, 2, **settings), N)
+    make = fit if name == "FIT" else lambda: race().dense_decoder(fit)
+    return race().Entry(name, make, next_token.Settings(1e-2, length, 2, **settings), N)
 
 
 @pytest.mark.parametrize("name", ["FIT", "dense"])
