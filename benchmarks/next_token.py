@@ -27,9 +27,8 @@ from fitformer.tasks.optimizers import parameter_groups
 
 # What a training step costs in forward passes.
 STEP_IN_PASSES = 3
-# In bf16 the backward pass of torch's fused attention on a CPU takes eight times that of float32; up to this span its
-# products by themselves are faster than either.
-MOST_SPAN = 512
+# In bf16, on a CPU, torch's fused attention of spans up to this is slower than its products by themselves.
+MOST_SPAN = 128
 Result = dict[str, Any]
 
 
