@@ -102,6 +102,7 @@ CALLS = {
         "vocab_size": 11,
         "shared_embedding": True,
         "output_bias": True,
+        "num_classes": 0,
     },
     fitformer.from_pretrained: {"source": "nowhere/at/all"},
     TrunkConfig: {},

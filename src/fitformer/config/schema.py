@@ -167,9 +167,14 @@ class DiffuseObjective:
 
 @dataclass(frozen=True)
 class PixelObjective:
-    """Cross-entropy of the next pixel value; `order` is the order of the patches of an image."""
+    """Cross-entropy of the next pixel value.
+
+    Attributes:
+        order: of the patches of an image. class_conditional: the class stands before the first pixel value.
+    """
 
     order: Literal["raster", "snake"] = "snake"
+    class_conditional: bool = False
 
 
 @dataclass(frozen=True)

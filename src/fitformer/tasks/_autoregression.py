@@ -15,7 +15,11 @@ BYTE_VALUES = 256
 
 
 def build_decoder(
-    model: PixelDecoderModel | ByteDecoderModel, num_groups: int, tokens_per_group: int, vocab_size: int
+    model: PixelDecoderModel | ByteDecoderModel,
+    num_groups: int,
+    tokens_per_group: int,
+    vocab_size: int,
+    num_classes: int = 0,
 ) -> FITDecoder:
     """A decoder of `num_groups` groups of `tokens_per_group` tokens."""
     return FITDecoder.from_preset(
@@ -23,15 +27,17 @@ def build_decoder(
         num_groups=num_groups,
         tokens_per_group=tokens_per_group,
         vocab_size=vocab_size,
+        num_classes=num_classes,
         **arguments(model, "patch_size", "tokens_per_group"),
     )
 
 
-def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of tokens `(b, t, n)` in bits, a scalar with gradients.
 
     Args:
         network: the decoder. tokens: the targets. mask: bool `(b, t, n)`, true where a token counts; None for all.
+        labels: classes `(b,)` of the examples, which a class-conditional decoder is told; others are not.
     """
     shifted = patching.shift_right(tokens)
     weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -41,16 +47,21 @@ def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None) -> Ten
         each = F.cross_entropy(logits.flatten(0, -2).float(), tokens[:, groups].flatten(), reduction="none")
         return (each * weights[:, groups].flatten()).sum()
 
-    return network(shifted, score=nats) / weights.sum() / math.log(2)
+    told = labels if network.num_classes else None
+    return network(shifted, score=nats, labels=told) / weights.sum() / math.log(2)
 
 
-def loss_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict]:
+def loss_in_bits(
+    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+) -> tuple[Tensor, dict]:
     """Cross-entropy in nats, which is minimized, and the same in bits under the name `unit`, detached."""
-    value = bits(network, tokens, mask)
+    value = bits(network, tokens, mask, labels)
     return value * math.log(2), {unit: value.detach()}
 
 
-def measure_in_bits(network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None) -> tuple[dict, int]:
+def measure_in_bits(
+    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+) -> tuple[dict, int]:
     """Held-out `loss` in nats and `unit` in bits, means over tokens, and the number of tokens."""
-    value = bits(network, tokens, mask)
+    value = bits(network, tokens, mask, labels)
     return {"loss": value * math.log(2), unit: value}, tokens.numel() if mask is None else int(mask.sum())

@@ -13,7 +13,7 @@ from fitformer.models.decoder import FITDecoder
 from fitformer.patching.sizes import to_sides
 from fitformer.tasks._autoregression import BYTE_VALUES, build_decoder, loss_in_bits, measure_in_bits
 from fitformer.tasks._independent_pixels import independent_bits
-from fitformer.tasks.batch import Batch, one_size
+from fitformer.tasks.batch import Batch, need_classes, one_size
 from fitformer.tasks.preview import Preview
 from fitformer.tasks.registry import TaskSpec
 
@@ -21,14 +21,16 @@ UNIT = "bits_per_dim"
 
 
 def build(recipe: PixelRecipe, dataset: Any) -> FITDecoder:
-    """A decoder of the dataset's pixel values, a group a patch.
+    """A decoder of the dataset's pixel values, a group a patch, told the class if the recipe is class-conditional.
 
     Raises:
-        InputError: an image size that is no multiple of the patch size, images of any size.
+        InputError: an image size that is no multiple of the patch size, images of any size, no classes where they are
+            needed.
     """
     image = torch.zeros(1, *to_sides(one_size(recipe), "hw"), dataset.channels, dtype=torch.uint8)
     t, n = patching.image_to_pixels(image, recipe.model.patch_size, recipe.objective.order).shape[1:]
-    return build_decoder(recipe.model, t, n, recipe.data.levels or BYTE_VALUES)
+    classes = need_classes(dataset, "class_conditional") if recipe.objective.class_conditional else 0
+    return build_decoder(recipe.model, t, n, recipe.data.levels or BYTE_VALUES, classes)
 
 
 def targets(batch: Batch, recipe: PixelRecipe) -> Tensor:
@@ -38,12 +40,12 @@ def targets(batch: Batch, recipe: PixelRecipe) -> Tensor:
 
 def loss(network: FITDecoder, batch: Batch, recipe: PixelRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_dim`, both means over pixel values."""
-    return loss_in_bits(network, UNIT, targets(batch, recipe))
+    return loss_in_bits(network, UNIT, targets(batch, recipe), labels=batch["label"])
 
 
 def measure(network: FITDecoder, batch: Batch, recipe: PixelRecipe) -> tuple[dict[str, Tensor], int]:
     """Held-out `loss` in nats and `bits_per_dim`, and the number of pixel values."""
-    return measure_in_bits(network, UNIT, targets(batch, recipe))
+    return measure_in_bits(network, UNIT, targets(batch, recipe), labels=batch["label"])
 
 
 def baselines(recipe: PixelRecipe, train: Iterator[Batch], test: Iterator[Batch]) -> Iterator[tuple[str, float]]:
