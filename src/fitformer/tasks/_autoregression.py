@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer import patching
-from fitformer.config.schema import ByteDecoderModel, PixelDecoderModel
+from fitformer.config.schema import AudioRecipe, ByteDecoderModel, ByteRecipe, PixelDecoderModel
+from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
-from fitformer.tasks.batch import arguments
+from fitformer.tasks.batch import Batch, arguments
 
 BYTE_VALUES = 256
 
@@ -30,6 +31,29 @@ def build_decoder(
         num_classes=num_classes,
         **arguments(model, "patch_size", "tokens_per_group"),
     )
+
+
+def build_sequence_decoder(recipe: ByteRecipe | AudioRecipe) -> FITDecoder:
+    """A decoder of 256 values for sequences of `data.length` tokens.
+
+    Raises:
+        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+    """
+    length, n = recipe.data.length, recipe.model.tokens_per_group
+    if n < 1 or length % n:
+        below = length // max(n, 1) * max(n, 1)
+        near = f"{below} or {below + n}" if below else f"{n}"
+        raise InputError(
+            f"data.length {length} is not a multiple of model.tokens_per_group {n}; the nearest lengths are {near}"
+        )
+    return build_decoder(recipe.model, length // n, n, BYTE_VALUES)
+
+
+def sequence_targets(batch: Batch, recipe: ByteRecipe | AudioRecipe) -> tuple[Tensor, Tensor | None]:
+    """Tokens `(b, t, n)` of a batch, and a mask `(b, t, n)` of those that count; None if all do."""
+    n, mask = recipe.model.tokens_per_group, batch.get("mask")
+    grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
+    return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
 
 
 def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

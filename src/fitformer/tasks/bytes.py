@@ -11,7 +11,7 @@ from fitformer.config.schema import ByteRecipe
 from fitformer.data.datasets.text import compressed_bits_per_byte
 from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
-from fitformer.tasks._autoregression import BYTE_VALUES, build_decoder, loss_in_bits, measure_in_bits
+from fitformer.tasks._autoregression import build_sequence_decoder, loss_in_bits, measure_in_bits, sequence_targets
 from fitformer.tasks.batch import Batch
 from fitformer.tasks.preview import Preview
 from fitformer.tasks.registry import TaskSpec
@@ -27,35 +27,17 @@ def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
     Raises:
         InputError: `data.length` is no multiple of `model.tokens_per_group`.
     """
-    return build_decoder(recipe.model, _num_groups(recipe), recipe.model.tokens_per_group, BYTE_VALUES)
-
-
-def _num_groups(recipe: ByteRecipe) -> int:
-    length, n = recipe.data.length, recipe.model.tokens_per_group
-    if n < 1 or length % n:
-        below = length // max(n, 1) * max(n, 1)
-        near = f"{below} or {below + n}" if below else f"{n}"
-        raise InputError(
-            f"data.length {length} is not a multiple of model.tokens_per_group {n}; the nearest lengths are {near}"
-        )
-    return length // n
-
-
-def targets(batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, Tensor | None]:
-    """Bytes `(b, t, n)` of a batch, and a mask `(b, t, n)` of those that count; None if all do."""
-    n, mask = recipe.model.tokens_per_group, batch.get("mask")
-    grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
-    return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
+    return build_sequence_decoder(recipe)
 
 
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count."""
-    return loss_in_bits(network, UNIT, *targets(batch, recipe))
+    return loss_in_bits(network, UNIT, *sequence_targets(batch, recipe))
 
 
 def measure(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[dict[str, Tensor], int]:
     """Held-out `loss` in nats and `bits_per_byte`, and the number of bytes that count."""
-    return measure_in_bits(network, UNIT, *targets(batch, recipe))
+    return measure_in_bits(network, UNIT, *sequence_targets(batch, recipe))
 
 
 def baselines(recipe: ByteRecipe, train: Iterator[Batch], test: Iterator[Batch]) -> Iterator[tuple[str, float]]:
