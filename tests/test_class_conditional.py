@@ -111,6 +111,61 @@ def test_a_number_of_classes_that_is_none_is_refused(classes):
         )
 
 
+# ---- decoding ----
+
+
+def shifted(tokens):
+    return torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("pieces", [[T * N], [1] * 9, [4, 3, 20], [N, 2 * N, 1]])
+def test_cached_decoding_is_told_the_class_as_the_whole_sequence_is(pieces, tmp_path):
+    model = rough(decoder(num_classes=CLASSES))
+    labels, inputs = torch.tensor([2, 0, -1]), shifted(tokens_of(3).flatten(1))
+    whole = model(inputs.unflatten(1, (T, N)), labels=labels).flatten(1, 2)
+    cached = fitformer.generation.CachedDecoder(model)
+    state = cached.start(3, labels)
+    done = 0
+    for length in pieces:
+        logits = cached.feed(state, inputs[:, done : done + length])
+        torch.testing.assert_close(logits, whole[:, done : done + length], rtol=1e-5, atol=1e-5)
+        done += length
+    # Rows in another order, from a file, and one that begins only now.
+    if done < T * N:
+        state.select([2, 0]).save(tmp_path / "state")
+        logits = cached.feed(cached.load(tmp_path / "state"), inputs[[2, 0], done : done + 1])
+        torch.testing.assert_close(logits[:, 0], whole[[2, 0], done], rtol=1e-5, atol=1e-5)
+        state.cache.put([1], cached.start(1, labels[1:2]).cache)
+        places = torch.tensor([done, 0, done])
+        logits = cached.feed(state, inputs[torch.arange(3), places][:, None])
+        torch.testing.assert_close(logits[:, 0], whole[torch.arange(3), places], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_takes_a_class_for_each_prompt(use_cache):
+    model, prompts = rough(decoder(num_classes=CLASSES)), tokens_of(2).flatten(1)[:, :5]
+    made = model.generate(prompts, max_new_tokens=20, num_return_sequences=2, labels=LABELS, use_cache=use_cache)
+    logits = model(
+        torch.nn.functional.pad(shifted(made), (0, T * N - 25)).unflatten(1, (T, N)), labels=LABELS[[0, 0, 1, 1]]
+    )
+    assert torch.equal(logits.flatten(1, 2).argmax(-1)[:, 5:25], made[:, 5:])
+    other = model.generate(prompts, max_new_tokens=20, labels=LABELS.flip(0), use_cache=use_cache)
+    assert not torch.equal(other, made[::2])
+    # Several lengths, and further than the decoder's length.
+    ragged = model.generate([prompts[0], prompts[1, :2]], max_new_tokens=20, labels=LABELS, use_cache=use_cache)
+    assert torch.equal(ragged[0], made[0])
+    options = {"max_new_tokens": T * N, "window": T, "do_sample": True, "labels": LABELS}
+    assert torch.equal(
+        model.generate(prompts, use_cache=use_cache, **options),
+        model.generate(prompts, use_cache=not use_cache, **options),
+    )
+    for labels, message in ((None, "labels are missing"), (LABELS[:1], r"\(1,\); .* each of the 2 prompts")):
+        with pytest.raises(InputError, match=message):
+            model.generate(prompts, max_new_tokens=1, labels=labels, use_cache=use_cache)
+    with pytest.raises(InputError, match=r"labels are given.*num_classes=0"):
+        decoder().eval().generate(prompts, max_new_tokens=1, labels=LABELS, use_cache=use_cache)
+
+
 # ---- the task of pixels ----
 
 

@@ -158,24 +158,55 @@ CALLS = {
     patching.tokens_to_bytes: {"tokens": TOKENS},
     execution.Streamed: {},
     execution.Inputs: {"tokens": torch.zeros(1, 2, 3, 4), "latents": torch.zeros(1, 2, 3, 4)},
-    generation.generate: {
-        "decoder": DECODER,
-        "prompt": None,
-        "length": 4,
-        "count": 2,
+    generation.GenerationConfig: {
+        "max_new_tokens": 4,
+        "do_sample": True,
         "temperature": 1.0,
         "top_k": 3,
         "top_p": 0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "eos_token_id": None,
+        "stop_strings": None,
+        "pad_token_id": None,
+        "num_return_sequences": 2,
         "seed": 0,
         "first": 0,
-        "stop": None,
-        "window": False,
-        "on_token": None,
-        "step": None,
+        "use_cache": True,
+        "window": None,
     },
-    generation.uncached: {"decoder": DECODER, "window": False},
+    generation.generate: {
+        "decoder": DECODER,
+        "prompt": None,
+        "config": None,
+        "logits_processor": (),
+        "stopping_criteria": (),
+        "streamer": None,
+        "generator": None,
+        "step": None,
+        "max_new_tokens": 4,
+        "num_return_sequences": 2,
+        "eos_token_id": None,
+        "stop_strings": None,
+        "window": None,
+    },
+    generation.stream: {"decoder": DECODER, "prompt": None, "config": None, "max_new_tokens": 4},
+    generation.Cached: {"decoder": DECODER, "window": None},
+    generation.Uncached: {"decoder": DECODER, "window": None},
     generation.context_start: {"position": 5, "n": 2, "groups": 3},
-    generation.filter_logits: {"logits": torch.zeros(2, 5), "temperature": 1.0, "top_k": 3, "top_p": 0.5},
+    generation.filter_logits: {
+        "logits": torch.zeros(2, 5),
+        "temperature": 1.0,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+    },
+    generation.likeliest: {"logits": torch.zeros(2, 5)},
+    generation.penalize_repetition: {
+        "logits": torch.zeros(2, 5),
+        "seen": torch.zeros(2, 5, dtype=torch.bool),
+        "penalty": 1.5,
+    },
     generation.draw: {"logits": torch.zeros(2, 5), "uniforms": torch.zeros(2)},
     DiffusionConfig: {},
     diffusion.VariancePreserving: {},
@@ -265,6 +296,8 @@ CALLS = {
 }
 # Protocols, types, tables, ways to run without options, and what only the library makes.
 NO_CALLS = {"Decoder", "Step", "Clip", "Denoise", "Level", "Noise", "Prediction", "Process", "Sampler", "PREDICTIONS"}
+# Types of functions, and what stands on a decoder: in test_cached.py.
+NO_CALLS |= {"LogitsProcessor", "StoppingCriterion", "Streamer", "CachedDecoder", "DecodingState"}
 NO_CALLS |= {"SAMPLERS", "SCHEDULES", "Execution", "Outputs", "checkpointed", "plain"}
 # Takes a run: in test_sharing_work.py.
 NO_CALLS |= {"Predictor"}

@@ -19,9 +19,10 @@ def seeded_noise(seed: int, samples: Sequence[int], shape: Sequence[int], draw: 
     return torch.from_numpy(np.stack(drawn)) if drawn else torch.empty(0, *shape)
 
 
-def seeded_uniforms(seed: int, samples: Sequence[int], draw: int = 0) -> Tensor:
-    """A number in [0, 1) per sample, `(len(samples),)`, float64 on the CPU."""
-    return torch.tensor([_stream(seed, sample, draw).random() for sample in samples], dtype=torch.float64)
+def seeded_uniforms(seed: int, samples: Sequence[int], draws: Sequence[int]) -> Tensor:
+    """A number in [0, 1) for each sample and its draw, `(len(samples),)`, float64 on the CPU."""
+    numbers = [_stream(seed, sample, draw).random() for sample, draw in zip(samples, draws, strict=True)]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _stream(seed: int, sample: int, draw: int) -> np.random.Generator:

@@ -1,6 +1,27 @@
-"""Sampling tokens from an autoregressive decoder."""
+"""Generating tokens with an autoregressive decoder: a cache, options as in transformers, streaming."""
 
-from fitformer.generation.decode import Decoder, Step, context_start, generate, uncached
-from fitformer.generation.logits import draw, filter_logits
+from fitformer.generation.cached_decoder import CachedDecoder, DecodingState
+from fitformer.generation.config import GenerationConfig
+from fitformer.generation.decode import LogitsProcessor, StoppingCriterion, Streamer, generate, stream
+from fitformer.generation.logits import draw, filter_logits, likeliest, penalize_repetition
+from fitformer.generation.steps import Cached, Decoder, Step, Uncached, context_start
 
-__all__ = ["Decoder", "Step", "context_start", "draw", "filter_logits", "generate", "uncached"]
+__all__ = [
+    "Cached",
+    "CachedDecoder",
+    "Decoder",
+    "DecodingState",
+    "GenerationConfig",
+    "LogitsProcessor",
+    "Step",
+    "StoppingCriterion",
+    "Streamer",
+    "Uncached",
+    "context_start",
+    "draw",
+    "filter_logits",
+    "generate",
+    "likeliest",
+    "penalize_repetition",
+    "stream",
+]

@@ -1,18 +1,25 @@
 """FIT as an autoregressive decoder: shifted tokens in, logits of the next ones out (spec section 5)."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fitformer import generation
 from fitformer._support.checks import checked, whole
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
 from fitformer.execution.base import Read, Score
+from fitformer.generation import GenerationConfig
+from fitformer.generation.decode import Prompt
 from fitformer.models.base import FITModel, check_classes
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import MOST_SIZE, check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
+from fitformer.patching.sequence import check_vocabulary
 
 
 class FITDecoder(FITModel):
@@ -102,7 +109,7 @@ class FITDecoder(FITModel):
         inputs = Inputs(
             tokens=tokens,
             latents=self.trunk.initial_latents(batch, groups),
-            embed=lambda which, raw: self.embed(raw, None if which.start else labels),
+            embed=lambda which, raw: self.embed(raw, labels=None if which.start else labels),
             score=scored,
             blocks=() if score else self.last_block(),
             parameters=self.all_parameters(),
@@ -110,17 +117,26 @@ class FITDecoder(FITModel):
         outputs = self.execute(inputs)
         return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score
 
-    def embed(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Integer tokens `(b, t, n)` as data tokens `(b, t, n, c)`.
+    def embed(self, tokens: Tensor, place: int | Tensor = 0, labels: Tensor | None = None) -> Tensor:
+        """Integer tokens `(b, ..., k)` as data tokens `(b, ..., k, c)`.
 
-        `labels (b,)` are given with the first groups of a sequence: the class stands in place of their first token.
+        Args:
+            tokens: whole groups `(b, t, n)`, or part of a group `(b, k)`.
+            place: that of the first token in its group, or the place of every token.
+            labels: classes `(b,)` that stand in place of the rows' first tokens, -1 where the token stays: given with
+                the beginning of a sequence.
         """
+        table = self.trunk.position
+        at = table.at(place, tokens.shape[-1]) if isinstance(place, int) else table.at()[place]
         x = self.embedding(tokens.long())
-        if labels is not None and self.class_embedding is not None:
-            classes = self.class_embedding(labels.long().clamp_min(0))[:, None]
-            first = torch.where((labels < 0)[:, None, None], x[:, :1, 0], classes)
-            x = torch.cat([first, x.flatten(1, 2)[:, 1:]], dim=1).view_as(x)
-        return x + self.trunk.position.at()
+        return (x if labels is None else self._with_classes(x, labels)) + at
+
+    def _with_classes(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Embedded tokens `(b, ..., k, c)` with classes `(b,)` in place of the first ones, but for -1."""
+        assert self.class_embedding is not None
+        tokens, classes = x.flatten(1, -2), self.class_embedding(labels.long().clamp_min(0))
+        first = torch.where((labels < 0)[:, None], tokens[:, 0], classes)
+        return torch.cat([first[:, None], tokens[:, 1:]], dim=1).view_as(x)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:
         """Refuse classes of examples that do not go with the model.
@@ -144,21 +160,10 @@ class FITDecoder(FITModel):
         """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""
         return nn.functional.linear(self.norm(x), (self.output_embedding or self.embedding).weight, self.output_bias)
 
+    def generate(self, prompt: Prompt = None, config: GenerationConfig | None = None, **options: Any) -> Any:
+        """Prompts with what the decoder generates after them: `fitformer.generation.generate` of this decoder."""
+        return generation.generate(self, prompt, config, **options)
 
-def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse tokens outside 0 to vocab_size - 1.
-
-    Only where looking costs nothing: on an accelerator it would make the host wait for the device, and a graph that is
-    being traced has no values to check.
-
-    Raises:
-        InputError: a token outside, or tokens that are no whole numbers.
-    """
-    if tokens.is_floating_point() or tokens.is_complex():
-        raise InputError(f"tokens are {tokens.dtype}; they are whole numbers below {vocab_size}")
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
-        return
-    low, high = (int(end) for end in torch.aminmax(tokens))
-    if low < 0 or high >= vocab_size:
-        outside = low if low < 0 else high
-        raise InputError(f"token {outside} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})")
+    def stream(self, prompt: Prompt = None, config: GenerationConfig | None = None, **options: Any) -> Iterator[Tensor]:
+        """The same token by token, columns `(b,)`: `fitformer.generation.stream` of this decoder."""
+        return generation.stream(self, prompt, config, **options)

@@ -4,6 +4,8 @@ Letters: `r` rows of the batch a layer sees, `q` queries, `k` keys, `h` heads, `
 Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither groups nor images.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,6 +17,9 @@ from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.models.block_causal import block_causal_attention
 from fitformer.models.dropout import GroupRandom
+
+# Keys and values of new tokens to those that they attend to, which a cache keeps.
+Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 NORM_EPS = 1e-6
 # Sizes beyond are mistakes, whatever memory there is.
@@ -152,13 +157,14 @@ class Attention(nn.Module):
             x, key, value: queries' tokens, and the projected context.
             mask: boolean, broadcastable to `(r, h, q, k)`, true where a query attends.
             causal: a token attends to its own and earlier runs of so many tokens; 1 is the usual triangle, 0 is none.
+                The queries may be the last of the keys' tokens, in whole runs.
             random: gives the rows' own dropout.
         """
         query, rate = self.queries(x), self.dropout if self.training else 0.0
         if rate and random is not None:
             mask = triangle(x.shape[1], x.device) if causal else mask
             out = dropout(attention_weights(query, key, mask), rate, random) @ value
-        elif causal > 1:
+        elif causal > 1 or (causal and key.shape[2] > query.shape[2]):
             out = block_causal_attention(query, key, value, causal, rate)
         else:
             out = F.scaled_dot_product_attention(
@@ -173,9 +179,20 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: int = 0,
         random: GroupRandom | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`; the rest as in `attend`."""
-        return self.attend(x, *self.project(context), mask, causal, random)
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
+
+        Args:
+            x, context: the queries' tokens, and those that they attend to.
+            mask, causal, random: as in `attend`.
+            memory: given the keys and values of the context, those that are attended to instead: a cache puts earlier
+                ones before them.
+        """
+        key, value = self.project(context)
+        if memory is not None:
+            key, value = memory(key, value)
+        return self.attend(x, key, value, mask, causal, random)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -241,12 +258,17 @@ class TransformerLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: int = 0, random: GroupRandom | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: int = 0,
+        random: GroupRandom | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Transform tokens `x (r, s, dim)`; `mask`, `causal` and `random` as in `Attention.attend`."""
+        """Transform tokens `x (r, s, dim)`; the rest as in `Attention.forward`."""
         if self.norm is not None and self.attention is not None:
             normed = self.norm(x)
-            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random), random)
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random, memory), random)
         return x + self.drop_path(self.ffn(x, random), random)
 
 

@@ -82,7 +82,8 @@ class PositionTable(nn.Module):
 
         No module call: hooks on modules would meet the parameter itself as an output.
         """
-        return self.weight if (start, count) == (0, None) else self.weight[start:][:count]
+        whole = start == 0 and count in (None, len(self.weight))
+        return self.weight if whole else self.weight[start:][:count]
 
 
 def token_positions(kind: str, tokens_per_group: int, width: int) -> PositionTable:

@@ -199,8 +199,8 @@ class Trunk(nn.Module):
         """Every layer, in no particular order: the pieces to compile or to shard one by one."""
         return (part for part in self.modules() if isinstance(part, TransformerLayer | CrossLayer))
 
-    def initial_latents(self, batch: int, num_groups: int, coords: Tensor | None = None) -> Tensor:
-        """The latents `(b, t, m, d)` that every example starts from: their positions.
+    def initial_latents(self, batch: int, num_groups: int, coords: Tensor | None = None, first: int = 0) -> Tensor:
+        """The latents `(b, t, m, d)` that every example starts from: their positions, of t groups from `first` on.
 
         A table has them in the order of groups, and fewer groups than the model was built for take the first ones.
         `row_column` positions take rows and columns of the groups, `coords (t, 2)` or `(b, t, 2)` int64; one row of
@@ -211,7 +211,7 @@ class Trunk(nn.Module):
         """
         if not isinstance(self.latent_position, PositionTable):
             if coords is None:
-                coords = torch.arange(num_groups, device=self.latent_position.slots.device)
+                coords = torch.arange(first, first + num_groups, device=self.latent_position.slots.device)
                 coords = torch.stack([torch.zeros_like(coords), coords], dim=-1)
             if coords.shape[-2] != num_groups:
                 raise InputError(f"coords of {coords.shape[-2]} groups given for an input of {num_groups}")
@@ -219,12 +219,12 @@ class Trunk(nn.Module):
         if coords is not None:
             raise InputError("coords of groups given to a model with a table of latents; build it with 'row_column'")
         table = rearrange(self.latent_position(), "(t m) d -> t m d", m=self.latents_per_group)
-        if num_groups > table.shape[0]:
+        if first + num_groups > table.shape[0]:
             raise InputError(
-                f"the input has {num_groups} groups, the model positions for {table.shape[0]}; "
+                f"the input has {first + num_groups} groups, the model positions for {table.shape[0]}; "
                 "build it with num_groups at least that large, or cut the input into fewer groups"
             )
-        return table[:num_groups].expand(batch, -1, -1, -1)
+        return table[first : first + num_groups].expand(batch, -1, -1, -1)
 
     def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
         """What each group's dropout is drawn from, `(b, t)` by torch's generator; None where nothing is dropped."""

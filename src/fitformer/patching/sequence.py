@@ -110,6 +110,25 @@ def tokens_to_bytes(tokens: Tensor) -> bytes:
     return _as_bytes(tokens).cpu().numpy().tobytes()
 
 
+def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse tokens outside 0 to vocab_size - 1.
+
+    Only where looking costs nothing: on an accelerator it would make the host wait for the device, and a graph that is
+    being traced has no values to check.
+
+    Raises:
+        InputError: a token outside, or tokens that are no whole numbers.
+    """
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise InputError(f"tokens are {tokens.dtype}; they are whole numbers below {vocab_size}")
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
+        return
+    low, high = (int(end) for end in torch.aminmax(tokens))
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise InputError(f"token {outside} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})")
+
+
 def _as_bytes(tokens: Tensor) -> Tensor:
     if tokens.is_floating_point() or tokens.is_complex():
         raise InputError(f"tokens are whole numbers, not {tokens.dtype}")

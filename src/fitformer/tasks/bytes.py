@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitformer import generation, patching
+from fitformer import patching
 from fitformer.config.schema import ByteRecipe
 from fitformer.data.datasets.text import compressed_bits_per_byte
 from fitformer.errors import InputError
@@ -69,7 +69,7 @@ def generate_bytes(
     Args:
         network: a decoder of bytes. prompts: at least one byte each.
         length: bytes to draw for each prompt.
-        temperature, top_k, top_p: see `generation.generate`.
+        temperature, top_k, top_p: see `generation.filter_logits`.
         seed: of the random numbers.
         on_token: called with the position and the bytes `(b,)` as they are drawn.
 
@@ -80,17 +80,21 @@ def generate_bytes(
         raise InputError("the prompts must not be empty and must have one length; continue others one at a time")
     device = next(network.parameters()).device
     start = torch.stack([patching.bytes_to_tokens(prompt) for prompt in prompts]).to(device)
-    tokens = generation.generate(
-        network,
+    new = []
+    for column in network.stream(
         start,
-        start.shape[1] + length,
+        max_new_tokens=length,
+        do_sample=True,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        on_token=on_token,
-        window=True,
-    )
+        window=network.num_groups,
+    ):
+        new.append(column)
+        if on_token is not None:
+            on_token(start.shape[1] + len(new) - 1, column)
+    tokens = torch.cat([start, *(column[:, None] for column in new)], dim=1)
     return [patching.tokens_to_bytes(row) for row in tokens]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitformer import generation, patching
+from fitformer import patching
 from fitformer.config.schema import PixelRecipe
 from fitformer.models.decoder import FITDecoder
 from fitformer.patching.sizes import to_sides
@@ -73,7 +73,7 @@ def generate_images(
 
     Args:
         network: the decoder. recipe: gives the image size and the order of the patches. count: number of images.
-        temperature, top_k, top_p: see `generation.generate`.
+        temperature, top_k, top_p: see `generation.filter_logits`.
         seed: of the random numbers. batch_size: images at once. first: number of the first image.
 
     Raises:
@@ -81,11 +81,10 @@ def generate_images(
     """
     parts = []
     for start in range(0, count, batch_size):
-        tokens = generation.generate(
-            network,
-            None,
-            network.num_groups * network.tokens_per_group,
-            count=min(batch_size, count - start),
+        tokens = network.generate(
+            max_new_tokens=network.num_groups * network.tokens_per_group,
+            num_return_sequences=min(batch_size, count - start),
+            do_sample=True,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

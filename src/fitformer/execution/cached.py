@@ -1,0 +1,268 @@
+"""Cached decoding: the two phases of an autoregressive trunk, a token or a group at a time.
+
+What later tokens can see of a finished group is its m latents. So decoding remembers the keys and values of the current
+group's tokens in each local layer, those of all latents in each global layer, and nothing else: n + t * m tokens, where
+a dense transformer remembers t * n. A token costs the same wherever it stands, but for one global phase a group.
+
+Tokens inside a group go through local layers one by one (`CachedTrunk.run_tokens`); whole groups at a group's start run
+side by side through the blocks' own two phases (`CachedTrunk.run_groups`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitformer.errors import InputError
+
+
+@dataclass
+class Cache:
+    """What a trunk remembers of the tokens that each row has read.
+
+    Attributes:
+        position: data tokens read by each row.
+        tensors: rows first. `BLOCK.local.LAYER` keys and values `(b, 2, h, n, e)` of the current group; `BLOCK.tokens`
+            data tokens `(b, n, c)` of the current group as `read` will see them; `BLOCK.latents.LAYER` keys and values
+            `(b, 2, h, s, e)` of the latents so far, with room for more; `BLOCK.before` latents `(b, m, d)` of the group
+            before, and `BLOCK.write` their keys and values `(b, 2, h, m, e)` for the write of this block.
+    """
+
+    position: list[int]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, room for more included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def select(self, rows: Sequence[int]) -> "Cache":
+        """A copy of some rows, in any order, any of them several times."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return Cache([self.position[row] for row in rows], tensors)
+
+    @torch.inference_mode()
+    def put(self, rows: Sequence[int], other: "Cache") -> None:
+        """Replace some rows by those of another cache."""
+        for row, position in zip(rows, other.position, strict=True):
+            self.position[row] = position
+        for name, tensor in other.tensors.items():
+            if ".latents." in name:
+                self.tensors[name] = _with_room(self.tensors[name], tensor.shape[3])
+                self.tensors[name][list(rows), :, :, : tensor.shape[3]] = tensor
+            else:
+                self.tensors[name][list(rows)] = tensor
+
+
+class CachedTrunk:
+    """A causal trunk run with a cache. The trunk must be in eval mode, or have no dropout.
+
+    The fused weights of local layers are copies: later changes of the trunk's weights are not seen.
+
+    Args:
+        trunk: a `Trunk` with `causal="all"`.
+        num_groups: t at most; None for any number.
+
+    Raises:
+        InputError: a trunk that is not causal inside its groups, or one in training mode with dropout.
+    """
+
+    def __init__(self, trunk: Any, num_groups: int | None) -> None:
+        if not trunk.shifts_write:
+            raise InputError(
+                "the trunk is not causal inside its groups: only autoregressive decoders are run with a cache"
+            )
+        if trunk.training and trunk.drops_out:
+            raise InputError("the decoder is in training mode and drops out at random; call decoder.eval() first")
+        self.trunk, self.num_groups = trunk, num_groups
+        self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
+        self.last = len(trunk.blocks) - 1
+        self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
+
+    def start(self, batch: int) -> Cache:
+        """The cache of `batch` rows that have read nothing."""
+        like, tensors = next(self.trunk.parameters()), {}
+        latents = self.trunk.initial_latents(batch, 1)[:, 0]
+        for i, block in enumerate(self.trunk.blocks):
+            for j, layer in enumerate(self.local[i]):
+                if layer.heads:
+                    tensors[f"{i}.local.{j}"] = like.new_zeros(batch, 2, layer.heads, self.n, layer.width)
+            if i:
+                tensors[f"{i}.before"] = torch.zeros_like(latents)
+                tensors[f"{i}.write"] = torch.stack(block.write.project(torch.zeros_like(latents)), dim=1)
+            if i < self.last:
+                tensors[f"{i}.tokens"] = like.new_zeros(batch, self.n, self.trunk.config.dim)
+                for j, layer in enumerate(block.global_layers):
+                    heads = layer.attention.heads
+                    tensors[f"{i}.latents.{j}"] = like.new_empty(batch, 2, heads, 0, latents.shape[-1] // heads)
+        return Cache([0] * batch, tensors)
+
+    def run_tokens(self, cache: Cache, x: Tensor) -> Tensor:
+        """Read the next tokens of each row's current group; the cache moves on.
+
+        Args:
+            cache: where the rows stand: anywhere, if one token is read, else at one place.
+            x: data tokens `(b, k, c)`, no more than the group has room for.
+
+        Returns:
+            data tokens `(b, k, c)` as they leave the trunk.
+        """
+        at = _Places([position % self.n for position in cache.position], x.shape[1], self.n, x.device)
+        for i, block in enumerate(self.trunk.blocks):
+            if i:
+                key, value = cache.tensors[f"{i}.write"].unbind(1)
+                x = x + block.write.attention.attend(block.write.norm(x), key, value)
+                x = x if block.write.ffn is None else x + block.write.ffn(x)
+            for j, layer in enumerate(self.local[i]):
+                x = layer(x, cache.tensors.get(f"{i}.local.{j}"), at)
+            if i < self.last:
+                at.put(cache.tensors[f"{i}.tokens"], x, dim=1)
+        cache.position = [position + x.shape[1] for position in cache.position]
+        self._finish_groups(cache)
+        return x
+
+    def run_groups(self, cache: Cache, x: Tensor) -> Tensor:
+        """Read whole groups side by side; the cache moves on.
+
+        Args:
+            cache: rows that stand at the start of one group.
+            x: data tokens `(b, t, n, c)`.
+
+        Returns:
+            data tokens `(b, t, n, c)` as they leave the trunk.
+        """
+        groups, first = x.shape[1], cache.position[0] // self.n
+        latents = self.trunk.initial_latents(len(x), groups, first=first)
+        for i, block in enumerate(self.trunk.blocks):
+            before = cache.tensors[f"{i}.before"].unsqueeze(1) if i else torch.zeros_like(latents[:, :1])
+            write_latents = torch.cat([before, latents[:, :-1]], dim=1)
+            if i:
+                self._remember_before(cache, i, latents[:, -1])
+            x, latents = block.group_phase(x, latents, write_latents)
+            if i < self.last:
+                latents = block.global_phase(latents, call=self._call(cache, i, first, None))
+        cache.position = [position + groups * self.n for position in cache.position]
+        return x
+
+    def _finish_groups(self, cache: Cache) -> None:
+        """Run the global phase for the rows whose group is complete."""
+        ended: dict[int, list[int]] = {}
+        for row, position in enumerate(cache.position):
+            if position % self.n == 0:
+                ended.setdefault(position // self.n - 1, []).append(row)
+        for group, rows in ended.items():
+            self._finish_group(cache, group, None if len(rows) == len(cache.position) else rows)
+
+    def _finish_group(self, cache: Cache, group: int, rows: list[int] | None) -> None:
+        """The latents of one group, of some rows or of all: what the whole groups' phases do after local layers."""
+        batch = len(cache.position) if rows is None else len(rows)
+        latents = self.trunk.initial_latents(batch, 1, first=group)[:, 0]
+        for i, block in enumerate(self.trunk.blocks[: self.last]):
+            latents = block.read(latents, _rows(cache.tensors[f"{i}.tokens"], rows))
+            latents = block.global_phase(latents.unsqueeze(1), call=self._call(cache, i, group, rows))[:, 0]
+            self._remember_before(cache, i + 1, latents, rows)
+
+    def _remember_before(self, cache: Cache, i: int, latents: Tensor, rows: list[int] | None = None) -> None:
+        """Keep the latents `(b, m, d)` that block i's write of the next group attends to."""
+        to = slice(None) if rows is None else rows
+        cache.tensors[f"{i}.before"][to] = latents
+        cache.tensors[f"{i}.write"][to] = torch.stack(self.trunk.blocks[i].write.project(latents), dim=1)
+
+    def _call(self, cache: Cache, i: int, group: int, rows: list[int] | None) -> Callable[..., Tensor]:
+        """How block i's global layers are called on the latents of groups from `group` on."""
+        numbers = {id(layer): j for j, layer in enumerate(self.trunk.blocks[i].global_layers)}
+
+        def call(layer: Any, latents: Tensor, mask: None, causal: int) -> Tensor:
+            memory = partial(self._memory, cache, f"{i}.latents.{numbers[id(layer)]}", group * self.m, rows)
+            # The latents of one group attend to all there are.
+            return layer(latents, mask, causal if latents.shape[1] > self.m else 0, memory=memory)
+
+        return call
+
+    def _memory(
+        self, cache: Cache, name: str, start: int, rows: list[int] | None, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of latents from place `start` on; returns those of all latents up to them."""
+        stop = start + key.shape[2]
+        most = None if self.num_groups is None else self.num_groups * self.m
+        kept = cache.tensors[name] = _with_room(cache.tensors[name], stop, most)
+        kept[slice(None) if rows is None else rows, :, :, start:stop] = torch.stack([key, value], dim=1)
+        return _rows(kept[:, :, :, :stop], rows).unbind(1)  # type: ignore[return-value]
+
+
+class _FusedLayer:
+    """A local layer with one product for queries, keys and values: a step of one token takes as long as its calls."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.attention
+        self.layer, self.attention, self.heads = layer, attention, 0
+        if attention is None:
+            return
+        parts = attention.query, attention.key, attention.value
+        self.heads, self.width = attention.heads, attention.query.out_features // attention.heads
+        self.weight = torch.cat([part.weight.detach() for part in parts])
+        self.bias = torch.cat([part.bias.detach() for part in parts])
+
+    def __call__(self, x: Tensor, kept: Tensor | None, at: "_Places") -> Tensor:
+        """Tokens `(b, k, c)` that attended to those of their group that `kept` has, themselves included."""
+        if kept is not None:
+            projected = F.linear(self.layer.norm(x), self.weight, self.bias)
+            query, key, value = projected.unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4)
+            at.put(kept[:, 0], self.attention.key_norm(key), dim=2)
+            at.put(kept[:, 1], value, dim=2)
+            keys, values = kept[:, :, :, : at.stop].unbind(1)
+            query = self.attention.query_norm(query)
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
+            x = x + self.attention.output(out.transpose(1, 2).flatten(2))
+        return x + self.layer.ffn(x)
+
+
+class _Places:
+    """Where `count` new tokens of each row stand in the current groups, which have n places.
+
+    Attributes:
+        stop: the first place that no new token attends to.
+        mask: of new tokens over places up to `stop`, None where all are attended to.
+    """
+
+    def __init__(self, start: Sequence[int], count: int, n: int, device: torch.device) -> None:
+        self.start, self.rows, self.mask = start[0], None, None
+        if min(start) == max(start):
+            self.stop = self.start + count
+            if count > 1:
+                self.mask = torch.ones(count, self.stop, dtype=torch.bool, device=device).tril(self.start)
+            return
+        assert count == 1, "rows at several places read one token at a time"
+        self.stop = max(start) + 1
+        self.places = torch.tensor(start, device=device)
+        self.rows = torch.arange(len(start), device=device)
+        self.mask = (torch.arange(self.stop, device=device) <= self.places[:, None])[:, None, None]
+
+    def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
+        """Write new tokens `(b, ..., count, w)` to their places along `dim` of `kept (b, ..., n, w)`."""
+        if self.rows is None:
+            kept.narrow(dim, self.start, self.stop - self.start).copy_(new)
+        elif dim == 1:
+            kept[self.rows, self.places] = new[:, 0]
+        else:
+            kept[self.rows, :, self.places] = new[:, :, 0]
+
+
+def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _with_room(kept: Tensor, places: int, most: int | None = None) -> Tensor:
+    """Keys and values `(b, 2, h, s, e)` with at least so many places; they grow by a quarter, to `most`."""
+    if kept.shape[3] >= places:
+        return kept
+    grown = max(places, kept.shape[3] * 5 // 4)
+    grown = grown if most is None else max(places, min(grown, most))
+    wider = kept.new_zeros(*kept.shape[:3], grown, kept.shape[4])
+    wider[:, :, :, : kept.shape[3]] = kept
+    return wider

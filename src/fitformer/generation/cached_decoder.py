@@ -1,0 +1,213 @@
+"""A decoder that remembers what it has read: `fitformer.execution.cached` from tokens to logits.
+
+The caller feeds the decoder's inputs, tokens shifted right by one, and gets the very logits that the decoder gives at
+their positions when it runs on all of them. Inputs may come in pieces of any length; whole groups run side by side.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer._support.checks import checked, whole
+from fitformer.errors import InputError
+from fitformer.execution.cached import Cache, CachedTrunk
+from fitformer.execution.streamed import default_slice
+from fitformer.patching.sequence import check_vocabulary
+
+# Of a class-conditional decoder, among the tensors of the cache: `(b, 1)`.
+LABELS = "labels"
+
+
+@dataclass
+class DecodingState:
+    """What a decoder remembers of the inputs that each row has read.
+
+    Attributes:
+        cache: of the trunk.
+    """
+
+    cache: Cache
+
+    @property
+    def position(self) -> list[int]:
+        """Inputs read by each row."""
+        return self.cache.position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes
+
+    def select(self, rows: "list[int] | Tensor") -> "DecodingState":
+        """A copy of some rows, in any order, any of them several times.
+
+        Raises:
+            InputError: a row that there is not.
+        """
+        rows = [int(row) for row in rows]
+        outside = [row for row in rows if not 0 <= row < len(self.position)]
+        if outside:
+            raise InputError(
+                f"there is no row {outside[0]}: the state has {len(self.position)} (0 to {len(self.position) - 1})"
+            )
+        return DecodingState(self.cache.select(rows))
+
+    def clone(self) -> "DecodingState":
+        """A copy of all rows."""
+        return self.select(list(range(len(self.position))))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file; `CachedDecoder.load` reads it."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.cache.tensors.items()}
+        with write_atomically(Path(path)) as scratch:
+            save_file(tensors, scratch, metadata={"position": json.dumps(self.position)})
+
+
+class CachedDecoder:
+    """An autoregressive decoder run with a cache.
+
+    Args:
+        decoder: a `FITDecoder` in eval mode. Later changes of its weights are not seen.
+
+    Raises:
+        InputError: the decoder is in training mode with dropout.
+    """
+
+    @checked
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.trunk = CachedTrunk(decoder.trunk, decoder.num_groups)
+        self.n: int = decoder.tokens_per_group
+
+    @torch.inference_mode()
+    def start(self, batch: int = 1, labels: Tensor | None = None) -> DecodingState:
+        """The state of `batch` rows that have read nothing; `labels (b,)` are classes, for a class-conditional decoder.
+
+        Raises:
+            InputError: a batch below 1, labels that do not go with the decoder.
+        """
+        self.decoder.check_labels(labels, whole("batch", batch))
+        cache = self.trunk.start(batch)
+        if labels is not None:
+            cache.tensors[LABELS] = labels[:, None].to(next(self.decoder.parameters()).device, torch.int64, copy=True)
+        return DecodingState(cache)
+
+    @torch.inference_mode()
+    def feed(self, state: DecodingState, inputs: Tensor, last: bool = False) -> Tensor:
+        """Read the next inputs of every row; the state moves on.
+
+        Args:
+            state: of `start`; rows may stand at different positions.
+            inputs: integer tokens shifted right by one `(b, k)`: the first input is 0, input p is token p - 1.
+            last: give the logits of the last position alone.
+
+        Returns:
+            logits `(b, k, vocab)`, or `(b, 1, vocab)`: at each position those of the token there, given all before it.
+
+        Raises:
+            InputError: inputs of another shape or kind, outside the vocabulary, or beyond the decoder's length. The
+                state is as before.
+        """
+        self._check(state, inputs)
+        if inputs.shape[1] > 1 and len(set(state.position)) > 1:
+            return self._feed_apart(state, inputs, last)
+        pieces = list(self._pieces(state.cache, inputs, last))
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+    def _pieces(self, cache: Cache, inputs: Tensor, last: bool) -> Iterator[Tensor]:
+        """Logits of runs of whole groups and of parts of groups, one after the other."""
+        length, most, done = inputs.shape[1], default_slice(inputs.device.type, self.n, len(inputs)), 0
+        while done < length:
+            place = cache.position[0] % self.n
+            together = len(set(cache.position)) == 1
+            groups = min((length - done) // self.n, most) if together and place == 0 else 0
+            if groups:
+                piece = inputs[:, done : done + groups * self.n].unflatten(1, (groups, self.n))
+                x = self.decoder.embed(piece, labels=_beginning(cache))
+                x = self.trunk.run_groups(cache, x).flatten(1, 2)
+            else:
+                piece = inputs[:, done : done + self.n - place] if together else inputs
+                places = place if together else _places(cache.position, self.n, inputs.device)
+                x = self.trunk.run_tokens(cache, self.decoder.embed(piece, places, _beginning(cache)))
+            done += x.shape[1]
+            if done == length or not last:
+                yield self.decoder.head(x[:, -1:] if last else x)
+
+    def _feed_apart(self, state: DecodingState, inputs: Tensor, last: bool) -> Tensor:
+        """Feed rows that stand at different positions, those at one position together."""
+        pieces: list[Tensor] = [inputs] * len(inputs)
+        for rows in rows_by(state.position).values():
+            some = state.select(rows)
+            for row, logits in zip(rows, self.feed(some, inputs[rows], last), strict=True):
+                pieces[row] = logits
+            state.cache.put(rows, some.cache)
+        return torch.stack(pieces)
+
+    def _check(self, state: DecodingState, inputs: Tensor) -> None:
+        if inputs.ndim != 2 or not inputs.shape[1] or len(inputs) != len(state.position):
+            rows = len(state.position)
+            raise InputError(
+                f"inputs are {tuple(inputs.shape)}; the state has {rows} rows: give ({rows}, k), k at least 1"
+            )
+        check_vocabulary(inputs, self.decoder.vocab_size)
+        groups, end = self.decoder.num_groups, max(state.position) + inputs.shape[1]
+        if groups is not None and end > groups * self.n:
+            raise InputError(
+                f"{end} inputs are beyond the decoder's {groups * self.n} ({groups} groups of {self.n} tokens); feed "
+                "fewer, or start again with the last groups"
+            )
+
+    def load(self, path: str | Path) -> DecodingState:
+        """A state that `DecodingState.save` wrote for this decoder, on the decoder's device.
+
+        Raises:
+            InputError: a file that is no such state, or one of another decoder's shapes.
+        """
+        labels = torch.zeros(1, dtype=torch.int64) if self.decoder.num_classes else None
+        device, like = next(self.decoder.parameters()).device, self.start(labels=labels).cache.tensors
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                position = json.loads((file.metadata() or {})["position"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is no state of decoding ({error})") from error
+        if any(_kind(tensors.get(name)) != _kind(tensor) for name, tensor in like.items()) or len(tensors) != len(like):
+            raise InputError(
+                f"{path} is the state of a decoder of another size; load it with the decoder that saved it"
+            )
+        return DecodingState(Cache(position, tensors))
+
+
+def rows_by(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """The rows that each key belongs to."""
+    rows: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, []).append(row)
+    return rows
+
+
+def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What is the same in all states of a decoder: all axes but the rows and the growing places of latents."""
+    return None if tensor is None else (tensor.dtype, tensor.ndim, *tensor.shape[1:3], tensor.shape[-1])
+
+
+def _beginning(cache: Cache) -> Tensor | None:
+    """Classes `(b,)` of rows that have read nothing yet, -1 of the others; None if there are none to be read."""
+    labels = cache.tensors.get(LABELS)
+    if labels is None or 0 not in cache.position:
+        return None
+    begun = torch.tensor(cache.position, device=labels.device) > 0
+    return labels[:, 0].masked_fill(begun, -1)
+
+
+def _places(position: list[int], n: int, device: torch.device) -> Tensor:
+    """Places `(b, 1)` in their groups of rows at several positions."""
+    return torch.tensor([[each % n] for each in position], device=device)
