@@ -188,8 +188,14 @@ def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for
     (data,) = bytes.generate_bytes(network, [b"def "], 70, temperature=0)
     assert data.startswith(b"def ")
     assert len(data) == 74
-    with pytest.raises(InputError, match="one length"):
-        bytes.generate_bytes(network, [b"a", b"bc"], 1)
+    # Prompts of several lengths, each as it would be alone.
+    several = bytes.generate_bytes(network, [b"a", b"", b"def "], 70, temperature=0)
+    assert [len(text) for text in several] == [71, 70, 74]
+    assert several[2] == data
+    with pytest.raises(InputError, match=r"prompt has 65 tokens, and the model holds 64 \(4 groups of 16\)"):
+        bytes.generate_bytes(network, [b"a" * 65], 1)
+    long = bytes.generate_bytes(network, [b"def " * 30], 9, temperature=0, window=4)[0]
+    assert len(long) == 129
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked, whole
+from fitformer.errors import InputError
 from fitformer.generation.cached_decoder import CachedDecoder, DecodingState, rows_by
 
 Step = Callable[[Tensor, Sequence[int]], Tensor]
@@ -60,6 +61,20 @@ def group_limit(decoder: Decoder, window: int | None) -> int | None:
     """Groups of context at most: the window, the decoder's own number, or None for no limit."""
     limits = [limit for limit in (window, decoder.num_groups) if limit is not None]
     return min(limits, default=None)
+
+
+def check_held(decoder: Decoder, length: int, window: int | None = None) -> None:
+    """Refuse a prompt of `length` tokens that a decoder cannot hold, unless a window says how much of its end is read.
+
+    Raises:
+        InputError: it is longer than the decoder's length.
+    """
+    groups, n = decoder.num_groups, decoder.tokens_per_group
+    if window is None and groups is not None and length > groups * n:
+        raise InputError(
+            f"the prompt has {length} tokens, and the model holds {groups * n} ({groups} groups of {n}): give less of "
+            f"it, or a window of at most {groups} groups, with which its end alone is read"
+        )
 
 
 class Uncached:

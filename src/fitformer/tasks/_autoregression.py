@@ -1,6 +1,8 @@
 """What the autoregressive tasks share: the decoder, and the loss and held-out metrics in bits."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 from fitformer import patching
 from fitformer.config.schema import AudioRecipe, ByteDecoderModel, ByteRecipe, PixelDecoderModel
 from fitformer.errors import InputError
+from fitformer.generation.steps import check_held
 from fitformer.models.decoder import FITDecoder
 from fitformer.tasks.batch import Batch, arguments
 
@@ -54,6 +57,26 @@ def sequence_targets(batch: Batch, recipe: ByteRecipe | AudioRecipe) -> tuple[Te
     n, mask = recipe.model.tokens_per_group, batch.get("mask")
     grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
     return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
+
+
+def continue_sequences(
+    network: FITDecoder, prompts: Sequence[Any], length: int, *, window: int | None = None, **options: Any
+) -> list[Tensor]:
+    """Prompts of any lengths, each with `length` tokens drawn after it, int64 `(L,)` on the CPU.
+
+    Past the decoder's length it goes on with its last groups as context.
+
+    Args:
+        network: the decoder. prompts: as `generation.generate` takes a list of them; empty ones begin from nothing.
+        length: tokens to draw at most. window: groups of context at most, by default all that the decoder holds.
+        options: others of `generation.generate`; tokens are drawn unless `do_sample` is false.
+
+    Raises:
+        InputError: a prompt longer than the decoder holds, without a window; options out of range.
+    """
+    check_held(network, max(map(len, prompts), default=0), window)
+    options = {"do_sample": True, "window": network.num_groups if window is None else window, **options}
+    return [row.cpu() for row in network.generate(list(prompts), max_new_tokens=length, **options)]
 
 
 def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
