@@ -396,6 +396,7 @@ def test_a_flip_is_blank_only_if_that_flip_is(recipe, tmp_path):
         grouped(fit(recipe, words), TransformedImage(image, turned), any_way.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_what_files_decode_at_once_is_planned_for(recipe, tmp_path, suffix):
     folder = off_white(tmp_path / "images", suffix, (2000, 2000))

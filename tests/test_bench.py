@@ -121,6 +121,7 @@ def test_exponents_of_power_laws_are_found():
         exponent([5, 5], [1, 2])
 
 
+@pytest.mark.slow
 def test_scaling_runs_each_size_in_its_own_process_and_draws_it(capsys, tmp_path):
     plot = tmp_path / "scaling.png"
     words = ["--preset", "tiny", "--group-size", "32", "--patch-size", "8", "--execution", "streamed"]

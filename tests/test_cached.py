@@ -17,6 +17,10 @@ OPTIONS = (
     {"xattn_with_mlp": True, "xattn_enc_ln": False},
     {"position": "sin_cos", "latent_position": "sin_cos", "mlp_ratio": 2},
     {"x_self_attention": False},
+    {"latent_position": "index", "rotary": True},
+    {"latent_position": "shared", "position": "none", "rotary": True, "global_window": 2},
+    {"latent_position": "index", "global_window": 1},
+    {"global_window": 3, "qk_norm": True},
 )
 
 
@@ -43,7 +47,7 @@ def build(layers="(1)1(1)", num_groups=5, n=4, m=2, seed=0, dtype=torch.float32,
 
 
 def inputs_of(decoder, batch, length=None, seed=0):
-    length = decoder.num_groups * decoder.tokens_per_group if length is None else length
+    length = (decoder.num_groups or 5) * decoder.tokens_per_group if length is None else length
     tokens = torch.randint(0, decoder.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
     return tokens.index_fill(1, torch.tensor([0]), 0)
 
@@ -193,6 +197,35 @@ def test_cache_grows_with_the_latents_alone():
     assert sizes[-1] - fixed == 64 * a_group
 
 
+def test_any_number_of_groups_beyond_those_built_for():
+    for options in OPTIONS[5:8]:
+        decoder = build("(1)1(1)1(1)", num_groups=None, **options)
+        inputs = inputs_of(decoder, 2, 97)
+        for cuts in ([97], [1] * 97, [13, 60, 24]):
+            close(fed(decoder, inputs, cuts), whole(decoder, inputs))
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_cache_of_a_window_stops_growing(window):
+    decoder = build("(1)2(1)", num_groups=None, latent_position="shared", rotary=True, global_window=window)
+    reader, inputs = CachedDecoder(decoder), inputs_of(decoder, 2, 160)
+    for cuts in ([1] * 160, [100, *[1] * 60], [40, 80, 40]):
+        state, sizes, pieces = reader.start(2), [], []
+        for piece in inputs.split(cuts, dim=1):
+            pieces.append(reader.feed(state, piece))
+            sizes.append(state.nbytes)
+        close(torch.cat(pieces, dim=1), whole(decoder, inputs))
+        # Two windows of 2 latents in 2 global layers of 2 rows.
+        assert sizes[-1] - reader.start(2).nbytes <= 2 * 2 * window * 2 * (2 * 24 * 4) * 2
+
+
+def test_rows_of_several_lengths_in_a_window():
+    decoder = build("(1)1(1)", num_groups=None, latent_position="index", rotary=True, global_window=2)
+    prompts = [[1], [2] * 9, list(range(13)) * 3]
+    cached, plain = (decoder.generate(prompts, max_new_tokens=30, use_cache=use) for use in (True, False))
+    assert [row.tolist() for row in cached] == [row.tolist() for row in plain]
+
+
 def test_steps_inside_a_group_leave_the_latents_alone():
     decoder = build("(1)1(1)", num_groups=8)
     reader, inputs = CachedDecoder(decoder), inputs_of(decoder, 1)
@@ -245,4 +278,4 @@ def test_only_causal_trunks_have_a_cache():
 
     encoder = FITEncoder.from_preset("tiny", num_groups=2, tokens_per_group=4, in_channels=3).eval()
     with pytest.raises(InputError, match="not causal inside its groups"):
-        cached.CachedTrunk(encoder.trunk, 2)
+        cached.CachedTrunk(encoder.trunk)

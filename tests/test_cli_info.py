@@ -3,7 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fitformer import FITImageDenoiser, FITImageEncoder
+from fitformer import FITDecoder, FITImageDenoiser, FITImageEncoder
 from fitformer.cli import main
 from fitformer.cli.info import short
 from fitformer.models.config import TrunkConfig
@@ -50,6 +50,7 @@ CHANGED = {
     "layers": "(2)1", "dim": 64, "latent_dim": 32, "heads": 4, "latent_heads": 2, "latents_per_group": 8,
     "position": "sin_cos", "latent_position": "sin_cos", "mlp_ratio": 2.0, "drop_path": 0.1, "drop_units": 0.1,
     "drop_att": 0.1, "x_self_attention": False, "xattn_with_mlp": True, "xattn_enc_ln": False, "qk_norm": True,
+    "rotary": True, "global_window": 2,
 }  # fmt: skip
 
 
@@ -57,9 +58,13 @@ CHANGED = {
 def test_every_option_of_the_trunk_is_taken(capsys, option):
     value = CHANGED[option]
     flag = "--" + ("no-" if value is False else "") + option.replace("_", "-")
-    found = info(capsys, "tiny", flag, *([] if isinstance(value, bool) else [str(value)]))
-    cut = {"image_size": 256, "group_size": 64, "patch_size": 8}
-    model = FITImageEncoder.from_preset("tiny", **cut, **{option: value})
+    role = ["--role", "decoder"] if option == "global_window" else []
+    found = info(capsys, "tiny", *role, flag, *([] if isinstance(value, bool) else [str(value)]))
+    if option == "global_window":
+        assert found["role"] == "FITDecoder"
+        model = FITDecoder.from_preset("tiny", num_groups=1024, tokens_per_group=192, vocab_size=256, global_window=2)
+    else:
+        model = FITImageEncoder.from_preset("tiny", image_size=256, group_size=64, patch_size=8, **{option: value})
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["flops"] == asdict(flops(model))
 

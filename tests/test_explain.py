@@ -935,6 +935,7 @@ def majority():
     return sure_of([[(1, 6), (2, 5), (3, 4)], [(6, 1), (5, 2), (4, 3)]], "(1)1", steps=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("red_count", "blue_count"), [(6, 1), (5, 2), (4, 3), (1, 6), (2, 5), (3, 4)])
 def test_every_blob_has_the_colour_that_it_has_for_the_decision(majority, tmp_path, red_count, blue_count):
     pixels, *where = blobs(np.random.default_rng(5), red_count, blue_count)
@@ -956,6 +957,7 @@ def test_every_blob_has_the_colour_that_it_has_for_the_decision(majority, tmp_pa
                 assert (feature["properties"]["measurements"]["leave-out"] > 0) == (word == "for")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decides(sure, tmp_path, seed):
     pixels, red, _ = blobs(np.random.default_rng(seed), 1, 5)
@@ -989,6 +991,7 @@ def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decide
     assert "agreement" not in record
 
 
+@pytest.mark.slow
 def test_a_map_of_relevance_tells_that_it_is_wrong(sure, tmp_path):
     Image.fromarray(blobs(np.random.default_rng(0), 1, 5)[0]).save(tmp_path / "a.png")
     for method, name in (("gradient", "relevance"), ("attention", "attention")):

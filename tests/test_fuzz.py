@@ -297,6 +297,7 @@ CALLS = {
 # Protocols, types, tables, ways to run without options, and what only the library makes.
 NO_CALLS = {"Decoder", "Step", "Clip", "Denoise", "Level", "Noise", "Prediction", "Process", "Sampler", "PREDICTIONS"}
 # Types of functions, and what stands on a decoder: in test_cached.py.
+# `fitformer.generate` of a folder has the name of a function that is called here.
 NO_CALLS |= {"LogitsProcessor", "StoppingCriterion", "Streamer", "CachedDecoder", "DecodingState"}
 NO_CALLS |= {"SAMPLERS", "SCHEDULES", "Execution", "Outputs", "checkpointed", "plain"}
 # Takes a run: in test_sharing_work.py.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fitformer
 from fitformer import FITDecoder, generation
 from fitformer.errors import InputError
 
@@ -12,14 +13,14 @@ from fitformer.errors import InputError
 class Counting:
     """Predicts, with certainty, the sum of all tokens before plus one, so any token misplaced or missed shows."""
 
-    num_groups, tokens_per_group, vocab_size = 3, 4, 11
+    most_groups, tokens_per_group, vocab_size = 3, 4, 11
 
     def __init__(self):
         self.groups = []
 
     def __call__(self, tokens):
         self.groups.append(tokens.shape[1])
-        assert tokens.shape[1] <= self.num_groups
+        assert tokens.shape[1] <= self.most_groups
         assert tokens.shape[2] == self.tokens_per_group
         answer = (tokens.flatten(1).cumsum(1) + 1) % self.vocab_size
         return 100.0 * torch.nn.functional.one_hot(answer, self.vocab_size).unflatten(1, tokens.shape[1:])
@@ -28,7 +29,7 @@ class Counting:
 class Chain:
     """A Markov chain over 3 tokens; the token before the first is 0."""
 
-    num_groups, tokens_per_group, vocab_size = 4, 5, 3
+    most_groups, tokens_per_group, vocab_size = 4, 5, 3
     table = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.9, 0.1, 0.0]])
 
     def __call__(self, tokens):
@@ -308,6 +309,41 @@ def test_config_is_options_by_name(real):
     config = generation.GenerationConfig(max_new_tokens=9, do_sample=True, seed=4)
     assert torch.equal(real.generate(None, config), real.generate(max_new_tokens=9, do_sample=True, seed=4))
     assert real.generate(None, config, max_new_tokens=3).shape == (1, 3)
+
+
+# ---- saved decoders ----
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    options = {"num_groups": 4, "tokens_per_group": 8, "vocab_size": 256, "drop_path": 0.1}
+    folder = tmp_path_factory.mktemp("saved") / "decoder"
+    FITDecoder.from_preset("tiny", **options).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_generates_text_from_text_and_bytes_from_bytes(saved):
+    options = {"max_new_tokens": 5, "do_sample": True}
+    decoder = fitformer.from_pretrained(saved)
+    tokens = decoder.generate([b"ab", "ü"], num_return_sequences=2, **options)
+    expected = [bytes(row.tolist()) for row in tokens]
+    given = fitformer.generate(saved, [b"ab", "ü"], num_return_sequences=2, **options)
+    assert given == [*expected[:2], *(text.decode(errors="replace") for text in expected[2:])]
+    assert fitformer.generate(str(saved), b"ab", **options) == expected[0]
+    assert fitformer.generate(saved, "ab", **options) == expected[0].decode(errors="replace")
+    assert fitformer.generate(saved, "ab", num_return_sequences=2, **options) == [
+        text.decode(errors="replace") for text in expected[:2]
+    ]
+    assert fitformer.generate(saved, **options).shape == (1, 5)
+    assert torch.equal(fitformer.generate(saved, torch.tensor([[97, 98]]), **options)[0], tokens[0])
+
+
+def test_only_decoders_generate(tmp_path):
+    options = {"image_size": 8, "group_size": 4, "patch_size": 2, "channels": 1, "num_classes": 3}
+    fitformer.FITImageEncoder.from_preset("tiny", **options).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds a FITImageEncoder, which generates no tokens"):
+        fitformer.generate(tmp_path, "x", max_new_tokens=3)
 
 
 # ---- filters and the draw ----

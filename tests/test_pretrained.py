@@ -116,8 +116,8 @@ def test_another_role(folder):
 
 
 def test_a_config_with_an_unknown_key(folder):
-    edit_config(folder, lambda config: config.update(rotary=True))
-    refuses(folder, "FITDecoder has no arguments rotary", str(folder))
+    edit_config(folder, lambda config: config.update(relative=True))
+    refuses(folder, "FITDecoder has no arguments relative", str(folder))
 
 
 def test_a_config_that_lacks_a_key(folder):

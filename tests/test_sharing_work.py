@@ -92,6 +92,7 @@ def test_labels_alone_are_those_of_a_table(runs, images, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_one_of_which_is_killed(runs, images, tmp_path):
     words = ["predict", runs["any"], str(images), "--explain", "attention", "--output"]
     assert main([*words, str(tmp_path / "whole")]) == 0

@@ -319,6 +319,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_told_to_terminate_saves_the_running_step(straight, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-c", TERMINATED, *words("digits-classify", None, run_dir, *RARELY_SAVED)]

@@ -24,6 +24,7 @@ __all__ = [
     "FITImageEncoder",
     "Predictor",
     "from_pretrained",
+    "generate",
 ]
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "FITImageEncoder": "fitformer.models.image_encoder",
     "Predictor": "fitformer.inference.predictor",
     "from_pretrained": "fitformer.models.auto",
+    "generate": "fitformer.models.auto",
 }
 _ROOMS = {"diffusion", "execution", "generation", "models", "patching"}
 

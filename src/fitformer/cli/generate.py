@@ -46,29 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     penalty = "divide the logits of tokens that were there before by this (default: 1, which changes nothing)"
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
     parser.add_argument("--seed", type=natural, default=0)
-    where = (
-        "file for text (default: none) or sound (default: RUN/samples/seed-SEED.wav), numbered if there are several; "
-    )
-    parser.add_argument("--output", type=Path, help=f"{where}folder for images (default: RUN/samples/seed-SEED)")
+    where = "file for text (default: none) or sound (default: RUN/samples/seed-SEED.wav), numbered if there are several"
+    parser.add_argument("--output", type=Path, help=f"{where}; folder for images (default: RUN/samples/seed-SEED)")
     add_checkpoint(parser)
     add_device(parser)
     _add_sequences(parser)
     pixels = parser.add_argument_group("for a pixels run")
     pixels.add_argument("--image", dest="images", action="append", metavar="FILE", help="image to complete; may repeat")
     pixels.add_argument("--keep-rows", type=positive, help="upper rows of --image to keep (default: half of them)")
-    classes = (
-        "class by name or number, or several separated by commas, of a class-conditional run (default: all in turn)"
-    )
+    classes = "class by name or number, or several with commas between, of a class-conditional run (default: in turn)"
     pixels.add_argument("--class", dest="classes", metavar="CLASS", help=classes)
     pixels.add_argument("--batch-size", type=positive, help="images at once (default: 64); does not change the images")
 
 
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
     both = parser.add_argument_group("for a bytes or audio run")
-    of_file = "file to continue, a WAV file for an audio run; may repeat"
-    both.add_argument(
-        "--prompt-file", dest="prompts", action="append", type=Prompt.of_file, metavar="FILE", help=of_file
-    )
+    of_file: dict[str, Any] = {"dest": "prompts", "action": "append", "type": Prompt.of_file, "metavar": "FILE"}
+    both.add_argument("--prompt-file", **of_file, help="file to continue, a WAV file for an audio run; may repeat")
     both.add_argument("--length", type=positive, help=f"bytes (default: {LENGTH}) or samples to generate at most")
     window = "groups of context at most; without it, prompts must fit the trained length, and what follows goes past it"
     both.add_argument("--window", type=positive, help=window)

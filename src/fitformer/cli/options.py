@@ -53,10 +53,12 @@ def add_trunk(parser: argparse.ArgumentParser) -> None:
         flag, kind = f"--{field.name.replace('_', '-')}", field.type
         if kind is bool:
             trunk.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif int in (kind, *get_args(kind)):
+            trunk.add_argument(flag, type=positive)
         elif choices := get_args(kind):
             trunk.add_argument(flag, choices=choices)
         else:
-            trunk.add_argument(flag, type=positive if kind is int else kind)
+            trunk.add_argument(flag, type=kind)
 
 
 def trunk_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class StreamedPass:
         """The group phase of block i, slice by slice: latents in and out."""
         if self.graph:
             self.entered.append(latents)
-        write_latents, parts = self.trunk.write_latents(latents), []
+        write_latents, parts = self.trunk.write_latents(latents, self.inputs.places), []
         with closing(self._fetch(i)) as fetched:
             for k, (groups, tokens, mask, _) in enumerate(fetched, start=1):
                 if self.graph and i in (0, self.last):
@@ -107,14 +107,14 @@ class StreamedPass:
 
     def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
         """The global phase of block i, with a graph that keeps the inputs of its layers alone."""
-        global_phase = self.trunk.blocks[i].global_phase
+        global_phase, places = self.trunk.blocks[i].global_phase, self.inputs.places
         if not self.graph:
-            latents = global_phase(latents, self.condition)
+            latents = global_phase(latents, self.condition, places)
         else:
             with torch.enable_grad():
                 leaf = latents.detach().requires_grad_()
                 condition = None if self.condition is None else self.condition.detach().requires_grad_()
-                out = global_phase(leaf, condition, call=checkpointing(self.policy.latents))
+                out = global_phase(leaf, condition, places, checkpointing(self.policy.latents))
             self.graphs.append((leaf, condition, out))
             latents = out.detach()
         self._trim()
@@ -234,7 +234,7 @@ class StreamedPass:
         latents = self.entered.pop()
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
-            write_latents = self.trunk.write_latents(leaf)
+            write_latents = self.trunk.write_latents(leaf, self.inputs.places)
         g_own: Tensor | None = None
         g_write: Tensor | None = None
         with closing(self._fetch(i, backward=True)) as fetched:

@@ -25,8 +25,8 @@ class Trunk(Protocol):
     blocks: Any
     tokens_per_group: int
 
-    def write_latents(self, latents: Tensor) -> Tensor:
-        """The latents `(b, t, m, d)` that the write of each group attends to."""
+    def write_latents(self, latents: Tensor, places: Tensor | None = None) -> Tensor:
+        """The latents `(b, t, m, d)` that the write of each group attends to; `places` are those of `Inputs`."""
 
     def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
         """What each group's dropout is drawn from, `(b, t)`; None without dropout."""
@@ -47,9 +47,9 @@ class SomeBlocks:
         self.whole, self.blocks = whole, blocks
         self.tokens_per_group = whole.tokens_per_group
 
-    def write_latents(self, latents: Tensor) -> Tensor:
+    def write_latents(self, latents: Tensor, places: Tensor | None = None) -> Tensor:
         """As the whole trunk's."""
-        return self.whole.write_latents(latents)
+        return self.whole.write_latents(latents, places)
 
     def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
         """As the whole trunk's."""
@@ -81,6 +81,8 @@ class Inputs:
         blocks: numbers of the blocks whose data tokens are wanted whole.
         condition: tokens `(b, s, d)` that the latents attend to.
         parameters: all tensors with gradients that the trunk, `embed` and `score` use.
+        places: of the groups in their documents, int64 `(b, t)`: a causal trunk runs each document as if it were alone,
+            and one begins where the place is 0. None for one document, at places 0, 1, 2 ...
 
     Raises:
         InputError: an attribute of another kind.
@@ -94,6 +96,7 @@ class Inputs:
     blocks: Sequence[int] = ()
     condition: Tensor | None = None
     parameters: Sequence[Tensor] = ()
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -174,7 +177,7 @@ class InMemory:
 
     def run_groups(self, i: int, latents: Tensor) -> Tensor:
         """As `Phases` has it."""
-        phase, write_latents = self.trunk.blocks[i].group_phase, self.trunk.write_latents(latents)
+        phase, write_latents = self.trunk.blocks[i].group_phase, self.trunk.write_latents(latents, self.inputs.places)
         self.x, latents = self.call(phase, self.x, latents, write_latents, self.mask, self.keys)
         if i in self.inputs.blocks:
             self.wanted[i] = self.x
@@ -182,7 +185,7 @@ class InMemory:
 
     def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
         """As `Phases` has it."""
-        return self.call(self.trunk.blocks[i].global_phase, latents, self.inputs.condition)
+        return self.call(self.trunk.blocks[i].global_phase, latents, self.inputs.condition, self.inputs.places)
 
     def run(self) -> Outputs:
         """Run all blocks."""

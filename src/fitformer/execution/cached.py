@@ -8,8 +8,8 @@ Tokens inside a group go through local layers one by one (`CachedTrunk.run_token
 side by side through the blocks' own two phases (`CachedTrunk.run_groups`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -66,20 +66,19 @@ class CachedTrunk:
 
     Args:
         trunk: a `Trunk` with `causal="all"`.
-        num_groups: t at most; None for any number.
 
     Raises:
         InputError: a trunk that is not causal inside its groups, or one in training mode with dropout.
     """
 
-    def __init__(self, trunk: Any, num_groups: int | None) -> None:
+    def __init__(self, trunk: Any) -> None:
         if not trunk.shifts_write:
             raise InputError(
                 "the trunk is not causal inside its groups: only autoregressive decoders are run with a cache"
             )
         if trunk.training and trunk.drops_out:
             raise InputError("the decoder is in training mode and drops out at random; call decoder.eval() first")
-        self.trunk, self.num_groups = trunk, num_groups
+        self.trunk, self.window = trunk, trunk.config.global_window
         self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
         self.last = len(trunk.blocks) - 1
         self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
@@ -137,7 +136,7 @@ class CachedTrunk:
             data tokens `(b, t, n, c)` as they leave the trunk.
         """
         groups, first = x.shape[1], cache.position[0] // self.n
-        latents = self.trunk.initial_latents(len(x), groups, first=first)
+        latents = self._initial_latents(len(x), first, groups)
         for i, block in enumerate(self.trunk.blocks):
             before = cache.tensors[f"{i}.before"].unsqueeze(1) if i else torch.zeros_like(latents[:, :1])
             write_latents = torch.cat([before, latents[:, :-1]], dim=1)
@@ -145,7 +144,7 @@ class CachedTrunk:
                 self._remember_before(cache, i, latents[:, -1])
             x, latents = block.group_phase(x, latents, write_latents)
             if i < self.last:
-                latents = block.global_phase(latents, call=self._call(cache, i, first, None))
+                latents = self._global_phase(cache, i, latents, first, None)
         cache.position = [position + groups * self.n for position in cache.position]
         return x
 
@@ -161,10 +160,10 @@ class CachedTrunk:
     def _finish_group(self, cache: Cache, group: int, rows: list[int] | None) -> None:
         """The latents of one group, of some rows or of all: what the whole groups' phases do after local layers."""
         batch = len(cache.position) if rows is None else len(rows)
-        latents = self.trunk.initial_latents(batch, 1, first=group)[:, 0]
+        latents = self._initial_latents(batch, group, 1)[:, 0]
         for i, block in enumerate(self.trunk.blocks[: self.last]):
             latents = block.read(latents, _rows(cache.tensors[f"{i}.tokens"], rows))
-            latents = block.global_phase(latents.unsqueeze(1), call=self._call(cache, i, group, rows))[:, 0]
+            latents = self._global_phase(cache, i, latents.unsqueeze(1), group, rows)[:, 0]
             self._remember_before(cache, i + 1, latents, rows)
 
     def _remember_before(self, cache: Cache, i: int, latents: Tensor, rows: list[int] | None = None) -> None:
@@ -173,26 +172,53 @@ class CachedTrunk:
         cache.tensors[f"{i}.before"][to] = latents
         cache.tensors[f"{i}.write"][to] = torch.stack(self.trunk.blocks[i].write.project(latents), dim=1)
 
-    def _call(self, cache: Cache, i: int, group: int, rows: list[int] | None) -> Callable[..., Tensor]:
-        """How block i's global layers are called on the latents of groups from `group` on."""
-        numbers = {id(layer): j for j, layer in enumerate(self.trunk.blocks[i].global_layers)}
+    def _initial_latents(self, batch: int, first: int, groups: int) -> Tensor:
+        places = torch.arange(first, first + groups, device=next(self.trunk.parameters()).device)
+        return self.trunk.initial_latents(batch, groups, places=places)
 
-        def call(layer: Any, latents: Tensor, mask: None, causal: int) -> Tensor:
-            memory = partial(self._memory, cache, f"{i}.latents.{numbers[id(layer)]}", group * self.m, rows)
-            # The latents of one group attend to all there are.
-            return layer(latents, mask, causal if latents.shape[1] > self.m else 0, memory=memory)
+    def _global_phase(self, cache: Cache, i: int, latents: Tensor, first: int, rows: list[int] | None) -> Tensor:
+        """The global phase of block i on latents `(b, t, m, d)` of groups from `first` on, and on earlier ones."""
+        block, groups = self.trunk.blocks[i], latents.shape[1]
+        numbers = {id(layer): j for j, layer in enumerate(block.global_layers)}
+        places = torch.arange(first, first + groups, device=latents.device)
 
-        return call
+        def call(layer: Any, latents: Tensor, mask: None, band: Any, random: None, positions: Tensor | None) -> Tensor:
+            memory = partial(self._memory, cache, f"{i}.latents.{numbers[id(layer)]}", first, rows)
+            # The latents of one group attend to all that are handed out. Where the document began is not asked.
+            band = replace(band, starts=None) if groups > 1 else 0
+            return layer(latents, mask, band, random, positions, memory)
+
+        return block.global_phase(latents, places=places, call=call)
 
     def _memory(
-        self, cache: Cache, name: str, start: int, rows: list[int] | None, key: Tensor, value: Tensor
+        self, cache: Cache, name: str, first: int, rows: list[int] | None, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of latents from place `start` on; returns those of all latents up to them."""
-        stop = start + key.shape[2]
-        most = None if self.num_groups is None else self.num_groups * self.m
-        kept = cache.tensors[name] = _with_room(cache.tensors[name], stop, most)
-        kept[slice(None) if rows is None else rows, :, :, start:stop] = torch.stack([key, value], dim=1)
-        return _rows(kept[:, :, :, :stop], rows).unbind(1)  # type: ignore[return-value]
+        """Keep the keys and values of latents of groups from `first` on; returns all that these latents attend to."""
+        end, added = first + key.shape[2] // self.m, torch.stack([key, value], dim=1)
+        begin, after = self._begin(first), self._begin(end)
+        reach = begin if self.window is None else max(begin, first - self.window + 1)
+        to = slice(None) if rows is None else rows
+        kept = cache.tensors[name] = _with_room(cache.tensors[name], (end - after) * self.m, self._most_places())
+        if after == begin:
+            kept[to, :, :, (first - begin) * self.m : (end - begin) * self.m] = added
+            known = _rows(kept[:, :, :, : (end - begin) * self.m], rows)
+        else:
+            known = torch.cat([_rows(kept[:, :, :, : (first - begin) * self.m], rows), added], dim=3)
+            kept[to, :, :, : (end - after) * self.m] = known[:, :, :, (after - begin) * self.m :]
+        return known[:, :, :, (reach - begin) * self.m :].unbind(1)  # type: ignore[return-value]
+
+    def _begin(self, groups: int) -> int:
+        """The first group whose latents are kept after so many: with a window, room for two windows is used up, and
+        then the last of them is moved to the front."""
+        if self.window is None:
+            return 0
+        return max(-(-(groups - 2 * self.window) // (self.window + 1)), 0) * (self.window + 1)
+
+    def _most_places(self) -> int | None:
+        """Places for latents that are enough; None if there is no end."""
+        limits = [self.trunk.most_groups, None if self.window is None else 2 * self.window]
+        most = min((limit for limit in limits if limit is not None), default=None)
+        return None if most is None else most * self.m
 
 
 class _FusedLayer:
@@ -213,10 +239,12 @@ class _FusedLayer:
         if kept is not None:
             projected = F.linear(self.layer.norm(x), self.weight, self.bias)
             query, key, value = projected.unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4)
-            at.put(kept[:, 0], self.attention.key_norm(key), dim=2)
+            query, key = self.attention.query_norm(query), self.attention.key_norm(key)
+            if self.attention.rotary:
+                query, key = (self.attention.turned(each, at.places) for each in (query, key))
+            at.put(kept[:, 0], key, dim=2)
             at.put(kept[:, 1], value, dim=2)
             keys, values = kept[:, :, :, : at.stop].unbind(1)
-            query = self.attention.query_norm(query)
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
             x = x + self.attention.output(out.transpose(1, 2).flatten(2))
         return x + self.layer.ffn(x)
@@ -226,6 +254,7 @@ class _Places:
     """Where `count` new tokens of each row stand in the current groups, which have n places.
 
     Attributes:
+        places: int64, of the new tokens `(count,)`, or of each row's one `(b, 1)`.
         stop: the first place that no new token attends to.
         mask: of new tokens over places up to `stop`, None where all are attended to.
     """
@@ -234,23 +263,24 @@ class _Places:
         self.start, self.rows, self.mask = start[0], None, None
         if min(start) == max(start):
             self.stop = self.start + count
+            self.places = torch.arange(self.start, self.stop, device=device)
             if count > 1:
                 self.mask = torch.ones(count, self.stop, dtype=torch.bool, device=device).tril(self.start)
             return
         assert count == 1, "rows at several places read one token at a time"
         self.stop = max(start) + 1
-        self.places = torch.tensor(start, device=device)
+        self.places = torch.tensor(start, device=device)[:, None]
         self.rows = torch.arange(len(start), device=device)
-        self.mask = (torch.arange(self.stop, device=device) <= self.places[:, None])[:, None, None]
+        self.mask = (torch.arange(self.stop, device=device) <= self.places)[:, None, None]
 
     def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
         """Write new tokens `(b, ..., count, w)` to their places along `dim` of `kept (b, ..., n, w)`."""
         if self.rows is None:
             kept.narrow(dim, self.start, self.stop - self.start).copy_(new)
         elif dim == 1:
-            kept[self.rows, self.places] = new[:, 0]
+            kept[self.rows, self.places[:, 0]] = new[:, 0]
         else:
-            kept[self.rows, :, self.places] = new[:, :, 0]
+            kept[self.rows, :, self.places[:, 0]] = new[:, :, 0]
 
 
 def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:

@@ -84,7 +84,7 @@ class CachedDecoder:
     @checked
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
-        self.trunk = CachedTrunk(decoder.trunk, decoder.num_groups)
+        self.trunk = CachedTrunk(decoder.trunk)
         self.n: int = decoder.tokens_per_group
 
     @torch.inference_mode()
@@ -158,7 +158,7 @@ class CachedDecoder:
                 f"inputs are {tuple(inputs.shape)}; the state has {rows} rows: give ({rows}, k), k at least 1"
             )
         check_vocabulary(inputs, self.decoder.vocab_size)
-        groups, end = self.decoder.num_groups, max(state.position) + inputs.shape[1]
+        groups, end = self.decoder.most_groups, max(state.position) + inputs.shape[1]
         if groups is not None and end > groups * self.n:
             raise InputError(
                 f"{end} inputs are beyond the decoder's {groups * self.n} ({groups} groups of {self.n} tokens); feed "

@@ -123,6 +123,4 @@ def as_bytes(name: str, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} has {text!r}, which is no text that UTF-8 can write ({error.reason}); give bytes"
-        ) from error
+        raise InputError(f"{name} has {text!r}, no text in UTF-8 ({error.reason}); give bytes") from error

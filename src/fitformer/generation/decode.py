@@ -256,7 +256,7 @@ def _seed_from(generator: torch.Generator) -> int:
 
 
 def _check_length(decoder: Decoder, prompt_length: int, config: GenerationConfig) -> None:
-    groups, n = decoder.num_groups, decoder.tokens_per_group
+    groups, n = decoder.most_groups, decoder.tokens_per_group
     length = prompt_length + config.max_new_tokens
     if groups is not None and config.window is None and length > groups * n:
         raise InputError(

@@ -19,10 +19,10 @@ Step = Callable[[Tensor, Sequence[int]], Tensor]
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `num_groups` are to be the first ones."""
+    """What is needed of a decoder; `FITDecoder` has it. Fewer groups than `most_groups` are to be the first ones."""
 
     @property
-    def num_groups(self) -> int | None:
+    def most_groups(self) -> int | None:
         """Groups at most, None for any number."""
 
     @property
@@ -59,7 +59,7 @@ def context_start(position: int, n: int, groups: int | None) -> int:
 
 def group_limit(decoder: Decoder, window: int | None) -> int | None:
     """Groups of context at most: the window, the decoder's own number, or None for no limit."""
-    limits = [limit for limit in (window, decoder.num_groups) if limit is not None]
+    limits = [limit for limit in (window, decoder.most_groups) if limit is not None]
     return min(limits, default=None)
 
 
@@ -69,7 +69,7 @@ def check_held(decoder: Decoder, length: int, window: int | None = None) -> None
     Raises:
         InputError: it is longer than the decoder's length.
     """
-    groups, n = decoder.num_groups, decoder.tokens_per_group
+    groups, n = decoder.most_groups, decoder.tokens_per_group
     if window is None and groups is not None and length > groups * n:
         raise InputError(
             f"the prompt has {length} tokens, and the model holds {groups * n} ({groups} groups of {n}): give less of "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fitformer._support.checks import checked
 from fitformer.errors import InputError
 from fitformer.models.base import FITModel
+from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
@@ -171,12 +172,22 @@ def _walk(model: nn.Module) -> Iterator[Variable]:
             f"{type(model).__name__} is none of the reference's models; those are "
             f"{', '.join(role.__name__ for role in ROLES.values())}"
         )
+    _check_options(model.trunk.config)  # type: ignore[arg-type, union-attr]
     own = {"FIT": _encoder, "FITDenoiser": _denoiser, "FITAR": _decoder}[kind]
     rows = [*own(model), *_trunk(model.trunk, causal=kind == "FITAR")]  # type: ignore[operator]
     if len(rows) != len(list(model.parameters())):
         raise InputError(f"this {type(model).__name__} has options that the reference lacks, such as qk_norm")
     for name, parameter, shape in rows:
         yield Variable(f"{ROOTS[kind]}/{name}:0", parameter, shape)
+
+
+def _check_options(config: TrunkConfig) -> None:
+    """Refuse options that the reference lacks and that no parameter gives away."""
+    usual = {"rotary": (False,), "global_window": (None,), "position": ("learned", "sin_cos", "sin_cos2d")}
+    usual["latent_position"] = ("learned", "sin_cos")
+    for name, values in usual.items():
+        if (value := getattr(config, name)) not in values:
+            raise InputError(f"the reference has no {name}={value!r}; it knows {', '.join(map(str, values))}")
 
 
 _Rows = Iterator[tuple[str, Tensor, tuple[int, ...]]]

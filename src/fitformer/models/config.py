@@ -6,13 +6,13 @@ never the trunk's.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from fitformer._support.checks import check_fields, checked, number, rate, whole
 from fitformer.errors import InputError
 
-Position = Literal["learned", "sin_cos", "sin_cos2d"]
-LatentPosition = Literal["learned", "sin_cos", "row_column"]
+Position = Literal["learned", "sin_cos", "sin_cos2d", "none"]
+LatentPosition = Literal["learned", "sin_cos", "row_column", "index", "shared"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,20 @@ class TrunkConfig:
         dim: width c of data tokens. latent_dim: width d of latents.
         heads, latent_heads: attention heads of local and of global layers.
         latents_per_group: m.
-        position: positions of data tokens, `sin_cos2d` for a square group of patches.
-        latent_position: positions of latents; `row_column` takes any number of groups.
+        position: positions of data tokens, `sin_cos2d` for a square group of patches, `none` only with `rotary`.
+        latent_position: positions of latents. `learned` and `sin_cos` are tables for one number of groups; `row_column`
+            (of groups of an image), `index` (a code of the group's number) and `shared` (the same for every group) take
+            any number.
         mlp_ratio: inner over outer width of the feed-forwards.
         drop_path, drop_units, drop_att: dropout of residual branches, feed-forward units, attention weights.
         x_self_attention: local layers have attention, not only their feed-forward half.
         xattn_with_mlp: a feed-forward after read and write.
         xattn_enc_ln: cross-attention normalises its context.
         qk_norm: queries and keys are normalised head by head before they meet (arXiv 2302.05442, section 2).
+        rotary: queries and keys of local and global layers are turned by their place (arXiv 2104.09864, section 3.2):
+            that of the token in its group, that of the latent's group in the sequence. Read and write have no places.
+        global_window: groups that a latent attends to in the global layers of a causal trunk: its own and as many
+            before it as make up this number; None for all.
     """
 
     layers: str = "(1)2(1)2"
@@ -50,6 +56,8 @@ class TrunkConfig:
     xattn_with_mlp: bool = False
     xattn_enc_ln: bool = True
     qk_norm: bool = False
+    rotary: bool = False
+    global_window: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,8 +88,8 @@ def _in_range(name: str, kind: Any, value: Any) -> Any:
     Raises:
         InputError: it is out of range.
     """
-    if kind is int:
-        return whole(name, value, 1, MOST)
+    if kind is int or int in get_args(kind):
+        return None if value is None else whole(name, value, 1, MOST)
     if kind is float:
         return rate(name, value) if name.startswith("drop_") else number(name, value, 0, MOST_RATIO)
     return bool(value) if kind is bool else value

@@ -30,7 +30,7 @@ class FITDecoder(FITModel):
 
     Args:
         trunk: options of the trunk.
-        num_groups: t. tokens_per_group: n.
+        num_groups: t; None for any number, see `Trunk`. tokens_per_group: n.
         vocab_size: number of different tokens.
         shared_embedding: one embedding for input and output. output_bias: a bias of the logits.
         num_classes: classes that condition the model: the class of an example stands in place of its first input
@@ -47,7 +47,7 @@ class FITDecoder(FITModel):
     def __init__(
         self,
         trunk: TrunkConfig,
-        num_groups: int,
+        num_groups: int | None,
         tokens_per_group: int,
         vocab_size: int,
         *,
@@ -155,6 +155,11 @@ class FITDecoder(FITModel):
             check_classes(labels, self.num_classes)
             if len(labels) != batch:
                 raise InputError(f"labels {tuple(labels.shape)} need one class for each of the {batch} examples")
+
+    @property
+    def most_groups(self) -> int | None:
+        """Groups that the decoder has positions for; None for any number."""
+        return self.trunk.most_groups
 
     def head(self, x: Tensor) -> Tensor:
         """Data tokens `(b, t, n, c)` as they leave the trunk to logits `(b, t, n, vocab_size)`."""

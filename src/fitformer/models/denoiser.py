@@ -69,7 +69,7 @@ class FITDenoiser(FITModel):
     Args:
         trunk: options of the trunk; its layer string should end in `)`, as global layers at the end reach no data
             token.
-        num_groups: t; None for any number, with `row_column` latent positions.
+        num_groups: t; None for any number, see `Trunk`.
         tokens_per_group: n.
         out_dim: channels of a token, noisy and predicted.
         cond_dim: width e of the condition tokens; None for an unconditional model.

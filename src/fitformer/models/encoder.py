@@ -74,7 +74,7 @@ class FITEncoder(FITModel):
     Args:
         trunk: options of the trunk; a layer string that ends in global layers answers in latents, one that ends in
             `)` in data tokens.
-        num_groups: t; None for any number, with `row_column` latent positions.
+        num_groups: t; None for any number, see `Trunk`.
         tokens_per_group: n.
         in_channels: channels of a raw token, for images patch height * width * channels.
         y_channels: channels of the extra tokens `y` that a group may be given, none by default.

@@ -14,7 +14,7 @@ from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.layers import MOST_SIZE, linear
-from fitformer.models.positions import PositionTable
+from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, stacked, to_signal
@@ -63,6 +63,11 @@ class FITImageEncoder(FITModel):
         grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
         if whole("glimpses", glimpses, 0, MOST_GLIMPSES) and not grid.any_size:
             raise InputError(f"glimpses is {glimpses}; it is 0 but for images of any size (image_size=None)")
+        if grid.any_size and trunk.latent_position in ("index", "shared"):
+            raise InputError(
+                f"latent_position is {trunk.latent_position!r}, of groups in a line; images of any size need "
+                "'row_column'"
+            )
         self.glimpses, self.channels = glimpses, channels
         self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
@@ -181,9 +186,9 @@ class FITImageEncoder(FITModel):
     def latents(self, images: Sequence[GroupedImage]) -> Tensor:
         """The initial latents `(b, t, m, d)` of images with the same number of groups."""
         trunk, groups = self.trunk, images[0].num_groups
-        if isinstance(trunk.latent_position, PositionTable):
+        if not isinstance(trunk.latent_position, GridPositions):
             if any(image.num_groups != self.patch_grid.num_groups for image in images):
-                raise InputError("groups cannot be skipped with a table of latents; take latent_position='row_column'")
+                raise InputError("groups are skipped by their rows and columns; take latent_position='row_column'")
             return trunk.initial_latents(len(images), groups)
         coords = torch.stack([image.coords for image in images]).to(trunk.latent_position.slots.device)
         return trunk.initial_latents(len(images), groups, coords)

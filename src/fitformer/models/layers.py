@@ -5,6 +5,7 @@ Every layer takes plain tensors of shape `(r, tokens, width)`: it knows neither 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from fitformer._support.checks import checked, whole
 from fitformer._support.checks import rate as rate_of
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
-from fitformer.models.block_causal import block_causal_attention
+from fitformer.models.block_causal import Band, block_causal_attention
 from fitformer.models.dropout import GroupRandom
+from fitformer.models.positions import rotate
 
 # Keys and values of new tokens to those that they attend to, which a cache keeps.
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -107,9 +109,11 @@ class Attention(nn.Module):
         width: width of the attention itself, all heads together; `dim` by default.
         dropout: dropout of the attention weights in training.
         qk_norm: normalise queries and keys head by head.
+        rotary: turn queries and keys by their positions, see `models.positions.rotate`.
 
     Raises:
-        InputError: `heads` does not divide `width`, or a rate outside 0 <= dropout < 1.
+        InputError: `heads` does not divide `width`, a head is of an odd width where it is turned, or a rate outside
+            0 <= dropout < 1.
     """
 
     @checked
@@ -121,23 +125,37 @@ class Attention(nn.Module):
         width: int | None = None,
         dropout: float = 0.0,
         qk_norm: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         context_dim, width = context_dim or dim, width or dim
         check_heads(heads, width)
-        self.heads, self.dropout = heads, rate_of("drop_att", dropout)
+        if rotary and (width // heads) % 2:
+            raise InputError(f"rotary turns pairs of channels, and {heads} heads of {width} have {width // heads} each")
+        self.heads, self.dropout, self.rotary = heads, rate_of("drop_att", dropout), rotary
         self.query, self.key, self.value = linear(dim, width), linear(context_dim, width), linear(context_dim, width)
         self.output = linear(width, dim)
         self.query_norm = layer_norm(width // heads) if qk_norm else nn.Identity()
         self.key_norm = layer_norm(width // heads) if qk_norm else nn.Identity()
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries `(r, h, q, e)` of tokens `x (r, q, dim)`."""
-        return self.query_norm(self._by_head(self.query(x)))
+    def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Queries `(r, h, q, e)` of tokens `x (r, q, dim)`; `positions` as in `attend`."""
+        return self.turned(self.query_norm(self._by_head(self.query(x))), positions)
 
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`: what a cache keeps of it."""
-        return self.key_norm(self._by_head(self.key(context))), self._by_head(self.value(context))
+    def project(self, context: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`: what a cache keeps of it.
+
+        `positions` are the context's, int64 `(k,)` or `(r, k)`.
+        """
+        key = self.turned(self.key_norm(self._by_head(self.key(context))), positions)
+        return key, self._by_head(self.value(context))
+
+    def turned(self, by_head: Tensor, positions: Tensor | None) -> Tensor:
+        """Queries or keys `(r, h, k, e)` turned by their positions, 0, 1, 2 ... by default, if the attention does."""
+        if not self.rotary:
+            return by_head
+        positions = torch.arange(by_head.shape[2], device=by_head.device) if positions is None else positions
+        return rotate(by_head, positions)
 
     def _by_head(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)
@@ -148,23 +166,26 @@ class Attention(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        causal: int = 0,
+        causal: int | Band = 0,
         random: GroupRandom | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Attend from `x (r, q, dim)` to keys and values `(r, h, k, e)` of `project`; returns `(r, q, dim)`.
 
         Args:
             x, key, value: queries' tokens, and the projected context.
             mask: boolean, broadcastable to `(r, h, q, k)`, true where a query attends.
-            causal: a token attends to its own and earlier runs of so many tokens; 1 is the usual triangle, 0 is none.
-                The queries may be the last of the keys' tokens, in whole runs.
+            causal: a token attends to its own and earlier runs of so many tokens; 1 is the usual triangle, 0 is none. A
+                `Band` says more, with runs of its `block`. Queries may be the last of the keys' tokens, in whole runs.
             random: gives the rows' own dropout.
+            positions: of the queries, int64 `(q,)` or `(r, q)`, that rotary attention turns them by; 0, 1, 2 ... by
+                default.
         """
-        query, rate = self.queries(x), self.dropout if self.training else 0.0
+        query, rate = self.queries(x, positions), self.dropout if self.training else 0.0
         if rate and random is not None:
             mask = triangle(x.shape[1], x.device) if causal else mask
             out = dropout(attention_weights(query, key, mask), rate, random) @ value
-        elif causal > 1 or (causal and key.shape[2] > query.shape[2]):
+        elif isinstance(causal, Band) or causal > 1 or (causal and key.shape[2] > query.shape[2]):
             out = block_causal_attention(query, key, value, causal, rate)
         else:
             out = F.scaled_dot_product_attention(
@@ -177,22 +198,23 @@ class Attention(nn.Module):
         x: Tensor,
         context: Tensor,
         mask: Tensor | None = None,
-        causal: int = 0,
+        causal: int | Band = 0,
         random: GroupRandom | None = None,
+        positions: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`.
+        """Attend from `x (r, q, dim)` to `context (r, k, context_dim)`, both at the same positions.
 
         Args:
             x, context: the queries' tokens, and those that they attend to.
-            mask, causal, random: as in `attend`.
+            mask, causal, random, positions: as in `attend`.
             memory: given the keys and values of the context, those that are attended to instead: a cache puts earlier
                 ones before them.
         """
-        key, value = self.project(context)
+        key, value = self.project(context, positions)
         if memory is not None:
             key, value = memory(key, value)
-        return self.attend(x, key, value, mask, causal, random)
+        return self.attend(x, key, value, mask, causal, random, positions)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -250,10 +272,12 @@ class TransformerLayer(nn.Module):
         drop_units: float = 0.0,
         drop_att: float = 0.0,
         qk_norm: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
+        options: dict[str, Any] = {"dropout": drop_att, "qk_norm": qk_norm, "rotary": rotary}
         self.norm = layer_norm(dim) if self_attention else None
-        self.attention = Attention(dim, heads, dropout=drop_att, qk_norm=qk_norm) if self_attention else None
+        self.attention = Attention(dim, heads, **options) if self_attention else None
         self.ffn = FeedForward(dim, mlp_ratio, drop_units)
         self.drop_path = DropPath(drop_path)
 
@@ -261,14 +285,15 @@ class TransformerLayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        causal: int = 0,
+        causal: int | Band = 0,
         random: GroupRandom | None = None,
+        positions: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
         """Transform tokens `x (r, s, dim)`; the rest as in `Attention.forward`."""
         if self.norm is not None and self.attention is not None:
             normed = self.norm(x)
-            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random, memory), random)
+            x = x + self.drop_path(self.attention(normed, normed, mask, causal, random, positions, memory), random)
         return x + self.drop_path(self.ffn(x, random), random)
 
 

@@ -9,7 +9,7 @@ from fitformer._support.checks import checked
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 
-KINDS = ("learned", "sin_cos", "sin_cos2d")
+KINDS = ("learned", "sin_cos", "sin_cos2d", "none")
 INIT_STD = 0.02
 
 
@@ -23,6 +23,11 @@ def sin_cos_1d(position: Tensor, width: int) -> Tensor:
     rates = 1 / 10000.0 ** (2 * (index // 2) / width)
     angles = position[..., None].float() * rates
     return torch.cat([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1)
+
+
+def _scaled(code: Tensor) -> Tensor:
+    """A sinusoidal code with the deviation of learned tables: a sine's is the root of one half."""
+    return code * INIT_STD * 2**0.5
 
 
 def line_code(length: int, width: int) -> Tensor:
@@ -47,6 +52,25 @@ def grid_code(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([row, column], dim=-1).flatten(0, 1)
 
 
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Queries or keys `(r, h, k, e)`, turned by their positions: rotary position embeddings (arXiv 2104.09864, eq. 34).
+
+    Channels i and i + e/2 are a pair, which is turned by the angle `position / 10000^(2i/e)`: the product of a query
+    and a key then depends on the difference of their positions alone.
+
+    Args:
+        x: e is even. positions: whole numbers `(k,)`, or `(r, k)` for each row its own.
+    """
+    # In float32 an angle would be off by a 20th of a radian at position 1,000,000.
+    pairs = torch.arange(0, x.shape[-1], 2, dtype=torch.float64, device=x.device)
+    angles = positions[..., None] * 10000.0 ** (-pairs / x.shape[-1])
+    angles = angles if positions.ndim == 1 else angles[:, None]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
 def _learned(*shape: int) -> nn.Parameter:
     table = nn.Parameter(torch.empty(shape))
     nn.init.trunc_normal_(table, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
@@ -57,7 +81,7 @@ class PositionTable(nn.Module):
     """A code for each of `rows * columns` places, `(rows * columns, width)`, learned or fixed.
 
     `learned` is a parameter drawn from a normal of deviation 0.02 cut at two deviations; `sin_cos` the code of the
-    grid (`sin_cos2d` likewise). Fixed codes are not part of the state: they are made anew with the model.
+    grid (`sin_cos2d` likewise); `none` zeros. Fixed codes are not part of the state: they are made anew with the model.
     """
 
     weight: Tensor
@@ -71,7 +95,8 @@ class PositionTable(nn.Module):
         if kind == "learned":
             self.weight = _learned(rows * columns, width)
         else:
-            self.register_buffer("weight", grid_code(rows, columns, width), persistent=False)
+            code = torch.zeros(rows * columns, width) if kind == "none" else grid_code(rows, columns, width)
+            self.register_buffer("weight", code, persistent=False)
 
     def forward(self) -> Tensor:
         """The whole table `(rows * columns, width)`."""
@@ -123,26 +148,62 @@ class GridPositions(nn.Module):
 
     def forward(self, coords: Tensor) -> Tensor:
         """Positions `(..., m, d)` of the latents of groups at `places (..., 2)`, int64 rows and columns."""
-        # A sine's deviation is the root of one half.
-        row, column = (code * INIT_STD * 2**0.5 for code in sin_cos_1d(coords, len(self.glimpse)).unbind(-2))
+        row, column = (_scaled(code) for code in sin_cos_1d(coords, len(self.glimpse)).unbind(-2))
         row = torch.where(coords[..., :1] < 0, self.glimpse, row.to(self.slots.dtype))
         return torch.cat([row, column.to(self.slots.dtype)], dim=-1)[..., None, :] + self.slots
 
 
-def latent_positions(
-    kind: str, num_groups: int | None, latents_per_group: int, width: int
-) -> PositionTable | GridPositions:
-    """Positions of the latents, which are also their initial values: a table `(t*m, d)`, or codes of rows and columns.
+class SharedPositions(nn.Module):
+    """Positions of latents that are the same for every group: a learned vector for each of the m in it.
+
+    What a group is, global layers tell by `rotary`, or not at all.
+    """
+
+    @checked
+    def __init__(self, latents_per_group: int, width: int) -> None:
+        super().__init__()
+        check_room(f"{latents_per_group} latents of width {width}", latents_per_group * width)
+        self.slots = _learned(latents_per_group, width)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Positions `(..., m, d)` of the latents of groups at `places (...)`, int64."""
+        return self.slots.expand(*places.shape, -1, -1)
+
+
+class IndexPositions(SharedPositions):
+    """Positions of latents in a sequence of any number of groups.
+
+    A latent's is the sin-cos code of its group's number, scaled down to the deviation of learned tables, plus the
+    learned vector of its place in the group.
+    """
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Positions `(..., m, d)` of the latents of groups at `places (...)`, int64."""
+        code = _scaled(sin_cos_1d(places, self.slots.shape[-1]))
+        return code.to(self.slots.dtype)[..., None, :] + self.slots
+
+
+LatentPositions = PositionTable | GridPositions | SharedPositions
+
+
+def latent_positions(kind: str, num_groups: int | None, latents_per_group: int, width: int) -> LatentPositions:
+    """Positions of the latents, which are also their initial values: a table `(t*m, d)`, or codes for any groups.
 
     Raises:
         InputError: a table for no number of groups, or a kind that latents do not know.
     """
     if kind == "row_column":
         return GridPositions(latents_per_group, width)
-    if kind == "sin_cos2d":
+    if kind in ("index", "shared"):
+        return (IndexPositions if kind == "index" else SharedPositions)(latents_per_group, width)
+    if kind not in ("learned", "sin_cos"):
         raise InputError(
-            "latents know 'learned', 'sin_cos' (the 2D code of groups x latents) and 'row_column' positions"
+            "latents know 'learned', 'sin_cos' (the 2D code of groups x latents), 'row_column', 'index' and 'shared' "
+            f"positions, not {kind!r}"
         )
     if num_groups is None:
-        raise InputError(f"latent_position={kind!r} is a table: give num_groups (or image_size), or take 'row_column'")
+        raise InputError(
+            f"latent_position={kind!r} is a table: give num_groups (or image_size), or take 'row_column' for images, "
+            "'index' or 'shared' for sequences"
+        )
     return PositionTable(kind, num_groups, latents_per_group, width)

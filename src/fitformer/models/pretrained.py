@@ -55,7 +55,7 @@ class Pretrained(
     ends_local = True
     # Options in which a model may differ from the one whose weights it takes; `adapt` makes the weights fit.
     free: ClassVar[frozenset[str]] = frozenset(
-        {"drop_path", "drop_units", "drop_att", "num_groups", "tokens_per_group"}
+        {"drop_path", "drop_units", "drop_att", "num_groups", "tokens_per_group", "global_window"}
     )
     loading_report = LoadingReport()
     nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig}

@@ -20,12 +20,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked
-from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
+from fitformer.models.block_causal import Band
 from fitformer.models.config import TrunkConfig
 from fitformer.models.dropout import GroupRandom, draw_keys
-from fitformer.models.layers import CrossLayer, TransformerLayer, check_heads, check_sizes, triangle
-from fitformer.models.positions import PositionTable, latent_positions, token_positions
+from fitformer.models.layers import CrossLayer, TransformerLayer, triangle
+from fitformer.models.positions import GridPositions, PositionTable, latent_positions, token_positions
+from fitformer.models.trunk_checks import check_trunk
 
 MOST_LAYERS = 10_000
 
@@ -77,9 +78,10 @@ class Block(nn.Module):
         self.index = index
         self.causal_local = causal == "all"
         self.causal_global = config.latents_per_group if causal != "none" else 0
+        self.rotary, self.window = config.rotary, config.global_window
         qk_norm: dict[str, Any] = {"qk_norm": config.qk_norm}
         ffn: dict[str, Any] = {"mlp_ratio": config.mlp_ratio, "drop_units": config.drop_units}
-        layer = {**ffn, **qk_norm, "drop_path": config.drop_path, "drop_att": config.drop_att}
+        layer = {**ffn, **qk_norm, "drop_path": config.drop_path, "drop_att": config.drop_att, "rotary": config.rotary}
         cross = {**(ffn if config.xattn_with_mlp else {}), **qk_norm, "context_norm": config.xattn_enc_ln}
         c, d, heads, latent_heads = config.dim, config.latent_dim, config.heads, config.latent_heads
         narrow: dict[str, Any] = {"width": min(c, d), "heads": min(heads, latent_heads)}
@@ -133,13 +135,18 @@ class Block(nn.Module):
         return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
 
     def global_phase(
-        self, latents: Tensor, condition: Tensor | None = None, call: Callable[..., Tensor] | None = None
+        self,
+        latents: Tensor,
+        condition: Tensor | None = None,
+        places: Tensor | None = None,
+        call: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Attention to the condition, and global layers, on all latents `(b, t, m, d)` of each example.
 
         Args:
             latents: of all groups.
             condition: tokens `(b, s, d)` that the latents attend to first, in a trunk built with `condition=True`.
+            places: of the groups in their documents, int64 `(t,)` or `(b, t)`, see `Inputs.places`.
             call: how a layer is called, `call(layer, *inputs)`, if not plainly.
         """
         t, m = latents.shape[1:3]
@@ -147,9 +154,19 @@ class Block(nn.Module):
         call = call or (lambda layer, *inputs: layer(*inputs))
         if self.condition is not None:
             latents = call(self.condition, latents, condition)
+        causal, positions = self._causal(places), None
+        if self.rotary:
+            places = torch.arange(t, device=latents.device) if places is None else places
+            positions = places.repeat_interleave(m, dim=-1)
         for layer in self.global_layers:
-            latents = call(layer, latents, None, self.causal_global)
+            latents = call(layer, latents, None, causal, None, positions)
         return latents.unflatten(1, (t, m))
+
+    def _causal(self, places: Tensor | None) -> int | Band:
+        """What a latent attends to in global layers, as `Attention.attend` takes it."""
+        if not self.causal_global or (self.window is None and places is None):
+            return self.causal_global
+        return Band(self.causal_global, self.window, None if places is None else _document_starts(places))
 
 
 class Trunk(nn.Module):
@@ -157,15 +174,16 @@ class Trunk(nn.Module):
 
     Args:
         config: the options.
-        num_groups: t; None for any number, with `row_column` latent positions.
+        num_groups: t. None is for any number, with `row_column`, `index` or `shared` latent positions; those take any
+            number even if one is given.
         tokens_per_group: n.
         causal: `"none"`; `"global"`, a latent attends to latents of its own and of earlier groups; `"all"`, moreover
             local layers are causal inside the group, and write gives a group the latents of the group before.
         condition: latents attend to condition tokens `(b, s, d)` before the global layers of each block.
 
     Raises:
-        InputError: the layer string does not parse, sizes are not positive, heads do not divide widths, or a rate of
-            dropout is not below 1.
+        InputError: the layer string does not parse, sizes are not positive, heads do not divide widths, a rate of
+            dropout is not below 1, or options exclude each other.
     """
 
     @checked
@@ -181,10 +199,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.block_depths = parse_layers(config.layers)
-        _check(config, self.block_depths, num_groups, tokens_per_group)
-        room = f"a trunk {config.layers} of widths {config.dim} and {config.latent_dim}"
-        check_room(room, _count(config, self.block_depths))
-        self.tokens_per_group, self.latents_per_group = tokens_per_group, config.latents_per_group
+        check_trunk(config, self.block_depths, num_groups, tokens_per_group, causal)
+        self.num_groups, self.tokens_per_group = num_groups, tokens_per_group
+        self.latents_per_group = config.latents_per_group
         self.drops_out = max(config.drop_path, config.drop_units, config.drop_att) > 0
         self.shifts_write = causal == "all"
         self.position = token_positions(config.position, tokens_per_group, config.dim)
@@ -199,32 +216,59 @@ class Trunk(nn.Module):
         """Every layer, in no particular order: the pieces to compile or to shard one by one."""
         return (part for part in self.modules() if isinstance(part, TransformerLayer | CrossLayer))
 
-    def initial_latents(self, batch: int, num_groups: int, coords: Tensor | None = None, first: int = 0) -> Tensor:
-        """The latents `(b, t, m, d)` that every example starts from: their positions, of t groups from `first` on.
+    @property
+    def most_groups(self) -> int | None:
+        """Groups that there are positions for; None for any number."""
+        table = self.latent_position
+        return table.weight.shape[0] // self.latents_per_group if isinstance(table, PositionTable) else None
 
-        A table has them in the order of groups, and fewer groups than the model was built for take the first ones.
-        `row_column` positions take rows and columns of the groups, `coords (t, 2)` or `(b, t, 2)` int64; one row of
-        groups by default.
+    def initial_latents(
+        self, batch: int, num_groups: int, coords: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """The latents `(b, t, m, d)` that every example starts from: their positions.
+
+        Args:
+            batch: b. num_groups: t of the input; a table of more gives its first.
+            coords: rows and columns of the groups, int64 `(t, 2)` or `(b, t, 2)`, of `row_column` positions; one row of
+                groups by default.
+            places: of the groups in their documents, int64 `(t,)` or `(b, t)`, see `Inputs.places`; 0, 1, 2 ... by
+                default.
 
         Raises:
-            InputError: more groups than there are positions, coords of another number of groups or given to a table.
+            InputError: more groups than there are positions, coords of another number of groups or given to other
+                positions.
         """
-        if not isinstance(self.latent_position, PositionTable):
+        if isinstance(self.latent_position, GridPositions):
             if coords is None:
-                coords = torch.arange(first, first + num_groups, device=self.latent_position.slots.device)
-                coords = torch.stack([torch.zeros_like(coords), coords], dim=-1)
+                columns = self._places(num_groups) if places is None else places
+                coords = torch.stack([torch.zeros_like(columns), columns], dim=-1)
             if coords.shape[-2] != num_groups:
                 raise InputError(f"coords of {coords.shape[-2]} groups given for an input of {num_groups}")
             return self.latent_position(coords).expand(batch, -1, -1, -1)
         if coords is not None:
-            raise InputError("coords of groups given to a model with a table of latents; build it with 'row_column'")
-        table = rearrange(self.latent_position(), "(t m) d -> t m d", m=self.latents_per_group)
-        if first + num_groups > table.shape[0]:
+            raise InputError("coords of groups given to a model of groups in one line; build it with 'row_column'")
+        if isinstance(self.latent_position, PositionTable):
+            self._check_table(num_groups, places)
+            table = rearrange(self.latent_position(), "(t m) d -> t m d", m=self.latents_per_group)
+            latents = table[:num_groups] if places is None else table[places]
+        else:
+            latents = self.latent_position(self._places(num_groups) if places is None else places)
+        return latents.expand(batch, -1, -1, -1)
+
+    def _places(self, num_groups: int) -> Tensor:
+        """Places of the groups of one document."""
+        return torch.arange(num_groups, device=next(self.latent_position.parameters()).device)
+
+    def _check_table(self, num_groups: int, places: Tensor | None) -> None:
+        most = self.most_groups
+        if most is not None and num_groups > most and places is not None:
+            # Documents are shorter than the input; how much is asked of the device only where it matters.
+            num_groups = int(places.max()) + 1
+        if most is not None and num_groups > most:
             raise InputError(
-                f"the input has {first + num_groups} groups, the model positions for {table.shape[0]}; "
-                "build it with num_groups at least that large, or cut the input into fewer groups"
+                f"the input has {num_groups} groups, the model positions for {most}; build it with num_groups at least "
+                "that large, cut the input into fewer groups, or take latent_position='index'"
             )
-        return table[first : first + num_groups].expand(batch, -1, -1, -1)
 
     def dropout_keys(self, batch: int, groups: int) -> Tensor | None:
         """What each group's dropout is drawn from, `(b, t)` by torch's generator; None where nothing is dropped."""
@@ -232,37 +276,31 @@ class Trunk(nn.Module):
             return None
         return draw_keys(batch, groups).to(next(self.parameters()).device)
 
-    def write_latents(self, latents: Tensor) -> Tensor:
+    def write_latents(self, latents: Tensor, places: Tensor | None = None) -> Tensor:
         """The latents that each group's tokens attend to in write, `(b, t, m, d)`: its own, or in the autoregressive
-        role those of the group before, zeros for the first (spec section 5)."""
-        return F.pad(latents[:, :-1], (0, 0, 0, 0, 1, 0)) if self.shifts_write else latents
+        role those of the group before, zeros for the first of a document (spec section 5)."""
+        if not self.shifts_write:
+            return latents
+        shifted = F.pad(latents[:, :-1], (0, 0, 0, 0, 1, 0))
+        return shifted if places is None else shifted.masked_fill((places == 0)[..., None, None], 0)
 
     def forward(
-        self, x: Tensor, latents: Tensor, condition: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        latents: Tensor,
+        condition: Tensor | None = None,
+        mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run every block on data tokens `(b, t, n, c)` and latents `(b, t, m, d)`; returns both (spec section 5)."""
         keys = self.dropout_keys(*x.shape[:2])
         for block in self.blocks:
-            x, latents = block.group_phase(x, latents, self.write_latents(latents), mask, keys)
-            latents = block.global_phase(latents, condition)
+            x, latents = block.group_phase(x, latents, self.write_latents(latents, places), mask, keys)
+            latents = block.global_phase(latents, condition, places)
         return x, latents
 
 
-def _count(config: TrunkConfig, depths: list[tuple[int, int]]) -> int:
-    """About how many weights the layers have, local and global ones alone."""
-    local, glob = (sum(counts) for counts in zip(*depths, strict=True))
-    inner, attention = 2 * config.mlp_ratio, 4 * config.x_self_attention
-    return int(local * config.dim**2 * (inner + attention) + glob * config.latent_dim**2 * (inner + 4))
-
-
-def _check(config: TrunkConfig, depths: list[tuple[int, int]], num_groups: int | None, tokens_per_group: int) -> None:
-    """Refuse sizes that are not positive, and heads that do not divide the widths of layers that there are."""
-    check_sizes(tokens_per_group=tokens_per_group, latents_per_group=config.latents_per_group)
-    check_sizes(num_groups=1 if num_groups is None else num_groups, dim=config.dim, latent_dim=config.latent_dim)
-    has_local, has_global = (any(counts) for counts in zip(*depths, strict=True))
-    if has_local and config.x_self_attention:
-        check_heads(config.heads, config.dim, "local layers, dim")
-    if has_global:
-        check_heads(config.latent_heads, config.latent_dim, "global layers, latent_dim")
-        heads, width = min(config.heads, config.latent_heads), min(config.dim, config.latent_dim)
-        check_heads(heads, width, "read and write, the smaller of both widths")
+def _document_starts(places: Tensor) -> Tensor:
+    """The first group of each group's document, of places `(..., t)`."""
+    groups = torch.arange(places.shape[-1], device=places.device)
+    return torch.where(places == 0, groups, 0).cummax(dim=-1).values

@@ -23,7 +23,6 @@ from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.models.positions import PositionTable
 from fitformer.models.trunk import Trunk
 from fitformer.profiling.probes import build_layer, cached_by_shapes, layer_inputs, run_layer, without_trunk
 
@@ -113,16 +112,15 @@ def group_plan(model: Model, extra_tokens: int = 0, num_groups: int | None = Non
     Args:
         model: any of the roles.
         extra_tokens: as in `parts`.
-        num_groups: of the input; those that a model of one size was built for by default.
+        num_groups: of the input; those that the model was built for by default.
 
     Raises:
         InputError: no number of groups for a model that takes any.
     """
     trunk, config = model.trunk, model.trunk.config
+    num_groups = trunk.num_groups if num_groups is None else num_groups
     if num_groups is None:
-        if not isinstance(trunk.latent_position, PositionTable):
-            raise InputError("the model takes any number of groups; say how many the input has")
-        num_groups = trunk.latent_position.weight.shape[0] // config.latents_per_group
+        raise InputError("the model takes any number of groups; say how many the input has")
     layers = "".join(f"({local}){glob or ''}" for local, glob in trunk.block_depths)
     tokens = trunk.tokens_per_group + extra_tokens
     return GroupPlan(num_groups, tokens, config.latents_per_group, config.dim, config.latent_dim, layers)

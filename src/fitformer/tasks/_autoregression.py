@@ -75,7 +75,7 @@ def continue_sequences(
         InputError: a prompt longer than the decoder holds, without a window; options out of range.
     """
     check_held(network, max(map(len, prompts), default=0), window)
-    options = {"do_sample": True, "window": network.num_groups if window is None else window, **options}
+    options = {"do_sample": True, "window": network.most_groups if window is None else window, **options}
     return [row.cpu() for row in network.generate(list(prompts), max_new_tokens=length, **options)]
 
 

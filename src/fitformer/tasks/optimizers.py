@@ -8,7 +8,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from fitformer.config.schema import Optimizer
-from fitformer.models.positions import PositionTable
+from fitformer.models.positions import PositionTable, SharedPositions
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -16,7 +16,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     tables = {
         id(parameter)
         for module in network.modules()
-        if isinstance(module, PositionTable | nn.Embedding)
+        if isinstance(module, PositionTable | SharedPositions | nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
     learned = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -150,7 +150,8 @@ class AfterFirstPhase:
         """Logits `(v, classes)` of the image without a group, for each of several, or with all for None alone."""
         everything = torch.arange(self.image.num_groups)
         kept = torch.stack([everything[everything != (-1 if group is None else group)] for group in left_out])
-        latents = self.first.global_phase(self.latents[0][kept.to(self.latents.device)])
+        here = kept.to(self.latents.device)
+        latents = self.first.global_phase(self.latents[0][here], places=self._places(here))
         counts = self.counts[kept].sum(1).tolist()
         if self.rest:
             inputs = self._inputs(kept, latents)
@@ -200,7 +201,12 @@ class AfterFirstPhase:
             mask = None if self.mask is None else self.mask[0][kept[:, groups]]
             return tokens, None if mask is None or bool(mask.all()) else mask.to(tokens.device)
 
-        return Inputs(read, latents, score=self.inputs.score, parameters=self.inputs.parameters)
+        places = self._places(kept.to(latents.device))
+        return Inputs(read, latents, score=self.inputs.score, parameters=self.inputs.parameters, places=places)
+
+    def _places(self, kept: Tensor) -> Tensor | None:
+        """Where the groups `kept (v, t')` stand among all, where the trunk's attention asks for it."""
+        return kept if self.classifier.trunk.config.rotary else None
 
     def _tokens(self, groups: Tensor) -> Tensor:
         """Data tokens `(1, s, n, c)` of groups in ascending order, at most one of them missing in between."""
@@ -230,5 +236,5 @@ class _GroupPhase:
     def group_phase(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.block.group_phase
 
-    def global_phase(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
+    def global_phase(self, latents: Tensor, condition: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         return latents
