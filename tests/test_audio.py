@@ -19,7 +19,10 @@ from fitformer.data.wav import read_sound, write_sound
 from fitformer.errors import InputError
 from fitformer.tasks import build_model
 from fitformer.tasks._given_the_last import given_the_last_bits
+from fitformer.tasks.audio import generate_audio
 from fitformer.tasks.preview import Preview, save
+from fitformer.training.run_dir import Run
+from helpers import untrained_run
 
 RATE = 8000
 CODES = np.arange(256, dtype=np.uint8)
@@ -243,6 +246,7 @@ def test_a_run_learns_and_is_measured_beside_its_baseline(folder, tmp_path, caps
     words += ["--objective.preview_length=32", "--trainer.previews=2", "--run-dir", str(run)]
     assert main(["train", str(tmp_path / "audio.yaml"), *words]) == 0
     assert "1 of 10 files mixed down to one channel" in capsys.readouterr().out
+    assert len(read_sound(run / "samples" / "step-0000030.wav", RATE).codes) == 2 * 32 + RATE // 4
     assert main(["evaluate", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 4000
@@ -261,3 +265,98 @@ def test_a_preview_is_a_file_with_silence_between(tmp_path):
     path = save(Preview(sound=sound, sample_rate=8), tmp_path / "step-1")
     assert path.suffix == ".wav"
     assert read_sound(path, 8).codes.tolist() == [10, 20, 128, 128, 30, 40]
+
+
+# ---- at the command line ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of sound that holds 4 groups of 16 samples, untrained."""
+    folder = tmp_path_factory.mktemp("audio")
+    wavfile.write(folder / "a.wav", RATE, KINDS["16 bits"](tone()))
+    (folder / "audio.yaml").write_text(RECIPE)
+    return untrained_run(folder / "run", str(folder / "audio.yaml"), f"data.path={folder / 'a.wav'}")
+
+
+def use(capsys, *words):
+    assert main([str(word) for word in words]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def refusal(capsys, *words):
+    assert main([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+def heard(path):
+    rate, frames = wavfile.read(path)
+    assert (rate, frames.dtype, frames.ndim) == (RATE, np.int16, 1)
+    return read_sound(path, RATE).codes
+
+
+def test_sound_goes_on_from_a_file_as_a_file(run, capsys, tmp_path):
+    wavfile.write(tmp_path / "in.wav", RATE, KINDS["float"](tone(0.004)))
+    output = tmp_path / "out.wav"
+    words = ["generate", run, "--prompt-file", tmp_path / "in.wav", "--length", 50, "--output", output, "--seed", 3]
+    assert use(capsys, *words) == f"{output}\n"
+    begun, whole = read_sound(tmp_path / "in.wav", RATE).codes, heard(output)
+    assert len(whole) == len(begun) + 50 == 82
+    assert np.array_equal(whole[: len(begun)], begun)
+    network = Run.open(run).model()
+    assert np.array_equal(generate_audio(network, [begun], 50, seed=3)[0], whole)
+    assert not np.array_equal(generate_audio(network, [begun], 50, seed=4)[0], whole)
+
+
+def test_sounds_from_nothing_by_seconds_several_times(run, capsys, tmp_path):
+    printed = use(capsys, "generate", run, "--seconds", 0.01, "--count", 2, "--output", tmp_path / "a.wav")
+    files = [tmp_path / "a-00000.wav", tmp_path / "a-00001.wav"]
+    assert printed.splitlines() == [str(file) for file in files]
+    sounds = [heard(file) for file in files]
+    assert [len(sound) for sound in sounds] == [80, 80]
+    assert not np.array_equal(*sounds)
+    there = Run.open(run).samples / "seed-0.wav"
+    assert use(capsys, "generate", run, "--length", 30) == f"{there}\n"
+    assert len(heard(there)) == 30
+
+
+def test_prompts_of_several_lengths_and_a_window_for_a_long_one(run, capsys, tmp_path):
+    lengths = {"a": 3, "b": 40, "long": 100}
+    for k, (name, length) in enumerate(lengths.items()):
+        write_sound(tmp_path / f"{name}.wav", np.roll(CODES, k)[:length], RATE)
+    words = ["generate", run, "--length", 9, "--output", tmp_path / "o.wav", "--temperature", 0]
+    files = [word for name in ("a", "b") for word in ("--prompt-file", tmp_path / f"{name}.wav")]
+    use(capsys, *words, *files)
+    assert [len(heard(tmp_path / f"o-0000{k}.wav")) for k in range(2)] == [12, 49]
+    said = refusal(capsys, *words, "--prompt-file", tmp_path / "long.wav")
+    assert "prompt has 100" in said
+    assert "holds 64 (4 groups of 16)" in said
+    use(capsys, *words, "--prompt-file", tmp_path / "long.wav", "--window", 2)
+    assert np.array_equal(heard(tmp_path / "o.wav")[:100], np.roll(CODES, 2)[:100])
+
+
+def test_what_is_no_beginning_of_a_sound_is_refused_in_one_line(run, capsys, tmp_path):
+    (tmp_path / "text.wav").write_text("no sound")
+    wavfile.write(tmp_path / "fast.wav", 44100, KINDS["16 bits"](tone(rate=44100)))
+    for words, message in (
+        (
+            ["--prompt-file", tmp_path / "fast.wav"],
+            "fast.wav has 44,100 samples a second, and data.sample_rate is 8,000",
+        ),
+        (["--prompt-file", tmp_path / "text.wav"], "no whole WAV file"),
+        (["--prompt", "x"], "give a WAV --prompt-file"),
+        (["--seconds", 0], "seconds is 0"),
+        (["--seconds", "nan"], "seconds is nan"),
+        (["--seconds", "inf"], "seconds is inf"),
+        (["--seconds", 1, "--length", 3], "--length and --seconds"),
+        (["--stop", "x"], "--stop does not apply"),
+        (["--stream"], "--stream does not apply"),
+        (["--class", "1"], "--class does not apply"),
+        (["--top-p", 0], "top_p is 0"),
+    ):
+        assert message in refusal(capsys, "generate", run, *words)

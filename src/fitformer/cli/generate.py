@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             option = NAMES.get(name, name).replace("_", "-")
             raise InputError(f"{run.path} is a {run.recipe.task} run, which --{option} does not apply to; leave it out")
+    for prompt in arguments.prompts or ():
+        prompt.check()
     network = run.model(arguments.checkpoint).to(device)
     return generate(run, network, arguments, {name: getattr(arguments, name) for name in SAMPLING})
 

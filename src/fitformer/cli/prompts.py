@@ -1,11 +1,12 @@
 """Prompts of the command line: bytes or files, read and shown as they are needed."""
 
-import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fitformer.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,28 +27,24 @@ class Prompt:
 
     @classmethod
     def of_text(cls, text: str) -> "Prompt":
-        """The bytes of an argument, as the shell gave them.
-
-        Raises:
-            argparse.ArgumentTypeError: there are none.
-        """
-        return cls(os.fsencode(text))._checked()
+        """The bytes of an argument, as the shell gave them."""
+        return cls(os.fsencode(text))
 
     @classmethod
     def of_file(cls, text: str) -> "Prompt":
-        """A file by its name.
+        """A file by its name."""
+        return cls(path=Path(text))
+
+    def check(self) -> None:
+        """Refuse a prompt of nothing.
 
         Raises:
-            argparse.ArgumentTypeError: it is not there, or empty.
+            InputError: it is empty, or its file is not there.
         """
-        if not (path := Path(text)).is_file():
-            raise argparse.ArgumentTypeError(f"there is no prompt file {path}")
-        return cls(path=path)._checked()
-
-    def _checked(self) -> "Prompt":
+        if self.path is not None and not self.path.is_file():
+            raise InputError(f"there is no prompt file {self.path}")
         if not len(self):
-            raise argparse.ArgumentTypeError("the prompt is empty; leave it out to start without one")
-        return self
+            raise InputError("the prompt is empty; leave it out to start without one")
 
     def __len__(self) -> int:
         return len(self.data) if self.path is None else self.path.stat().st_size

@@ -2,11 +2,11 @@
 
 import codecs
 import sys
-from typing import TextIO
+from typing import Any
 
 from torch import Tensor
 
-from fitformer._support.checks import checked
+from fitformer._support.checks import checked, shown
 from fitformer.errors import InputError
 from fitformer.patching.sequence import tokens_to_bytes
 
@@ -18,11 +18,16 @@ class TextStreamer:
     cut off at the end.
 
     Args:
-        file: where to; standard output by default. skip_prompt: leave the prompt out.
+        file: where to, open for text; standard output by default. skip_prompt: leave the prompt out.
+
+    Raises:
+        InputError: a file that nothing can be written to.
     """
 
     @checked
-    def __init__(self, file: TextIO | None = None, skip_prompt: bool = False) -> None:
+    def __init__(self, file: Any = None, skip_prompt: bool = False) -> None:
+        if file is not None and not (hasattr(file, "write") and hasattr(file, "flush")):
+            raise InputError(f"file is {shown(file)}; it must be a file that is open for text")
         self.file, self.skip_prompt = file, skip_prompt
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._begun = False
