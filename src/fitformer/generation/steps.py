@@ -110,15 +110,19 @@ class Cached:
     """The step with a cache, which reads each token once but for those of a context that begins anew.
 
     Args:
-        decoder: a `FITDecoder`. window: groups of context at most. labels: classes `(b,)`, for a class-conditional one.
+        decoder: a `FITDecoder`. window: groups of context at most. compile: see `CachedDecoder`.
+        labels: classes `(b,)`, for a class-conditional decoder.
 
     Raises:
         InputError: the decoder is in training mode with dropout.
     """
 
     @checked
-    def __init__(self, decoder: Decoder, window: int | None = None, labels: Tensor | None = None) -> None:
-        self.decoder, self.groups, self.labels = CachedDecoder(decoder), group_limit(decoder, window), labels
+    def __init__(
+        self, decoder: Decoder, window: int | None = None, compile: bool = False, labels: Tensor | None = None
+    ) -> None:
+        self.decoder, self.groups = CachedDecoder(decoder, compile), group_limit(decoder, window)
+        self.labels = labels
         self.state: DecodingState | None = None
         self.begins: list[int] = []
 
