@@ -198,7 +198,7 @@ CALLS = {
         "labels": None,
     },
     generation.stream: {"decoder": DECODER, "prompt": None, "config": None, "max_new_tokens": 4},
-    generation.Cached: {"decoder": DECODER, "window": None, "compile": False, "labels": None},
+    generation.Cached: {"decoder": DECODER, "window": None, "labels": None},
     generation.Uncached: {"decoder": DECODER, "window": None, "labels": None},
     generation.TextStreamer: {"file": None, "skip_prompt": False},
     generation.context_start: {"position": 5, "n": 2, "groups": 3},
