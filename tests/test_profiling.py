@@ -78,6 +78,11 @@ CASES = {
         (torch.zeros(1, 4, 6, dtype=torch.long),),
         {},
     ),
+    "conditional decoder": lambda: (
+        FITDecoder.from_config(layers="(1)2(1)", **GROUPS, vocab_size=17, num_classes=5, **SIZE),
+        (torch.zeros(1, 4, 6, dtype=torch.long), None, torch.zeros(1, dtype=torch.long)),
+        {},
+    ),
 }
 
 

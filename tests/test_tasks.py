@@ -101,10 +101,10 @@ def test_bytes_that_fill_no_group_are_padded_and_padding_counts_nowhere():
     recipe = recipe_of("python-bytes-demo", "--data.length=50", "--model.tokens_per_group=16")
     network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
     assert network.num_groups == 4
-    tokens, mask, documents = bytes.targets(batch, recipe)
-    assert tokens.shape == mask.shape == (8, 4, 16)
-    assert mask.sum() == 8 * 50
-    assert documents is None
+    targets = bytes.sequence_targets(batch, recipe)
+    assert targets["tokens"].shape == targets["mask"].shape == (8, 4, 16)
+    assert targets["mask"].sum() == 8 * 50
+    assert targets["documents"] is None
     with torch.no_grad():
         metrics, count = bytes.measure(network, batch, recipe)
         logits = network.logits(batch["tokens"])
@@ -204,8 +204,14 @@ def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for
     (data,) = bytes.generate_bytes(network, [b"def "], 70, temperature=0)
     assert data.startswith(b"def ")
     assert len(data) == 74
-    with pytest.raises(InputError, match="one length"):
-        bytes.generate_bytes(network, [b"a", b"bc"], 1)
+    # Prompts of several lengths, each as it would be alone.
+    several = bytes.generate_bytes(network, [b"a", b"", b"def "], 70, temperature=0)
+    assert [len(text) for text in several] == [71, 70, 74]
+    assert several[2] == data
+    with pytest.raises(InputError, match=r"prompt has 65 tokens, and the model holds 64 \(4 groups of 16\)"):
+        bytes.generate_bytes(network, [b"a" * 65], 1)
+    long = bytes.generate_bytes(network, [b"def " * 30], 9, temperature=0, window=4)[0]
+    assert len(long) == 129
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
     untied = count_parameters(model.output_embedding) + count_parameters(model.norm)
     bias = 0 if model.output_bias is None else model.output_bias.numel()
     logits = t * n * _token_flops(model, "head", plan.dim)
-    embedding = Part("embedding", data, count_parameters(model.embedding), Flops())
+    embeddings = count_parameters(model.embedding) + count_parameters(model.class_embedding)
+    embedding = Part("embedding", data, embeddings, Flops())
     return [embedding], [Part("norm and logits", data, untied + bias, logits)]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fitformer.config.schema import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from fitformer.tasks.batch import Batch
@@ -36,8 +37,9 @@ class TaskSpec:
         prepare: `(recipe, dataset) -> recipe` for `loss`: settings that follow from the training part, in numbers; None
             if there are none.
         verb: the command that uses a trained model.
-        generate_images, generate_bytes: draw tokens one by one, see `tasks.pixels.generate_images` and
-            `tasks.bytes.generate_bytes`; one of the two for the verb `generate`.
+        generate_images, generate_bytes, generate_audio: draw tokens one by one, see `tasks.pixels.generate_images`,
+            `tasks.bytes.generate_bytes` and `tasks.audio.generate_audio`; one of the three for the verb `generate`.
+        complete_images: draw the rest of images, see `tasks.pixels.complete_images`.
         find_unused_parameters: some parameters get no gradient, which distributed training must be told.
     """
 
@@ -54,7 +56,9 @@ class TaskSpec:
     prepare: "Callable[[Any, Any], Any] | None" = None
     verb: Literal["predict", "sample", "generate"] | None = None
     generate_images: "Callable[..., Tensor] | None" = None
+    complete_images: "Callable[..., Tensor] | None" = None
     generate_bytes: "Callable[..., list[bytes]] | None" = None
+    generate_audio: "Callable[..., list[np.ndarray]] | None" = None
     find_unused_parameters: bool = False
 
     @property
