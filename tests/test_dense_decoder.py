@@ -95,3 +95,6 @@ def test_odd_heads_and_sizes_are_refused():
         DenseDecoder(4, 8, 1, 3, 4)
     with pytest.raises(InputError, match="depth"):
         DenseDecoder(4, 8, 0, 2, 4)
+    tokens = torch.zeros(1, 2, 6, dtype=torch.int64)
+    with pytest.raises(InputError, match="documents"):
+        decoder()(tokens, documents=torch.tensor([[0, 1]]))

@@ -92,6 +92,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, position: int) -> Tenso
 class DenseDecoder(nn.Module):
     """A dense decoder of tokens, for any length; called as `FITDecoder` is, so that the same task trains it.
 
+    Attributes:
+        num_classes: 0; the model is unconditional.
+
     Args:
         vocab_size: number of different tokens.
         dim: width. depth: number of layers. heads: of the attention. hidden: units of the feed-forward.
@@ -99,6 +102,8 @@ class DenseDecoder(nn.Module):
     Raises:
         InputError: sizes that are not positive, heads that do not divide the width, or heads of an odd width.
     """
+
+    num_classes = 0
 
     @checked
     def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, hidden: int) -> None:
@@ -130,19 +135,25 @@ class DenseDecoder(nn.Module):
             for last in (layer.output, layer.outer):
                 nn.init.zeros_(last.weight)
 
-    def forward(self, tokens: Tensor, score: Score | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, score: Score | None = None, labels: None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Logits of the targets, given integer tokens shifted right by one.
 
         Args:
             tokens: `(b, t, n)`, read as one sequence of t * n.
             score: as of `FITDecoder.forward`; it is called once, with all groups.
+            labels: None, for the model knows no classes.
+            documents: None, for each row is read as one document.
 
         Returns:
             logits `(b, t, n, vocab_size)`, or the score.
 
         Raises:
-            InputError: tokens of another shape or kind, or one outside the vocabulary.
+            InputError: tokens of another shape or kind, or one outside the vocabulary; labels or documents.
         """
+        if labels is not None or documents is not None:
+            raise InputError("the dense decoder knows neither classes nor documents; give it each document as a row")
         check_grouped(tokens, tokens.shape[-1], "b t n")
         check_vocabulary(tokens, self.vocab_size)
         x = self.embedding(tokens.flatten(1).long())
