@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generating.add_argument("--repeats", type=positive, help="turns that medians are taken of (default: 3)")
     words = "compare a token's time with that of its matrix products alone, at the first position"
     generating.add_argument("--products", action="store_true", help=words)
-    generating.add_argument("--compile", action="store_true", help="compile the step of one token, of both")
+    generating.add_argument("--compile", action="store_true", help="compile FIT's step of one token")
     generating.add_argument("--threads", type=positive, help="of torch (default: its own choice)")
     add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")

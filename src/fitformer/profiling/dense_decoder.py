@@ -203,15 +203,13 @@ class CachedDense:
     Args:
         decoder: in eval mode.
         length: tokens that a cache has space for.
-        compile: compile the step of one token.
 
     Raises:
         InputError: a length below 1.
     """
 
     @checked
-    def __init__(self, decoder: DenseDecoder, length: int, compile: bool = False) -> None:
-        self.step = torch.compile(self._read, dynamic=True) if compile else self._read
+    def __init__(self, decoder: DenseDecoder, length: int) -> None:
         self.decoder, self.length = decoder, whole("length", length)
         self.table = rotary_table(length, decoder.dim // decoder.heads, decoder.embedding.weight)
 
@@ -245,18 +243,17 @@ class CachedDense:
         parts: list[Tensor] = []
         _check_length(first + inputs.shape[1], self.length)
         for start, stop in _chunks(first, first + inputs.shape[1]):
-            read = self.step if stop == start + 1 else self._read
-            x = read(state.cache, inputs[:, start - first : stop - first], self.table[:, start:stop], start)
+            x = self._read(state, inputs[:, start - first : stop - first], start, stop)
             parts = [x] if last else [*parts, x]
         state.position = [first + inputs.shape[1]] * len(state.position)
         if last:
             return self.decoder.head(parts[0][:, -1:])
         return self.decoder.head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def _read(self, caches: Tensor, inputs: Tensor, table: Tensor, position: int) -> Tensor:
-        x = self.decoder.embedding(inputs)
-        for layer, cache in zip(self.decoder.layers, caches, strict=True):
-            x = layer(x, table, cache, position)
+    def _read(self, state: DenseState, inputs: Tensor, start: int, stop: int) -> Tensor:
+        x, table = self.decoder.embedding(inputs), self.table[:, start:stop]
+        for layer, cache in zip(self.decoder.layers, state.cache, strict=True):
+            x = layer(x, table, cache, start)
         return x
 
 

@@ -51,7 +51,8 @@ class GenerationBench:
         tokens_per_group: n.
         positions: tokens of context at which a token's time is measured.
         batch: rows generated at once. repeats: turns that medians are taken of. device: `cpu` or `cuda`.
-        compile: compile the step of one token, of both.
+        compile: compile FIT's step of one token. The dense transformer's, whose cache is longer at every step, is
+            slower compiled.
 
     Raises:
         InputError: no positions, or numbers below 1.
@@ -155,7 +156,7 @@ class DenseCached:
         self.bench, room = bench, DENSE_SHARE * available_memory(bench.device)
         a_token = 2 * len(decoder.layers) * decoder.dim * bench.batch * decoder.embedding.weight.element_size()
         self.reached = [p for p in bench.positions if (p + DENSE_TOKENS) * a_token <= room]
-        self.cached = CachedDense(decoder, max(self.reached, default=1) + DENSE_TOKENS, bench.compile)
+        self.cached = CachedDense(decoder, max(self.reached, default=1) + DENSE_TOKENS)
         self.state = self.cached.start(bench.batch)
 
     def stand_at(self, position: int) -> bool:
