@@ -75,6 +75,14 @@ def compare(length: int) -> tuple[list[dict[str, Any]], float]:
     return found, float((plain - streamed).abs().max() / plain.abs().max())
 
 
+def line(found: dict[str, Any]) -> str:
+    """A row of the table."""
+    return (
+        f"| {found['bytes']:,} | {found['groups']:,} | {found['parameters']:,} | {found['execution']} "
+        f"| {found['seconds']:.1f} | {found['tflop']:.3g} | {found['peak_bytes'] / 1e9:.2f} | {found['loss']:.6f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=1_000_000, help="bytes of context")
@@ -97,10 +105,9 @@ def main() -> None:
     print("| bytes | groups | parameters | execution | seconds | TFLOP | peak, GB | bits per byte |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     pair, difference = compare(arguments.check)
-    for each in [*pair, in_process(arguments.length, "streamed")]:
-        print(f"| {each['bytes']:,} | {each['groups']:,} | {each['parameters']:,} | {each['execution']} ", end="")
-        print(f"| {each['seconds']:.1f} | {each['tflop']:.3g} | {each['peak_bytes'] / 1e9:.2f} ", end="")
-        print(f"| {each['loss']:.6f} |", flush=True)
+    for each in pair:
+        print(line(each), flush=True)
+    print(line(in_process(arguments.length, "streamed")), flush=True)
     print(
         f"\nLargest difference of the gradients at {arguments.check:,} bytes: {difference:.1e} of the largest number."
     )
