@@ -255,9 +255,10 @@ def test_a_run_learns_and_is_measured_beside_its_baseline(folder, tmp_path, caps
     assert 0 < found["given_the_last_bits_per_sample"] < 8
 
 
-def test_lengths_that_do_not_divide_are_refused():
-    with pytest.raises(InputError, match=r"length 100 .*tokens_per_group 16.* 96 or 112"):
-        build_model(config.parse(RECIPE, ["--data.length=100"]), None)
+def test_lengths_that_fill_no_group_are_padded():
+    assert build_model(config.parse(RECIPE, ["--data.length=100"]), None).num_groups == 7
+    with pytest.raises(InputError, match="tokens_per_group is 0"):
+        build_model(config.parse(RECIPE, ["--model.tokens_per_group=0"]), None)
 
 
 def test_a_preview_is_a_file_with_silence_between(tmp_path):

@@ -152,6 +152,8 @@ KEPT = {
     "denoiser": (FITDenoiser, {"out_dim": 24}),
     "decoder": (FITDecoder, {"vocab_size": 40}),
     "dropout": (FITEncoder, {"in_channels": 24, "drop_units": 0.2, "drop_att": 0.2, "drop_path": 0.1}),
+    "rotary": (FITEncoder, {"in_channels": 24, "rotary": True}),
+    "window": (FITDecoder, {"vocab_size": 40, "rotary": True, "latent_position": "index", "global_window": 2}),
 }
 
 

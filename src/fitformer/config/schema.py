@@ -89,7 +89,7 @@ class PixelDecoderModel(Model):
 
 @dataclass(frozen=True)
 class ByteDecoderModel(Model):
-    """A decoder of bytes, or of mu-law codes: `tokens_per_group` must divide the data's `length`."""
+    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups."""
 
     tokens_per_group: int = 64
     shared_embedding: bool = True

@@ -1,6 +1,7 @@
 """From the settings of a recipe to a dataset."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -11,6 +12,7 @@ from fitformer._support.suggest import suggest
 from fitformer.data.copies import contents
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.audio import AudioDataset, sound_pieces
+from fitformer.data.datasets.documents import DocumentsDataset, document_ends, end_at_separator
 from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
@@ -276,8 +278,13 @@ def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
         case other:
             known = ["python-sources", "python-docs", "files"]
             raise InputError(f"there is no byte source {other!r}{suggest(other, known)} ({listed(known)})")
-    chosen, title, is_test = _sequence_part(pieces, settings, split)
-    dataset = BytesDataset(ByteBuffer(chosen), settings.length, train=split == "train", seed=seed, title=title)
+    separator = None if settings.separator is None else settings.separator.encode()
+    chosen, title, is_test = _sequence_part(pieces, settings, split, separator)
+    buffer = ByteBuffer(chosen)
+    if settings.documents:
+        dataset: BytesDataset = DocumentsDataset(buffer, document_ends(buffer, separator), settings.length, title=title)
+    else:
+        dataset = BytesDataset(buffer, settings.length, train=split == "train", seed=seed, title=title)
     dataset.is_test = is_test
     return dataset
 
@@ -292,12 +299,23 @@ def _build_audio(settings: AudioData, split: Split, seed: int) -> AudioDataset:
     return dataset
 
 
-def _sequence_part(pieces: list[Piece], settings: ByteData | AudioData, split: Split) -> tuple[list[Piece], str, bool]:
+def _sequence_part(
+    pieces: Sequence[Piece], settings: ByteData | AudioData, split: Split, separator: bytes | None = None
+) -> tuple[Sequence[Piece], str, bool]:
     """The pieces of a part, its title, and whether it is the test part."""
     parts = dict.fromkeys(("val", "test"), "held out")
-    train, held = split_pieces(pieces, settings.holdout, settings.split_seed)
+    train, held = _split_bytes(pieces, settings.holdout, settings.split_seed, separator)
     chosen, is_test = {"train": train, "val": held, "test": held}, split != "train"
     if settings.validation_share > 0:
-        chosen["train"], chosen["val"] = split_pieces(train, settings.validation_share, settings.split_seed + 1)
+        share, seed_of_val = settings.validation_share, settings.split_seed + 1
+        chosen["train"], chosen["val"] = _split_bytes(train, share, seed_of_val, separator)
         parts["val"], is_test = "held out for validation", split == "test"
     return chosen[split], f"{settings.path or settings.source} {parts.get(split, 'to train on')}", is_test
+
+
+def _split_bytes(
+    pieces: Sequence[Piece], share: float, seed: int, separator: bytes | None
+) -> tuple[Sequence[Piece], Sequence[Piece]]:
+    """Kept and held-out pieces, as `split_pieces`; a single file is cut where a document ends."""
+    kept, held = split_pieces(pieces, share, seed)
+    return (kept, held) if separator is None else end_at_separator(kept, held, separator)

@@ -115,7 +115,10 @@ class ByteData:
             or `files`.
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
-        length: tokens of one example.
+        length: tokens of one example; what is missing to whole groups of the model is padding, which counts nowhere.
+        documents: each file, or each piece of Python's own, is a document of its own: examples are documents packed
+            into rows, and none sees another. One that is longer than a row is cut into several.
+        separator: text that ends a document, such as a newline, so that a file holds many; only with `documents`.
         holdout: share of the bytes held out: whole files where there are several, else the tail of the one file.
         validation: share of the others set aside for validation; at 0 it uses the held-out part. None is 0.1 for
             `files`, and 0 for Python's own, whose published figures train on all others.
@@ -127,6 +130,8 @@ class ByteData:
     path: str | None = None
     glob: str = "**/*"
     length: int = 1024
+    documents: bool = False
+    separator: str | None = None
     holdout: float = 0.1
     validation: float | None = None
     split_seed: int = 0
@@ -134,6 +139,12 @@ class ByteData:
 
     def __post_init__(self) -> None:
         _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
+        if self.length < 1:
+            raise InputError(f"length is {self.length}; an example has at least 1 token")
+        if self.separator is not None and not (self.documents and self.separator):
+            raise InputError(
+                f"separator is {self.separator!r}; it is text of at least one character, beside documents: true"
+            )
         _check_shares(validation=self.validation)
 
     @property

@@ -19,7 +19,9 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import check_grouped
 from fitformer.models.layers import MOST_SIZE, check_sizes, layer_norm
 from fitformer.models.trunk import Trunk
+from fitformer.patching import groups_to_sequence, pad_to_groups, places_in_documents, sequence_to_groups, shift_right
 from fitformer.patching.sequence import check_vocabulary
+from fitformer.patching.sizes import check_axes
 
 
 class FITDecoder(FITModel):
@@ -75,7 +77,13 @@ class FITDecoder(FITModel):
         if self.class_embedding is not None:
             nn.init.trunc_normal_(self.class_embedding.weight, std=0.02, a=-0.04, b=0.04)
 
-    def forward(self, tokens: Tensor, score: Score | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        score: Score | None = None,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the targets, given integer tokens shifted right by one.
 
         Args:
@@ -83,17 +91,30 @@ class FITDecoder(FITModel):
             score: function of a slice of groups, its logits and None, whose sum over slices is returned in place of
                 the logits: a loss that never holds them whole.
             labels: classes `(b,)` of a class-conditional model, -1 for none.
+            documents: a number for each group, int64 `(b, t)`, as `patching.pack_documents` gives them: each document
+                is read as if it were alone. None for one document a row.
 
         Returns:
             logits `(b, t, n, vocab_size)`, or the score.
 
         Raises:
             InputError: groups of another length, tokens that are no whole numbers, or one outside the vocabulary;
-                labels that are missing, or no classes of the model.
+                labels that are missing, or no classes of the model; documents of other groups, or with labels.
         """
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
-        return self.read(tokens, tokens.shape[0], tokens.shape[1], score, labels)
+        return self.read(tokens, tokens.shape[0], tokens.shape[1], score, labels, documents)
+
+    def logits(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `(b, L, vocab_size)` of each token of sequences `(b, L)` of any length, given those before it.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        check_axes(tokens, "tokens (b, L)", 2)
+        n = self.tokens_per_group
+        shifted = shift_right(sequence_to_groups(pad_to_groups(tokens, n), n))
+        return groups_to_sequence(self(shifted, labels=labels), tokens.shape[1])
 
     def read(
         self,
@@ -102,17 +123,24 @@ class FITDecoder(FITModel):
         groups: int,
         score: Score | None = None,
         labels: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, for `groups` groups of `batch` examples, in memory or by a function that reads a slice."""
         self.check_labels(labels, batch)
+        if documents is not None and documents.shape != (batch, groups):
+            raise InputError(f"documents {tuple(documents.shape)} of an input of ({batch}, {groups}) groups (b, t)")
+        if documents is not None and labels is not None:
+            raise InputError("labels are the class of a row, which has several documents: leave out one of them")
+        places = None if documents is None else places_in_documents(documents)
         scored = None if score is None else (lambda which, x, mask: score(which, self.head(x), mask))
         inputs = Inputs(
             tokens=tokens,
-            latents=self.trunk.initial_latents(batch, groups),
+            latents=self.trunk.initial_latents(batch, groups, places=places),
             embed=lambda which, raw: self.embed(raw, labels=None if which.start else labels),
             score=scored,
             blocks=() if score else self.last_block(),
             parameters=self.all_parameters(),
+            places=places,
         )
         outputs = self.execute(inputs)
         return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score

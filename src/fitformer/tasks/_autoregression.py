@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer import patching
+from fitformer._support.checks import whole
 from fitformer.config.schema import AudioRecipe, ByteDecoderModel, ByteRecipe, PixelDecoderModel
-from fitformer.errors import InputError
 from fitformer.generation.steps import check_held
 from fitformer.models.decoder import FITDecoder
 from fitformer.tasks.batch import Batch, arguments
@@ -37,26 +37,24 @@ def build_decoder(
 
 
 def build_sequence_decoder(recipe: ByteRecipe | AudioRecipe) -> FITDecoder:
-    """A decoder of 256 values for sequences of `data.length` tokens.
+    """A decoder of 256 values, of as many groups as hold `data.length`.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
-    length, n = recipe.data.length, recipe.model.tokens_per_group
-    if n < 1 or length % n:
-        below = length // max(n, 1) * max(n, 1)
-        near = f"{below} or {below + n}" if below else f"{n}"
-        raise InputError(
-            f"data.length {length} is not a multiple of model.tokens_per_group {n}; the nearest lengths are {near}"
-        )
-    return build_decoder(recipe.model, length // n, n, BYTE_VALUES)
+    n = whole("model.tokens_per_group", recipe.model.tokens_per_group)
+    return build_decoder(recipe.model, -(-recipe.data.length // n), n, BYTE_VALUES)
 
 
-def sequence_targets(batch: Batch, recipe: ByteRecipe | AudioRecipe) -> tuple[Tensor, Tensor | None]:
-    """Tokens `(b, t, n)` of a batch, and a mask `(b, t, n)` of those that count; None if all do."""
-    n, mask = recipe.model.tokens_per_group, batch.get("mask")
-    grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
-    return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
+def sequence_targets(batch: Batch, recipe: ByteRecipe | AudioRecipe) -> dict[str, Any]:
+    """Arguments of `bits`: `tokens (b, t, n)` of a batch, a `mask` of those that count, their `documents (b, t)`.
+
+    The mask is None if all count, and the documents if each example is one.
+    """
+    n, tokens = recipe.model.tokens_per_group, batch["tokens"]
+    mask = batch.get("mask", torch.ones_like(tokens, dtype=torch.bool))
+    tokens, mask = (patching.sequence_to_groups(patching.pad_to_groups(each, n), n) for each in (tokens, mask))
+    return {"tokens": tokens, "mask": None if bool(mask.all()) else mask, "documents": batch.get("documents")}
 
 
 def continue_sequences(
@@ -79,14 +77,21 @@ def continue_sequences(
     return [row.cpu() for row in network.generate(list(prompts), max_new_tokens=length, **options)]
 
 
-def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+def bits(
+    network: FITDecoder,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Mean negative log-likelihood of tokens `(b, t, n)` in bits, a scalar with gradients.
 
     Args:
         network: the decoder. tokens: the targets. mask: bool `(b, t, n)`, true where a token counts; None for all.
+        documents: of the groups, see `FITDecoder.forward`.
         labels: classes `(b,)` of the examples, which a class-conditional decoder is told; others are not.
     """
-    shifted = patching.shift_right(tokens)
+    shifted = patching.shift_right(tokens, documents)
     weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
     def nats(groups: slice, logits: Tensor, _: Tensor | None) -> Tensor:
@@ -95,20 +100,23 @@ def bits(network: FITDecoder, tokens: Tensor, mask: Tensor | None = None, labels
         return (each * weights[:, groups].flatten()).sum()
 
     told = labels if network.num_classes else None
-    return network(shifted, score=nats, labels=told) / weights.sum() / math.log(2)
+    return network(shifted, score=nats, labels=told, documents=documents) / weights.sum() / math.log(2)
 
 
 def loss_in_bits(
-    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, **given: Tensor | None
 ) -> tuple[Tensor, dict]:
-    """Cross-entropy in nats, which is minimized, and the same in bits under the name `unit`, detached."""
-    value = bits(network, tokens, mask, labels)
+    """Cross-entropy in nats, which is minimized, and the same in bits under the name `unit`, detached.
+
+    Arguments as those of `bits`.
+    """
+    value = bits(network, tokens, mask, **given)
     return value * math.log(2), {unit: value.detach()}
 
 
 def measure_in_bits(
-    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    network: FITDecoder, unit: str, tokens: Tensor, mask: Tensor | None = None, **given: Tensor | None
 ) -> tuple[dict, int]:
-    """Held-out `loss` in nats and `unit` in bits, means over tokens, and the number of tokens."""
-    value = bits(network, tokens, mask, labels)
+    """Held-out `loss` in nats and `unit` in bits, means over tokens, and the number of tokens; as `loss_in_bits`."""
+    value = bits(network, tokens, mask, **given)
     return {"loss": value * math.log(2), unit: value}, tokens.numel() if mask is None else int(mask.sum())

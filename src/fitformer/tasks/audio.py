@@ -36,12 +36,12 @@ def build(recipe: AudioRecipe, dataset: Any) -> FITDecoder:
 
 def loss(network: FITDecoder, batch: Batch, recipe: AudioRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_sample`, both means over the samples that count."""
-    return loss_in_bits(network, UNIT, *sequence_targets(batch, recipe))
+    return loss_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def measure(network: FITDecoder, batch: Batch, recipe: AudioRecipe) -> tuple[dict[str, Tensor], int]:
     """Held-out `loss` in nats and `bits_per_sample`, and the number of samples that count."""
-    return measure_in_bits(network, UNIT, *sequence_targets(batch, recipe))
+    return measure_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def baselines(recipe: AudioRecipe, train: Iterator[Batch], test: Iterator[Batch]) -> Iterator[tuple[str, float]]:

@@ -27,22 +27,22 @@ _PREVIEW_PROMPT = b"\n"
 
 
 def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
-    """A decoder of bytes.
+    """A decoder of bytes, of as many groups as hold `data.length`.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
     return build_sequence_decoder(recipe)
 
 
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count."""
-    return loss_in_bits(network, UNIT, *sequence_targets(batch, recipe))
+    return loss_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def measure(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[dict[str, Tensor], int]:
     """Held-out `loss` in nats and `bits_per_byte`, and the number of bytes that count."""
-    return measure_in_bits(network, UNIT, *sequence_targets(batch, recipe))
+    return measure_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def baselines(recipe: ByteRecipe, train: Iterator[Batch], test: Iterator[Batch]) -> Iterator[tuple[str, float]]:
