@@ -25,7 +25,7 @@ VERBS = {
     "generate": "continue text, or draw images pixel by pixel, from an autoregressive run",
     "info": "parameters, FLOPs and group plan of a preset or a run",
     "plan": "how to train on a huge image in a given memory, and what it costs",
-    "bench": "measure training steps on a huge image",
+    "bench": "measure training steps on a huge image, or generation",
 }
 
 
