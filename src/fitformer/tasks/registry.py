@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from fitformer.config.schema import Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from fitformer.data.datasets.text import ByteBuffer
     from fitformer.tasks.batch import Batch
     from fitformer.tasks.preview import Preview
 
@@ -38,6 +41,8 @@ class TaskSpec:
         verb: the command that uses a trained model.
         generate_images, generate_bytes: draw tokens one by one, see `tasks.pixels.generate_images` and
             `tasks.bytes.generate_bytes`; one of the two for the verb `generate`.
+        file_tokens: `(model, recipe, path) -> ByteBuffer`: a file as the tokens of one sequence, whose likelihood the
+            verb `evaluate` gives in `unit`, such as `bits_per_byte`; None where files have none.
         find_unused_parameters: some parameters get no gradient, which distributed training must be told.
     """
 
@@ -55,6 +60,8 @@ class TaskSpec:
     verb: Literal["predict", "sample", "generate"] | None = None
     generate_images: "Callable[..., Tensor] | None" = None
     generate_bytes: "Callable[..., list[bytes]] | None" = None
+    file_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
+    unit: str = ""
     find_unused_parameters: bool = False
 
     @property
