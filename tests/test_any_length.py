@@ -4,15 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import fitformer
 from fitformer.errors import InputError
+from fitformer.execution import Streamed
 from fitformer.models import block_causal
 from fitformer.models.block_causal import Band, block_causal_attention, chunks
 from fitformer.models.config import TrunkConfig
 from fitformer.models.layers import Attention, TransformerLayer
 from fitformer.models.positions import rotate
 from fitformer.models.trunk import Trunk
+from fitformer.patching import pack_documents, pad_to_groups, sequence_to_groups, shift_right, unpack_documents
+from fitformer.profiling import StepConfig, flops, memory, on_meta
 from small_models import SIZES
 
 N, VOCABULARY = 6, 11
@@ -236,6 +240,20 @@ def test_attention_in_a_band_is_that_of_the_dense_mask(band, most, monkeypatch):
         torch.testing.assert_close(gradient, other)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 7, 30])
+def test_the_last_queries_of_a_window_attend_as_among_all(queries, monkeypatch):
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 60, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    whole = block_causal_attention(*given, Band(2, window=3))
+    for least in (4, 256):
+        monkeypatch.setattr(block_causal, "LEAST_QUERIES", least)
+        last = block_causal_attention(given[0][:, :, -2 * queries :], *given[1:], Band(2, window=3))
+        torch.testing.assert_close(last, whole[:, :, -2 * queries :])
+        gradients = (torch.autograd.grad(out[:, :, -2:].sin().sum(), given, retain_graph=True) for out in (last, whole))
+        for ours, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
 @given(
     tokens=st.integers(0, 3000), block=st.integers(1, 40), window=st.none() | st.integers(1, 90), rows=st.integers(1, 3)
 )
@@ -325,3 +343,242 @@ def test_encoders_that_are_causal_know_a_window():
     assert (difference > 0).tolist() == [False, True, True, False, False, False]
     with pytest.raises(InputError, match=r"global_window is 2, .*mask='causal'"):
         fitformer.FITEncoder.from_config(sizes, **geometry, global_window=2)
+
+
+@pytest.mark.parametrize("groups", [3, 300])
+def test_the_plan_counts_the_pairs_that_a_window_computes(groups):
+    sizes = {**SIZES, "latents_per_group": 8, "latent_heads": 2, "latent_position": "index", "rotary": True}
+    geometry = {"num_groups": None, "tokens_per_group": N, "vocab_size": VOCABULARY, "layers": "(1)2(1)"}
+    with torch.device("meta"):
+        models = [fitformer.FITDecoder.from_config(sizes, **geometry, global_window=window) for window in (4, None)]
+        tokens = torch.zeros(1, groups, N, dtype=torch.int64)
+    counted = []
+    for model in models:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens)
+        counted.append(counter.get_total_flops())
+    found = [flops(model, num_groups=groups).total for model in models]
+    assert found[0] == counted[0]
+    assert found[0] < found[1] / 2 if groups == 300 else found[0] == found[1]
+    with pytest.raises(InputError, match="any number of groups"):
+        flops(models[0])
+
+
+def test_a_step_over_a_window_is_planned_to_take_memory_in_proportion_to_its_length():
+    model = on_meta("FITDecoder", {"num_groups": None, "tokens_per_group": 8, "vocab_size": VOCABULARY, "rotary": True,
+                    "latent_position": "index", "global_window": 16}, preset="tiny")  # fmt: skip
+    working = [memory(model, StepConfig(num_groups=groups, execution="streamed")).working for groups in (2**15, 2**16)]
+    assert 1.9 < working[1] / working[0] < 2.1
+
+
+# ---- documents packed into one row ----
+
+LENGTHS = [5, 13, 6, 1, 24, 12, 2]
+WAYS = {
+    "plain": "plain",
+    "checkpointed": "checkpointed",
+    "streamed": Streamed(2),
+    "local": Streamed(3, recompute="local"),
+}
+OPTIONS = {
+    "table": {"num_groups": 4},
+    "index": {"latent_position": "index"},
+    "rows": {"latent_position": "row_column"},
+    "one latent": {"latent_position": "shared", "latents_per_group": 1},
+    "all": {"latent_position": "index", "rotary": True, "latent_heads": 2, "global_window": 2, "qk_norm": True},
+    "separate": {"latent_position": "index", "shared_embedding": False, "output_bias": False},
+}  # fmt: skip
+
+
+def some_documents(seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def losses(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+
+
+def packed_outcome(model, documents, groups=7):
+    """Logits of every document, and gradients of parameters, of one packed batch."""
+    packed = pack_documents(documents, N, groups)
+    logits = model(shift_right(packed.tokens, packed.documents), documents=packed.documents)
+    (losses(logits, packed.tokens) * packed.mask.flatten()).sum().backward()
+    return unpack_documents(logits.detach(), packed.documents, packed.mask), gradients_of(model)
+
+
+def alone_outcome(model, documents):
+    found = []
+    for document in documents:
+        logits = model.logits(document[None])[0]
+        losses(logits, document).sum().backward()
+        found.append(logits.detach())
+    return found, gradients_of(model)
+
+
+def gradients_of(model):
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_packed_document_is_what_it_is_alone(options, way, dtype):
+    model, documents = decoder(**options).to(dtype), some_documents()
+    model.set_execution(way)
+    together = packed_outcome(model, documents)
+    model.set_execution("plain")
+    logits, gradients = alone_outcome(model, documents)
+    close = 1e-5 if dtype == torch.float32 else 1e-10
+    for ours, wanted in zip(together[0], logits, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=close, atol=close * max(1.0, wanted.abs().max().item()))
+    largest = max(wanted.abs().max().item() for wanted in gradients.values() if wanted is not None)
+    for name, wanted in gradients.items():
+        if wanted is not None:
+            torch.testing.assert_close(together[1][name], wanted, rtol=close, atol=close * largest, msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_perturbing_a_document_leaves_the_others_as_they_are_bit_for_bit(options):
+    model, documents = decoder(**options), some_documents()
+    before, _ = packed_outcome(model, documents)
+    for k, document in enumerate(documents):
+        others = [*documents[:k], (document % (VOCABULARY - 1)) + 1, *documents[k + 1 :]]
+        after, _ = packed_outcome(model, others)
+        changed = [not torch.equal(ours, wanted) for ours, wanted in zip(after, before, strict=True)]
+        # A document of one token is drawn from nothing: its logits know no token at all.
+        assert changed == [place == k and len(document) > 1 for place in range(len(documents))]
+
+
+def test_a_row_may_hold_more_groups_than_a_table_has_places():
+    model = decoder(4)
+    packed = pack_documents([torch.ones(24, dtype=torch.int64), torch.ones(9, dtype=torch.int64)], N, 12)
+    assert packed.documents.tolist() == [[0] * 4 + [1] * 2 + [-1] * 6]
+    assert model(packed.tokens, documents=packed.documents).isfinite().all()
+    with pytest.raises(InputError, match="7 groups, the model positions for 4"):
+        model(packed.tokens, documents=torch.tensor([[0] * 5 + [1] * 7]))
+    with pytest.raises(InputError, match=r"documents \(1, 3\) .* \(1, 12\)"):
+        model(packed.tokens, documents=torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+def test_every_way_to_run_knows_every_option(way):
+    model = decoder(latent_position="index", rotary=True, latent_heads=2, global_window=2, position="none").double()
+    tokens, found = tokens_of(2, 7), []
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 2, 2, -1, -1]])
+    for each in ("plain", way):
+        model.set_execution(each)
+        logits = model(tokens, documents=documents)
+        logits.sin().sum().backward()
+        found.append((logits.detach(), gradients_of(model)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-10)
+    for name, wanted in found[0][1].items():
+        if wanted is not None:
+            torch.testing.assert_close(found[1][1][name], wanted, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["index"], OPTIONS["all"]], ids=["index", "all"])
+def test_a_token_hears_of_earlier_tokens_of_its_document_only(options):
+    model = decoder(**options)
+    documents = torch.tensor([[0, 0, 1, 1, 1]])
+    tokens = tokens_of(1, 5)
+    before = model(tokens, documents=documents)
+    for place in range(5 * N):
+        changed = tokens.clone()
+        changed.view(-1)[place] = (tokens.view(-1)[place] + 1) % VOCABULARY
+        heard = (model(changed, documents=documents) - before).abs().amax(dim=(0, 3)).flatten() > 0
+        end = 2 * N if place < 2 * N else 5 * N
+        assert not heard[:place].any()
+        assert not heard[end:].any()
+        assert heard[place]
+
+
+# ---- lengths that fill no group ----
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 20])
+def test_logits_of_a_sequence_of_any_length(length):
+    model = decoder(latent_position="index")
+    tokens = tokens_of(2, 4).flatten(1)[:, :length]
+    logits = model.logits(tokens)
+    assert logits.shape == (2, length, VOCABULARY)
+    longer = model.logits(torch.cat([tokens, torch.ones(2, 3, dtype=torch.int64)], dim=1))
+    torch.testing.assert_close(longer[:, :length], logits)
+    grouped = model(shift_right(sequence_to_groups(pad_to_groups(tokens, N), N)))
+    assert torch.equal(grouped.flatten(1, 2)[:, :length], logits)
+
+
+# ---- train at one length, run at another ----
+
+EXTRAPOLATING = [{"latent_position": "shared", "rotary": True, "global_window": 4}, {"latent_position": "index"}]
+
+
+def repeated(batch, groups, generator):
+    """Sequences that repeat one random word, a group long."""
+    word = torch.randint(0, 4, (batch, 1, 4), generator=generator)
+    return word.expand(batch, groups, 4).contiguous()
+
+
+@pytest.mark.parametrize("options", EXTRAPOLATING, ids=["shared, rotary, window", "index"])
+def test_what_is_learned_at_four_groups_holds_at_sixteen(options, one_thread):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = fitformer.FITDecoder.from_config(
+        layers="(1)1(1)", dim=32, latent_dim=32, heads=2, latent_heads=2, latents_per_group=2, num_groups=None,
+        tokens_per_group=4, vocab_size=4, **options,
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        tokens = repeated(32, 4, generator)
+        adamw.zero_grad()
+        losses(model(shift_right(tokens)), tokens).mean().backward()
+        adamw.step()
+    tokens = repeated(128, 16, generator)
+    with torch.no_grad():
+        by_group = losses(model.eval()(shift_right(tokens)), tokens).view(tokens.shape).mean(dim=(0, 2))
+    assert by_group[0] > 1.3
+    assert by_group[1:4].max() < 0.3
+    assert by_group[4:].max() < 0.4
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_packed_documents_on_a_gpu_are_what_they_are_alone_and_nothing_waits_for_it(options, way):
+    model = decoder(**options).double().cuda()
+    packed = pack_documents([document.cuda() for document in some_documents()], N, 7)
+    inputs = shift_right(packed.tokens, packed.documents)
+    model.set_execution("plain")
+    wanted = [model.logits(document[None].cuda())[0] for document in some_documents()]
+    model.set_execution(way)
+    table = model.most_groups is not None
+    torch.cuda.set_sync_debug_mode("default" if table or way != "plain" else "error")
+    try:
+        logits = model(inputs, documents=packed.documents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, other in zip(unpack_documents(logits, packed.documents, packed.mask), wanted, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("band", [Band(4, window=16), Band(4, starts=torch.arange(1024) // 100 * 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_band_on_a_gpu_is_that_of_the_dense_mask(band, dtype):
+    torch.manual_seed(0)
+    band = Band(band.block, band.window, None if band.starts is None else band.starts.cuda())
+    given = [torch.randn(2, 4, 4096, 32, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    ours = block_causal_attention(*given, band)
+    cpu = Band(band.block, band.window, None if band.starts is None else band.starts.cpu())
+    wanted = torch.nn.functional.scaled_dot_product_attention(*given, dense(cpu, 4096).cuda())
+    close = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
+    gradients = (torch.autograd.grad(out.float().sin().sum(), given) for out in (ours, wanted))
+    for gradient, other in zip(*gradients, strict=True):
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, other, rtol=10 * close, atol=10 * close)

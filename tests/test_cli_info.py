@@ -85,6 +85,25 @@ def test_a_saved_model_and_a_run_are_what_they_are(capsys, tmp_path):
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_saved_decoder_of_any_length_is_shown_at_a_length(capsys, tmp_path):
+    model = FITDecoder.from_preset(
+        "tiny",
+        num_groups=None,
+        tokens_per_group=16,
+        vocab_size=8,
+        latent_position="index",
+        global_window=4,
+        rotary=True,
+    )
+    model.save_pretrained(tmp_path)
+    assert "add --length" in refusal(capsys, str(tmp_path))
+    short, long = (info(capsys, str(tmp_path), "--length", str(length)) for length in (100, 64_000))
+    assert (short["groups"]["num_groups"], long["groups"]["num_groups"]) == (7, 4000)
+    assert long["flops"] == asdict(flops(model, num_groups=4000))
+    FITDecoder.from_preset("tiny", num_groups=3, tokens_per_group=16, vocab_size=8).save_pretrained(tmp_path / "table")
+    assert "--length is for presets" in refusal(capsys, str(tmp_path / "table"), "--length", "64")
+
+
 def test_tables_name_every_part(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info", "tiny", "--num-classes", "10"]) == 0
@@ -96,7 +115,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
     assert "is no preset (tiny, small, base, large)" in refusal(capsys, "smal")
     assert "has no config.json" in refusal(capsys, str(tmp_path))
     assert "--length does not apply to this encoder" in refusal(capsys, "tiny", "--length", "5")
-    assert "does not divide into groups of 64" in refusal(capsys, "tiny", "--role", "decoder", "--length", "100")
+    assert info(capsys, "tiny", "--role", "decoder", "--length", "100")["groups"]["num_groups"] == 2
     (tmp_path / "config.json").write_text("{}")
     assert "--dim is for presets" in refusal(capsys, str(tmp_path), "--dim", "8")
     assert "there is no role" in refusal(capsys, str(tmp_path))

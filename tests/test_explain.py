@@ -261,12 +261,15 @@ def test_leaving_out_is_the_same_on_a_gpu_in_slices_across_those_that_were_kept(
 
 
 @pytest.mark.parametrize("layers", ["(1)1(1)1", "(1)1(1)", "(1)2"])
-@pytest.mark.parametrize("position", ["learned", "sin_cos"])
-def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_latents(layers, position):
+@pytest.mark.parametrize(
+    ("position", "more"),
+    [("learned", {}), ("sin_cos", {}), ("index", {"rotary": True}), ("shared", {"rotary": True, "mask": "causal"})],
+)
+def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_latents(layers, position, more):
     torch.manual_seed(0)
     model = FITImageEncoder.from_config(
         layers=layers, image_size=(24, 12), group_size=(8, 4), patch_size=(2, 1), channels=1, num_classes=3,
-        latent_position=position, **SIZE,
+        latent_position=position, **SIZE, **more,
     ).eval()  # fmt: skip
     torch.nn.init.normal_(model.head.weight)
     image = image_of(24, 12)
@@ -277,7 +280,8 @@ def test_a_group_is_left_out_of_a_model_of_one_size_with_its_tokens_and_its_late
         label, x = int(found.logits.argmax()), encoder.embed(model.patch_grid.group(signal))
         for group in range(9):
             kept = [k for k in range(9) if k != group]
-            tokens, latents = model.trunk(x[:, kept], model.trunk.initial_latents(1, 9)[:, kept])
+            places = torch.tensor([kept]) if more else None
+            tokens, latents = model.trunk(x[:, kept], model.trunk.initial_latents(1, 9)[:, kept], places=places)
             last = encoder.latent_norm(latents) if model.ends_in_latents else encoder.norm(tokens)
             without = model.head(last.mean(dim=(1, 2)))[0]
             wanted = log_odds_of(found.logits, label) - log_odds_of(without, label)

@@ -10,10 +10,12 @@ import pytest
 import torch
 import zstandard
 from PIL import Image
+from scipy.io import wavfile
 
 from fitformer import patching
 from fitformer.cli import main
 from fitformer.data.datasets.text import ByteBuffer, Piece, whole_file
+from fitformer.data.wav import read_sound
 from fitformer.errors import InputError
 from fitformer.evaluation import compressors
 from fitformer.evaluation.compressors import compressed_sizes
@@ -27,6 +29,9 @@ TINY = ["model.dim=16", "model.latent_dim=16", "model.heads=2", "model.latent_he
 TEXT = b"for each in range(10):\n    print(each)\n" * 12
 
 
+SOUND = np.rint(9000 * np.sin(np.arange(300) / 7)).astype(np.int16)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -34,6 +39,11 @@ def runs(tmp_path_factory):
     text = ["data.source=files", f"data.path={folder / 'text'}", "data.length=32", "model.tokens_per_group=8"]
     sides = ["data.image_size=8", "model.group_size=4", "model.patch_size=2"]
     recipes = {"bytes": ("python-bytes-demo", text), "pixels": ("digits-pixels", []), "one": ("digits-classify", sides)}
+    recipes["classes"] = ("digits-pixels", ["objective.class_conditional=true"])
+    wavfile.write(folder / "sound.wav", 8000, SOUND)
+    sound = ["task: audio", "data: {source: wav, length: 32, sample_rate: 8000, path: PATH}"]
+    (folder / "audio.yaml").write_text("\n".join(sound).replace("PATH", str(folder / "sound.wav")))
+    recipes["audio"] = (str(folder / "audio.yaml"), ["model.tokens_per_group=8"])
     return {name: untrained_run(folder / name, recipe, *TINY, *more) for name, (recipe, more) in recipes.items()}
 
 
@@ -91,11 +101,23 @@ def test_an_image_has_bits_per_dim(runs, tmp_path):
     assert found["tokens"] == 64
 
 
+def test_a_sound_has_bits_per_sample(runs, tmp_path):
+    wavfile.write(tmp_path / "file.wav", 8000, SOUND)
+    run = Run.open(runs["audio"])
+    ((_, found),) = evaluate_files(run, [tmp_path / "file.wav"])
+    codes = read_sound(tmp_path / "file.wav", 8000).codes.tobytes()
+    assert found["bits_per_sample"] == pytest.approx(-log_likelihood(run.model(), codes) / math.log(2) / 300)
+    assert found["tokens"] == 300
+    assert found["xz_bits_per_sample"] > 0
+
+
 def test_bad_input(runs, capsys, tmp_path):
     (tmp_path / "file").write_bytes(TEXT)
     (tmp_path / "empty").touch()
     file = ("--file", tmp_path / "file")
     assert "is a classify run" in use(capsys, "evaluate", runs["one"], *file, status=2)
+    assert "is class-conditional" in use(capsys, "evaluate", runs["classes"], *file, status=2)
+    assert "no whole WAV file" in use(capsys, "evaluate", runs["audio"], *file, status=2)
     assert "is empty" in use(capsys, "evaluate", runs["bytes"], "--file", tmp_path / "empty", status=2)
     assert "is not there" in use(capsys, "evaluate", runs["bytes"], "--file", tmp_path / "no", status=2)
     assert "is a folder" in use(capsys, "evaluate", runs["bytes"], "--file", tmp_path, status=2)

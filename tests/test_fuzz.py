@@ -103,6 +103,7 @@ CALLS = {
         "vocab_size": 11,
         "shared_embedding": True,
         "output_bias": True,
+        "num_classes": 0,
     },
     fitformer.from_pretrained: {"source": "nowhere/at/all"},
     TrunkConfig: {},
@@ -144,8 +145,13 @@ CALLS = {
         "patch_size": 2,
     },
     patching.sequence_to_groups: {"tokens": TOKENS[0], "n": 2},
-    patching.groups_to_sequence: {"x": TOKENS},
-    patching.shift_right: {"tokens": TOKENS},
+    patching.pad_to_groups: {"tokens": TOKENS[0], "n": 2},
+    patching.groups_to_sequence: {"x": TOKENS, "length": 10},
+    patching.shift_right: {"tokens": TOKENS, "documents": TOKENS[..., 0]},
+    patching.pack_documents: {"documents": [TOKENS[0, 0], TOKENS[0, 1]], "n": 4, "groups": 3},
+    patching.unpack_documents: {"x": TOKENS, "documents": TOKENS[..., 0], "mask": TOKENS == 0},
+    patching.pack_rows: {"sizes": [1, 2], "groups": 3},
+    patching.places_in_documents: {"documents": TOKENS[..., 0]},
     patching.image_to_pixels: {"images": IMAGES.byte(), "patch": 2, "order": "snake"},
     patching.pixels_to_image: {
         "tokens": torch.zeros(2, 16, 12, dtype=torch.int64),
@@ -173,6 +179,7 @@ CALLS = {
         "seed": 0,
         "first": 0,
         "use_cache": True,
+        "compile": False,
         "window": None,
     },
     generation.generate: {
@@ -189,10 +196,12 @@ CALLS = {
         "eos_token_id": None,
         "stop_strings": None,
         "window": None,
+        "labels": None,
     },
     generation.stream: {"decoder": DECODER, "prompt": None, "config": None, "max_new_tokens": 4},
-    generation.Cached: {"decoder": DECODER, "window": None},
-    generation.Uncached: {"decoder": DECODER, "window": None},
+    generation.Cached: {"decoder": DECODER, "window": None, "labels": None},
+    generation.Uncached: {"decoder": DECODER, "window": None, "labels": None},
+    generation.TextStreamer: {"file": None, "skip_prompt": False},
     generation.context_start: {"position": 5, "n": 2, "groups": 3},
     generation.filter_logits: {
         "logits": torch.zeros(2, 5),
@@ -307,7 +316,7 @@ NO_CALLS = {"Decoder", "Step", "Clip", "Denoise", "Level", "Noise", "Prediction"
 # Types of functions, and what stands on a decoder: in test_cached.py.
 # `fitformer.generate` of a folder has the name of a function that is called here.
 NO_CALLS |= {"LogitsProcessor", "StoppingCriterion", "Streamer", "CachedDecoder", "DecodingState"}
-NO_CALLS |= {"SAMPLERS", "SCHEDULES", "Execution", "Outputs", "checkpointed", "plain"}
+NO_CALLS |= {"SAMPLERS", "SCHEDULES", "Execution", "Outputs", "PackedDocuments", "checkpointed", "plain"}
 # Takes a run: in test_sharing_work.py.
 NO_CALLS |= {"Predictor"}
 # What an error may say in place of an argument's name.
@@ -321,6 +330,7 @@ OTHER_WORDS = {
     "kind": "no prediction|unknown kind",
     "schedule": "noise schedule",
     "copies": "groups of shape",
+    "sizes": "document 0 fills",
 }
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fitformer.cli import VERBS, main
 from fitformer.config import load as config
+from fitformer.data.wav import write_sound
 from fitformer.errors import InputError
 from helpers import untrained_run
 
@@ -143,6 +144,8 @@ def check(words, capsys):
 def runs(tmp_path_factory):
     """A run of each task."""
     folder = tmp_path_factory.mktemp("runs")
+    write_sound(folder / "sound.wav", np.arange(0, 256, dtype=np.uint8).repeat(4), 8000)
+    (folder / "audio.yaml").write_text(f"task: audio\ndata: {{path: {folder / 'sound.wav'}, sample_rate: 8000}}\n")
     sides = [*TINY, "group_size=4", "patch_size=2"]
     kinds = {
         "one": ("digits-classify", sides, ["data.image_size=8"]),
@@ -150,6 +153,7 @@ def runs(tmp_path_factory):
         "diffuse": ("digits-diffuse", sides, ["data.image_size=8"]),
         "pixels": ("digits-pixels", [*TINY, "patch_size=4"], ["data.image_size=8", "data.levels=17"]),
         "bytes": ("python-bytes-demo", [*TINY, "tokens_per_group=8"], ["data.length=32"]),
+        "audio": (str(folder / "audio.yaml"), [*TINY, "tokens_per_group=8"], ["data.length=32"]),
     }
     return {
         name: untrained_run(folder / name, recipe, *(f"model.{key}" for key in model), *more)
@@ -167,6 +171,7 @@ def things(runs, tmp_path):
     (root / "images" / "b.png").write_bytes(b"no image")
     (root / "text.txt").write_text("some text")
     (root / "empty.png").write_bytes(b"")
+    write_sound(root / "sound.wav", np.zeros(100, np.uint8), 8000)
     os.mkfifo(root / "pipe.png")
     (root / "loop").symlink_to(root / "loop")
     found = [*runs.values(), *map(str, sorted(root.iterdir())), str(root / "missing"), "/dev/null", "/dev/zero"]
@@ -262,7 +267,7 @@ def test_a_damaged_run_is_used_or_refused_in_one_line(part, runs, things, bounde
     random = np.random.default_rng(sum(map(ord, part)))
     verbs = {
         "one": ["predict", "evaluate", "info", "train"], "any": ["predict", "info"], "diffuse": ["sample", "info"],
-        "pixels": ["generate"], "bytes": ["generate", "info"],
+        "pixels": ["generate"], "bytes": ["generate", "info"], "audio": ["generate"],
     }  # fmt: skip
     for case in range(30):
         name = list(runs)[random.integers(len(runs))]

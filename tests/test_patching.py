@@ -416,3 +416,88 @@ def test_the_sizes_that_an_error_names_do_divide(image, group, patch):
             g.PatchGrid(size, group * patch, patch)
         for size in (int(word) for word in groups.split() if word.isdigit()):
             g.PatchGrid(image, size, patch)
+
+
+# ---- sequences that fill no group, and documents ----
+
+
+@for_any(st.integers(1, 3), st.integers(0, 20), st.integers(1, 7), st.sampled_from([(), (2,)]))
+def test_padding_to_groups_is_undone_by_the_length(b, length, n, more):
+    x = numbers(b, length, *more) + 1
+    padded = g.pad_to_groups(x, n)
+    assert padded.shape[1] % n == 0
+    assert 0 <= padded.shape[1] - length < n
+    assert torch.equal(g.groups_to_sequence(g.sequence_to_groups(padded, n), length), x)
+    assert not padded[:, length:].any()
+
+
+def test_a_sequence_is_not_longer_than_its_groups():
+    with pytest.raises(InputError, match=r"length is 7; .* at most 6"):
+        g.groups_to_sequence(torch.zeros(1, 2, 3), 7)
+    with pytest.raises(InputError, match=r"tokens \(6,\)"):
+        g.pad_to_groups(torch.zeros(6), 2)
+
+
+def documents_of(lengths):
+    return [numbers(length) + 100 * k + 1 for k, length in enumerate(lengths)]
+
+
+@for_any(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 5))
+def test_packed_documents_come_back_and_never_share_a_group(lengths, n, spare):
+    documents, groups = documents_of(lengths), -(-max(lengths) // n) + spare
+    packed = g.pack_documents(documents, n, groups)
+    assert packed.tokens.shape == packed.mask.shape == (*packed.documents.shape, n)
+    assert packed.tokens.shape[1] == groups
+    for back, document in zip(g.unpack_documents(*packed), documents, strict=True):
+        assert torch.equal(back, document)
+    assert torch.equal(packed.mask, packed.tokens > 0)
+    assert torch.equal((packed.documents >= 0)[..., None] & packed.mask, packed.mask)
+    # What belongs to tokens, of any width, comes back as well.
+    wide = torch.stack([packed.tokens, -packed.tokens], dim=-1)
+    assert all(
+        torch.equal(back[:, 1], -document)
+        for back, document in zip(g.unpack_documents(wide, packed.documents, packed.mask), documents)
+    )
+    # No two rows could be one.
+    filled = (packed.documents >= 0).sum(1).sort().values
+    assert len(filled) == 1 or filled[0] + filled[1] > groups
+
+
+@for_any(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(9, 20))
+def test_rows_hold_every_document_once_within_their_groups(sizes, groups):
+    rows = g.pack_rows(sizes, groups)
+    assert sorted(k for row in rows for k in row) == list(range(len(sizes)))
+    assert max(sum(sizes[k] for k in row) for row in rows) <= groups
+    assert rows == sorted(sorted(row) for row in rows)
+    assert len(rows) <= 2 * -(-sum(sizes) // groups)
+
+
+def test_each_document_has_its_own_places_and_its_own_first_input():
+    documents = torch.tensor([[0, 0, 1, 1, 1, -1, -1], [4, 2, 2, 2, 4, 4, 0]])
+    assert g.places_in_documents(documents).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 0, 1, 0]]
+    tokens = numbers(2, 7, 2) + 1
+    shifted, plain = g.shift_right(tokens, documents), g.shift_right(tokens)
+    begins = g.places_in_documents(documents) == 0
+    assert not shifted[begins][:, 0].any()
+    assert torch.equal(shifted[~begins], plain[~begins])
+    assert torch.equal(shifted[..., 1:], plain[..., 1:])
+    assert torch.equal(g.shift_right(tokens, torch.zeros(2, 7, dtype=torch.int64)), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: g.pack_documents(documents_of([4, 9]), 2, 4), "document 1 fills 5 groups, of a row's 4"),
+        (lambda: g.pack_documents(documents_of([4, 0]), 2, 4), "document 1 fills 0 groups"),
+        (lambda: g.pack_documents([], 2, 4), "no documents"),
+        (lambda: g.pack_documents([torch.zeros(3)], 2, 4), r"documents\[0\] is no sequence"),
+        (lambda: g.pack_documents(documents_of([4]), 0, 4), "n is 0"),
+        (lambda: g.pack_documents(documents_of([4]), 2, 10**15), "groups=10"),
+        (lambda: g.unpack_documents(*(3 * [torch.zeros(2, 3, 4)])), "do not belong"),
+        (lambda: g.places_in_documents(torch.zeros(2, 3)), "documents are torch.float32"),
+        (lambda: g.shift_right(numbers(1, 2, 3), numbers(1, 3)), r"documents \(1, 3\)"),
+    ],
+)
+def test_documents_that_cannot_be(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

@@ -78,6 +78,11 @@ CASES = {
         (torch.zeros(1, 4, 6, dtype=torch.long),),
         {},
     ),
+    "conditional decoder": lambda: (
+        FITDecoder.from_config(layers="(1)2(1)", **GROUPS, vocab_size=17, num_classes=5, **SIZE),
+        (torch.zeros(1, 4, 6, dtype=torch.long), None, torch.zeros(1, dtype=torch.long)),
+        {},
+    ),
 }
 
 
@@ -147,6 +152,8 @@ KEPT = {
     "denoiser": (FITDenoiser, {"out_dim": 24}),
     "decoder": (FITDecoder, {"vocab_size": 40}),
     "dropout": (FITEncoder, {"in_channels": 24, "drop_units": 0.2, "drop_att": 0.2, "drop_path": 0.1}),
+    "rotary": (FITEncoder, {"in_channels": 24, "rotary": True}),
+    "window": (FITDecoder, {"vocab_size": 40, "rotary": True, "latent_position": "index", "global_window": 2}),
 }
 
 

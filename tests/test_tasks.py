@@ -97,6 +97,22 @@ def test_untrained_decoders_need_the_bits_of_their_vocabulary():
     assert count == 8 * 64
 
 
+def test_bytes_that_fill_no_group_are_padded_and_padding_counts_nowhere():
+    recipe = recipe_of("python-bytes-demo", "--data.length=50", "--model.tokens_per_group=16")
+    network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
+    assert network.num_groups == 4
+    targets = bytes.sequence_targets(batch, recipe)
+    assert targets["tokens"].shape == targets["mask"].shape == (8, 4, 16)
+    assert targets["mask"].sum() == 8 * 50
+    assert targets["documents"] is None
+    with torch.no_grad():
+        metrics, count = bytes.measure(network, batch, recipe)
+        logits = network.logits(batch["tokens"])
+    assert count == 8 * 50
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten())
+    torch.testing.assert_close(metrics["loss"], wanted)
+
+
 def test_masked_bytes_do_not_count():
     recipe = recipe_of("python-bytes-demo", *SHORT["python-bytes-demo"])
     network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
@@ -188,8 +204,14 @@ def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for
     (data,) = bytes.generate_bytes(network, [b"def "], 70, temperature=0)
     assert data.startswith(b"def ")
     assert len(data) == 74
-    with pytest.raises(InputError, match="one length"):
-        bytes.generate_bytes(network, [b"a", b"bc"], 1)
+    # Prompts of several lengths, each as it would be alone.
+    several = bytes.generate_bytes(network, [b"a", b"", b"def "], 70, temperature=0)
+    assert [len(text) for text in several] == [71, 70, 74]
+    assert several[2] == data
+    with pytest.raises(InputError, match=r"prompt has 65 tokens, and the model holds 64 \(4 groups of 16\)"):
+        bytes.generate_bytes(network, [b"a" * 65], 1)
+    long = bytes.generate_bytes(network, [b"def " * 30], 9, temperature=0, window=4)[0]
+    assert len(long) == 129
 
 
 @pytest.mark.parametrize(
@@ -198,7 +220,7 @@ def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for
         ("digits-classify", ["--data.levels=17"], "data.levels is 17"),
         ("digits-diffuse", ["--objective.train_schedule=sigmiod@-3,3,1"], "is not a schedule"),
         ("digits-classify", ["--model.group_size=12"], "12"),
-        ("python-bytes-demo", ["--data.length=100"], "64 or 128"),
+        ("python-bytes-demo", ["--model.tokens_per_group=0"], "tokens_per_group is 0"),
         ("digits-classify", ["--model.layers=4"], "does not parse"),
         ("digits-classify", ["--model.preset=huge"], "no preset 'huge'"),
     ],

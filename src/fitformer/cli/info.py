@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fitformer._support.checks import whole
 from fitformer.cli.options import add_trunk, positive, size, trunk_of
 from fitformer.errors import InputError
 
@@ -33,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_preset.add_argument("--patch-size", type=size, metavar="PIXELS", help="8 by default")
     of_preset.add_argument("--channels", type=positive, help="of an image; 3 by default")
     of_preset.add_argument("--num-classes", type=int, help="of an encoder's head or a denoiser's condition; none")
-    of_preset.add_argument("--length", type=positive, help="tokens of a decoder's sequence, instead of an image")
+    of_preset.add_argument(
+        "--length",
+        type=positive,
+        help="tokens of a decoder's sequence, instead of an image; also of a saved one of any length",
+    )
     of_preset.add_argument("--tokens-per-group", type=positive, help="with --length; 64 by default")
     of_preset.add_argument("--vocab-size", type=positive, help="of a decoder; 256 by default")
     add_trunk(parser)
@@ -91,8 +96,7 @@ def _sequence(asked: dict[str, Any]) -> dict[str, Any]:
     vocabulary = {"vocab_size": asked.pop("vocab_size", 256)}
     if "length" in asked:
         length, n = asked.pop("length"), asked.pop("tokens_per_group", 64)
-        check_divisible(length, n, ("a sequence", "groups", "tokens"))
-        return {"num_groups": length // n, "tokens_per_group": n, **vocabulary}
+        return {"num_groups": -(-length // n), "tokens_per_group": n, **vocabulary}
     rows, columns = to_sides(asked.pop("image_size", DEFAULT_CUT["image_size"]), "hw")
     high, wide = to_sides(asked.pop("patch_size", DEFAULT_CUT["patch_size"]), "hw")
     check_divisible(rows, high, ("an image", "patches", "rows"))
@@ -117,15 +121,25 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
             f"{arguments.what!r} is no preset ({', '.join(PRESETS)}), and no run or saved model "
             f"({'it has no config.json' if folder.is_dir() else 'there is no such folder'})"
         )
-    if asked := given(arguments):
-        raise InputError(
-            f"--{next(iter(asked)).replace('_', '-')} is for presets; leave it out with {arguments.what}, a saved model"
-        )
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the configuration of a model ({error}); save the model again") from error
+    asked = given(arguments)
+    if config.get("latent_position") in ("index", "shared"):
+        config |= _any_length(config, asked.pop("length", None))
+    if asked:
+        raise InputError(
+            f"--{next(iter(asked)).replace('_', '-')} is for presets; leave it out with {arguments.what}, a saved model"
+        )
     return on_meta(config.pop("role", "nothing"), config)
+
+
+def _any_length(config: dict[str, Any], length: int | None) -> dict[str, int]:
+    """How many groups the sequence of so many tokens has, of a model of any number of groups."""
+    if length is None and config.get("num_groups", 0) is None:
+        raise InputError("the model takes sequences of any length; add --length, in tokens")
+    return {} if length is None else {"num_groups": -(-length // whole(CONFIG, config.get("tokens_per_group")))}
 
 
 def as_plain(model: "Model") -> dict[str, Any]:

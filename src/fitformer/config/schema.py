@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fitformer.data.settings import ByteData, ImageData
+from fitformer.data.settings import AudioData, ByteData, ImageData
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 
@@ -89,7 +89,7 @@ class PixelDecoderModel(Model):
 
 @dataclass(frozen=True)
 class ByteDecoderModel(Model):
-    """A decoder of bytes: `tokens_per_group` must divide the data's `length`."""
+    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups."""
 
     tokens_per_group: int = 64
     shared_embedding: bool = True
@@ -167,9 +167,14 @@ class DiffuseObjective:
 
 @dataclass(frozen=True)
 class PixelObjective:
-    """Cross-entropy of the next pixel value; `order` is the order of the patches of an image."""
+    """Cross-entropy of the next pixel value.
+
+    Attributes:
+        order: of the patches of an image. class_conditional: the class stands before the first pixel value.
+    """
 
     order: Literal["raster", "snake"] = "snake"
+    class_conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,14 @@ class ByteObjective:
 
     preview_length: int = 256
     preview_temperature: float = 0.8
+
+
+@dataclass(frozen=True)
+class AudioObjective:
+    """Cross-entropy of the next sample; previews are `preview_length` samples drawn at `preview_temperature`."""
+
+    preview_length: int = 4096
+    preview_temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -281,7 +294,7 @@ class Recipe:
 
     task: str = ""
     model: Model = field(default_factory=Model)
-    data: ImageData | ByteData = field(default_factory=ImageData)
+    data: ImageData | ByteData | AudioData = field(default_factory=ImageData)
     objective: Any = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     trainer: Training = field(default_factory=Training)
@@ -327,7 +340,17 @@ class ByteRecipe(Recipe):
     objective: ByteObjective = field(default_factory=ByteObjective)
 
 
+@dataclass(frozen=True)
+class AudioRecipe(Recipe):
+    """Predict the next sample of a sound."""
+
+    task: Literal["audio"] = "audio"
+    model: ByteDecoderModel = field(default_factory=ByteDecoderModel)
+    data: AudioData = field(default_factory=AudioData)
+    objective: AudioObjective = field(default_factory=AudioObjective)
+
+
 PACKAGED_RECIPES: dict[str, type[Recipe]] = {
-    kind.task: kind for kind in (ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe)
+    kind.task: kind for kind in (ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe)
 }
 """Recipe classes by task of the tasks whose modules import torch; other tasks declare theirs in their own module."""

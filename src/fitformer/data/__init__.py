@@ -1,6 +1,6 @@
 """What can be read, and in which order.
 
-`build_dataset(settings, split, seed)` makes a dataset of a recipe's `settings.ImageData` or `settings.ByteData`;
+`build_dataset(settings, split, seed)` makes a dataset of a recipe's `ImageData`, `ByteData` or `AudioData`;
 `order.StepBatches` and `order.EvaluationBatches` say in which order to read it.
 """
 

@@ -1,6 +1,7 @@
 """From the settings of a recipe to a dataset."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -10,6 +11,8 @@ from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
 from fitformer.data.copies import contents
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
+from fitformer.data.datasets.audio import AudioDataset, sound_pieces
+from fitformer.data.datasets.documents import DocumentsDataset, document_ends, end_at_separator
 from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
@@ -19,6 +22,7 @@ from fitformer.data.datasets.sources import Source, subset
 from fitformer.data.datasets.text import (
     ByteBuffer,
     BytesDataset,
+    Piece,
     file_pieces,
     python_docs,
     python_sources,
@@ -26,7 +30,7 @@ from fitformer.data.datasets.text import (
 )
 from fitformer.data.order import hold_out
 from fitformer.data.readers.levels import OpenOptions
-from fitformer.data.settings import READ_BY, ByteData, ImageData
+from fitformer.data.settings import READ_BY, AudioData, ByteData, ImageData
 from fitformer.errors import InputError
 
 Split = Literal["train", "val", "test"]
@@ -34,11 +38,14 @@ _VAL_PARTS = ("validation", "val", "valid", "dev")
 _TEST_PARTS = ("test", "testing")
 
 
-def build_dataset(settings: ImageData | ByteData, split: Split = "train", seed: int = 0) -> ImageDataset | BytesDataset:
+Settings = ImageData | ByteData | AudioData
+
+
+def build_dataset(settings: Settings, split: Split = "train", seed: int = 0) -> ImageDataset | BytesDataset:
     """The training, validation or test part of the data that `settings` describe.
 
     `seed` drives augmentation and training windows; which examples are held out is `settings.split_seed`'s alone.
-    Both kinds of dataset have `classes`, `channels`, `describe()` and take `(epoch, index)`.
+    All kinds of dataset have `classes`, `channels`, `describe()` and take `(epoch, index)`.
 
     Raises:
         InputError: settings that make no sense, or data that are missing or broken.
@@ -49,10 +56,12 @@ def build_dataset(settings: ImageData | ByteData, split: Split = "train", seed: 
     _warn_of_ignored(settings)
     if isinstance(settings, ByteData):
         return _build_bytes(settings, split, seed)
+    if isinstance(settings, AudioData):
+        return _build_audio(settings, split, seed)
     return _build_images(settings, split, seed)
 
 
-def _warn_of_ignored(settings: ImageData | ByteData) -> None:
+def _warn_of_ignored(settings: Settings) -> None:
     ignored = [
         field.name
         for field in fields(settings)
@@ -269,14 +278,44 @@ def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
         case other:
             known = ["python-sources", "python-docs", "files"]
             raise InputError(f"there is no byte source {other!r}{suggest(other, known)} ({listed(known)})")
-    parts = dict.fromkeys(("val", "test"), "held out")
-    train, held = split_pieces(pieces, settings.holdout, settings.split_seed)
-    chosen, is_test = {"train": train, "val": held, "test": held}, split != "train"
-    if settings.validation_share > 0:
-        chosen["train"], chosen["val"] = split_pieces(train, settings.validation_share, settings.split_seed + 1)
-        parts["val"], is_test = "held out for validation", split == "test"
-    title = f"{settings.path or settings.source} {parts.get(split, 'to train on')}"
-    buffer = ByteBuffer(chosen[split])
-    dataset = BytesDataset(buffer, settings.length, train=split == "train", seed=seed, title=title)
+    separator = None if settings.separator is None else settings.separator.encode()
+    chosen, title, is_test = _sequence_part(pieces, settings, split, separator)
+    buffer = ByteBuffer(chosen)
+    if settings.documents:
+        dataset: BytesDataset = DocumentsDataset(buffer, document_ends(buffer, separator), settings.length, title=title)
+    else:
+        dataset = BytesDataset(buffer, settings.length, train=split == "train", seed=seed, title=title)
     dataset.is_test = is_test
     return dataset
+
+
+def _build_audio(settings: AudioData, split: Split, seed: int) -> AudioDataset:
+    pieces, note = sound_pieces(settings.path, settings.sample_rate, settings.resample)
+    chosen, title, is_test = _sequence_part(pieces, settings, split)
+    dataset = AudioDataset(
+        chosen, settings.length, settings.sample_rate, note=note, train=split == "train", seed=seed, title=title
+    )
+    dataset.is_test = is_test
+    return dataset
+
+
+def _sequence_part(
+    pieces: Sequence[Piece], settings: ByteData | AudioData, split: Split, separator: bytes | None = None
+) -> tuple[Sequence[Piece], str, bool]:
+    """The pieces of a part, its title, and whether it is the test part."""
+    parts = dict.fromkeys(("val", "test"), "held out")
+    train, held = _split_bytes(pieces, settings.holdout, settings.split_seed, separator)
+    chosen, is_test = {"train": train, "val": held, "test": held}, split != "train"
+    if settings.validation_share > 0:
+        share, seed_of_val = settings.validation_share, settings.split_seed + 1
+        chosen["train"], chosen["val"] = _split_bytes(train, share, seed_of_val, separator)
+        parts["val"], is_test = "held out for validation", split == "test"
+    return chosen[split], f"{settings.path or settings.source} {parts.get(split, 'to train on')}", is_test
+
+
+def _split_bytes(
+    pieces: Sequence[Piece], share: float, seed: int, separator: bytes | None
+) -> tuple[Sequence[Piece], Sequence[Piece]]:
+    """Kept and held-out pieces, as `split_pieces`; a single file is cut where a document ends."""
+    kept, held = split_pieces(pieces, share, seed)
+    return (kept, held) if separator is None else end_at_separator(kept, held, separator)

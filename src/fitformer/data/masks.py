@@ -8,14 +8,14 @@ from typing import Any
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
 from fitformer.data.foreground import check_mask, open_mask
 from fitformer.data.readers import LazyImage
-from fitformer.data.settings import ByteData, ImageData
+from fitformer.data.settings import AudioData, ByteData, ImageData
 from fitformer.errors import InputError
 
 OME = (".tif", ".tiff", ".tf8", ".btf", ".zarr")
 """Suffixes that `.ome` may precede."""
 
 
-def masks_of(settings: ImageData | ByteData) -> "Masks | None":
+def masks_of(settings: ImageData | ByteData | AudioData) -> "Masks | None":
     """The masks of a recipe's data; None if its images have none.
 
     Raises:

@@ -14,6 +14,8 @@ ImageSource = Literal["digits", "idx", "folder", "manifest", "huggingface", "arr
 ByteSource = Literal["python-sources", "python-docs", "files"]
 Augmentation = Literal["none", "light", "crop", "crop-flip", "shift", "flip", "dihedral"]
 Resize = Literal["crop", "stretch", "pad"]
+# Beyond any that sound is recorded at.
+MOST_SAMPLE_RATE = 1_000_000
 Background = Literal["none", "white", "black", "auto"] | float | tuple[float, ...]
 
 
@@ -113,7 +115,10 @@ class ByteData:
             or `files`.
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
-        length: tokens of one example.
+        length: tokens of one example; what is missing to whole groups of the model is padding, which counts nowhere.
+        documents: each file, or each piece of Python's own, is a document of its own: examples are documents packed
+            into rows, and none sees another. One that is longer than a row is cut into several.
+        separator: text that ends a document, such as a newline, so that a file holds many; only with `documents`.
         holdout: share of the bytes held out: whole files where there are several, else the tail of the one file.
         validation: share of the others set aside for validation; at 0 it uses the held-out part. None is 0.1 for
             `files`, and 0 for Python's own, whose published figures train on all others.
@@ -125,6 +130,50 @@ class ByteData:
     path: str | None = None
     glob: str = "**/*"
     length: int = 1024
+    documents: bool = False
+    separator: str | None = None
+    holdout: float = 0.1
+    validation: float | None = None
+    split_seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
+        if self.length < 1:
+            raise InputError(f"length is {self.length}; an example has at least 1 token")
+        if self.separator is not None and not (self.documents and self.separator):
+            raise InputError(
+                f"separator is {self.separator!r}; it is text of at least one character, beside documents: true"
+            )
+        _check_shares(validation=self.validation)
+
+    @property
+    def validation_share(self) -> float:
+        """Of the bytes that are not held out."""
+        return (0.1 if self.source == "files" else 0.0) if self.validation is None else self.validation
+
+
+@dataclass(frozen=True)
+class AudioData:
+    """Sound: one channel of mu-law codes, 256 tokens (`fitformer.data.mu_law`).
+
+    Attributes:
+        source: `wav`, WAV files of 8 to 64 bits or floats; several channels are averaged.
+        path: a file, or a folder whose WAV files are read in sorted order, with those of its subfolders.
+        sample_rate: samples a second.
+        resample: bring files of another rate to this one, by a polyphase filter; without it they are an error.
+        length: samples of one example.
+        holdout: share of the samples held out: whole files where there are several, else the end of the one file.
+        validation: share of the others set aside for validation; at 0 it uses the held-out part. None is 0.1.
+        split_seed: which files these are.
+        num_workers: processes that read ahead.
+    """
+
+    source: Literal["wav"] = "wav"
+    path: str | None = None
+    sample_rate: int = 16000
+    resample: bool = False
+    length: int = 4096
     holdout: float = 0.1
     validation: float | None = None
     split_seed: int = 0
@@ -133,11 +182,15 @@ class ByteData:
     def __post_init__(self) -> None:
         _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
         _check_shares(validation=self.validation)
+        if not 1 <= self.sample_rate <= MOST_SAMPLE_RATE:
+            raise InputError(
+                f"sample_rate is {self.sample_rate}; it must lie between 1 and {MOST_SAMPLE_RATE} samples a second"
+            )
 
     @property
     def validation_share(self) -> float:
-        """Of the bytes that are not held out."""
-        return (0.1 if self.source == "files" else 0.0) if self.validation is None else self.validation
+        """Of the samples that are not held out."""
+        return 0.1 if self.validation is None else self.validation
 
 
 def check_pixel_range(pixel_range: tuple[float, float] | None) -> None:
@@ -161,7 +214,7 @@ def _check_counts(**counts: int) -> None:
 
 
 READ_BY: dict[str, tuple[str, ...]] = {
-    "path": ("idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist", "files"),
+    "path": ("idx", "folder", "manifest", "huggingface", "arrays", "megapixel-mnist", "files", "wav"),
     "subset": ("huggingface",),
     "glob": ("files",),
     "classes": ("idx", "folder", "manifest", "huggingface", "arrays"),

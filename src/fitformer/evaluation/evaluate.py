@@ -18,7 +18,7 @@ from fitformer.errors import InputError
 from fitformer.evaluation.batches import batches, mean_metrics
 from fitformer.evaluation.classification import classification
 from fitformer.evaluation.sample_accuracy import sample_accuracy
-from fitformer.tasks import group_images, task_of
+from fitformer.tasks import group_examples, task_of
 from fitformer.tasks.batch import Batch
 from fitformer.training.run_dir import Run
 
@@ -53,7 +53,7 @@ def evaluate(
     network, recipe, task = run.model(checkpoint).to(device), run.recipe, task_of(run.recipe)
     dataset = plain_dataset(run, split)
     _check_images(run, dataset)
-    group_images(network, dataset, recipe)
+    group_examples(network, dataset, recipe)
     total = -(-len(dataset) // batch_size)
     examples = _reported(batches(dataset, batch_size, device, recipe.data.num_workers), total, on_batch)
     if task.logits is not None:

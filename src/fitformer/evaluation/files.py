@@ -29,7 +29,8 @@ def evaluate_files(
     baselines: bool = True,
     on_tokens: OnTokens = lambda done, total: None,
 ) -> Iterator[tuple[str, Measures]]:
-    """Measure each file as a sequence of its own: a run of the task `bytes` reads any file, one of `pixels` images.
+    """Measure each file as a sequence of its own: `bytes` runs read any file, `pixels` runs
+    images, `audio` runs WAV files.
 
     Args:
         run: the run. files: their paths.
@@ -44,16 +45,18 @@ def evaluate_files(
         and those of the compressors, such as `gzip_bits_per_byte`. After several files, what holds for all, as `all`.
 
     Raises:
-        InputError: a task that reads no files as tokens, a file that is not there, is empty, or becomes shorter; what
-            `token_log_likelihoods` refuses.
+        InputError: a task that reads no files as tokens, or with classes; a file that is not there, is empty, or
+            becomes shorter; what `token_log_likelihoods` refuses.
         MissingDependencyError: zstandard is not installed.
     """
     task = task_of(run.recipe)
     if task.file_tokens is None:
         raise InputError(
-            f"{run.path} is a {run.recipe.task} run, which gives files no likelihood; give a bytes or pixels run"
+            f"{run.path} is a {run.recipe.task} run, which gives files no likelihood; give a bytes, pixels or audio run"
         )
     network = run.model(checkpoint).to(device)
+    if network.num_classes:
+        raise InputError(f"{run.path} is class-conditional, and files have no class; evaluate its data, without files")
     sequences = {str(file): task.file_tokens(network, run.recipe, Path(file)) for file in files}
     _check(sequences)
     total, sums, done = sum(map(len, sequences.values())), dict[str, float](), 0

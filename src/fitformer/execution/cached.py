@@ -66,12 +66,13 @@ class CachedTrunk:
 
     Args:
         trunk: a `Trunk` with `causal="all"`.
+        compile: compile the step of one token, which takes half a minute once and makes every step faster.
 
     Raises:
         InputError: a trunk that is not causal inside its groups, or one in training mode with dropout.
     """
 
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, trunk: Any, compile: bool = False) -> None:
         if not trunk.shifts_write:
             raise InputError(
                 "the trunk is not causal inside its groups: only autoregressive decoders are run with a cache"
@@ -82,6 +83,7 @@ class CachedTrunk:
         self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
         self.last = len(trunk.blocks) - 1
         self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
+        self.step = torch.compile(self._step) if compile else None
 
     def start(self, batch: int) -> Cache:
         """The cache of `batch` rows that have read nothing."""
@@ -111,18 +113,37 @@ class CachedTrunk:
         Returns:
             data tokens `(b, k, c)` as they leave the trunk.
         """
-        at = _Places([position % self.n for position in cache.position], x.shape[1], self.n, x.device)
+        x = self._read(cache.tensors, x, [position % self.n for position in cache.position])
+        cache.position = [position + x.shape[1] for position in cache.position]
+        self._finish_groups(cache)
+        return x
+
+    def _read(self, tensors: dict[str, Tensor], x: Tensor, starts: list[int]) -> Tensor:
+        """New tokens `(b, k, c)` as they leave the trunk, the first at these places of the current groups."""
+        count, alike = x.shape[1], min(starts) == max(starts)
+        if self.step is not None and count == 1:
+            return self.step(tensors, x, torch.tensor(starts, device=x.device)[:, None])
+        if alike:
+            return self._through_blocks(tensors, x, _Places.together(starts[0], count, x.device))
+        assert count == 1, "rows at several places read one token at a time"
+        places = torch.tensor(starts, device=x.device)[:, None]
+        return self._through_blocks(tensors, x, _Places.apart(places, max(starts) + 1))
+
+    def _step(self, tensors: dict[str, Tensor], x: Tensor, places: Tensor) -> Tensor:
+        """One token of each row `(b, 1, c)` at places `(b, 1)`: the same operations wherever the rows stand."""
+        return self._through_blocks(tensors, x, _Places.apart(places, self.n))
+
+    def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "_Places") -> Tensor:
+        """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups."""
         for i, block in enumerate(self.trunk.blocks):
             if i:
-                key, value = cache.tensors[f"{i}.write"].unbind(1)
+                key, value = tensors[f"{i}.write"].unbind(1)
                 x = x + block.write.attention.attend(block.write.norm(x), key, value)
                 x = x if block.write.ffn is None else x + block.write.ffn(x)
             for j, layer in enumerate(self.local[i]):
-                x = layer(x, cache.tensors.get(f"{i}.local.{j}"), at)
+                x = layer(x, tensors.get(f"{i}.local.{j}"), at)
             if i < self.last:
-                at.put(cache.tensors[f"{i}.tokens"], x, dim=1)
-        cache.position = [position + x.shape[1] for position in cache.position]
-        self._finish_groups(cache)
+                at.put(tensors[f"{i}.tokens"], x, dim=1)
         return x
 
     def run_groups(self, cache: Cache, x: Tensor) -> Tensor:
@@ -222,61 +243,80 @@ class CachedTrunk:
 
 
 class _FusedLayer:
-    """A local layer with one product for queries, keys and values: a step of one token takes as long as its calls."""
+    """A local layer in few calls: a step of one token takes as long as its calls.
+
+    Queries, keys and values are one product, and functions stand in the place of modules.
+    """
 
     def __init__(self, layer: Any) -> None:
-        attention = layer.attention
-        self.layer, self.attention, self.heads = layer, attention, 0
+        attention, ffn = layer.attention, layer.ffn
+        self.attention, self.heads = attention, 0
+        self.ffn_norm, self.inner, self.outer = _weights(ffn.norm), _weights(ffn.inner), _weights(ffn.outer)
+        self.eps = ffn.norm.eps
         if attention is None:
             return
-        parts = attention.query, attention.key, attention.value
+        parts = [_weights(part) for part in (attention.query, attention.key, attention.value)]
         self.heads, self.width = attention.heads, attention.query.out_features // attention.heads
-        self.weight = torch.cat([part.weight.detach() for part in parts])
-        self.bias = torch.cat([part.bias.detach() for part in parts])
+        self.normalizes = not isinstance(attention.query_norm, torch.nn.Identity)
+        self.norm, self.output = _weights(layer.norm), _weights(attention.output)
+        self.weight, self.bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def __call__(self, x: Tensor, kept: Tensor | None, at: "_Places") -> Tensor:
         """Tokens `(b, k, c)` that attended to those of their group that `kept` has, themselves included."""
         if kept is not None:
-            projected = F.linear(self.layer.norm(x), self.weight, self.bias)
-            query, key, value = projected.unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4)
+            x = x + self._attend(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), kept, at)
+        units = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *self.ffn_norm, self.eps), *self.inner))
+        return x + F.linear(units, *self.outer)
+
+    def _attend(self, x: Tensor, kept: Tensor, at: "_Places") -> Tensor:
+        batch, count, _ = x.shape
+        projected = F.linear(x, self.weight, self.bias).view(batch, count, 3, self.heads, self.width)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.normalizes:
             query, key = self.attention.query_norm(query), self.attention.key_norm(key)
-            if self.attention.rotary:
-                query, key = (self.attention.turned(each, at.places) for each in (query, key))
-            at.put(kept[:, 0], key, dim=2)
-            at.put(kept[:, 1], value, dim=2)
-            keys, values = kept[:, :, :, : at.stop].unbind(1)
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
-            x = x + self.attention.output(out.transpose(1, 2).flatten(2))
-        return x + self.layer.ffn(x)
+        if self.attention.rotary:
+            query, key = self.attention.turned(query, at.places), self.attention.turned(key, at.places)
+        keys, values = kept.unbind(1)
+        at.put(keys, key, dim=2)
+        at.put(values, value, dim=2)
+        keys, values = keys.narrow(2, 0, at.stop), values.narrow(2, 0, at.stop)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
+        return F.linear(out.transpose(1, 2).reshape(batch, count, -1), *self.output)
+
+
+def _weights(part: Any) -> tuple[Tensor, Tensor]:
+    return part.weight.detach(), part.bias.detach()
 
 
 class _Places:
-    """Where `count` new tokens of each row stand in the current groups, which have n places.
+    """Where new tokens stand in the current groups, which have n places.
 
-    Attributes:
-        places: int64, of the new tokens `(count,)`, or of each row's one `(b, 1)`.
+    Args:
+        places: int64, of the new tokens `(k,)` of all rows, or of each row's one `(b, 1)`.
         stop: the first place that no new token attends to.
         mask: of new tokens over places up to `stop`, None where all are attended to.
     """
 
-    def __init__(self, start: Sequence[int], count: int, n: int, device: torch.device) -> None:
-        self.start, self.rows, self.mask = start[0], None, None
-        if min(start) == max(start):
-            self.stop = self.start + count
-            self.places = torch.arange(self.start, self.stop, device=device)
-            if count > 1:
-                self.mask = torch.ones(count, self.stop, dtype=torch.bool, device=device).tril(self.start)
-            return
-        assert count == 1, "rows at several places read one token at a time"
-        self.stop = max(start) + 1
-        self.places = torch.tensor(start, device=device)[:, None]
-        self.rows = torch.arange(len(start), device=device)
-        self.mask = (torch.arange(self.stop, device=device) <= self.places)[:, None, None]
+    def __init__(self, places: Tensor, stop: int, mask: Tensor | None) -> None:
+        self.places, self.stop, self.mask = places, stop, mask
+        self.rows = None if places.ndim == 1 else torch.arange(len(places), device=places.device)
+
+    @classmethod
+    def together(cls, start: int, count: int, device: torch.device) -> "_Places":
+        """The same places from `start` on in all rows."""
+        places = torch.arange(start, start + count, device=device)
+        mask = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start) if count > 1 else None
+        return cls(places, start + count, mask)
+
+    @classmethod
+    def apart(cls, places: Tensor, stop: int) -> "_Places":
+        """A place for each row `(b, 1)`, all below `stop`."""
+        return cls(places, stop, (torch.arange(stop, device=places.device) <= places)[:, None, None])
 
     def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
-        """Write new tokens `(b, ..., count, w)` to their places along `dim` of `kept (b, ..., n, w)`."""
+        """Write new tokens `(b, ..., k, w)` to their places along `dim` of `kept (b, ..., n, w)`."""
         if self.rows is None:
-            kept.narrow(dim, self.start, self.stop - self.start).copy_(new)
+            kept.narrow(dim, self.stop - len(self.places), len(self.places)).copy_(new)
         elif dim == 1:
             kept[self.rows, self.places[:, 0]] = new[:, 0]
         else:

@@ -5,6 +5,7 @@ from fitformer.generation.config import GenerationConfig
 from fitformer.generation.decode import LogitsProcessor, StoppingCriterion, Streamer, generate, stream
 from fitformer.generation.logits import draw, filter_logits, likeliest, penalize_repetition
 from fitformer.generation.steps import Cached, Decoder, Step, Uncached, context_start
+from fitformer.generation.text_streamer import TextStreamer
 
 __all__ = [
     "Cached",
@@ -16,6 +17,7 @@ __all__ = [
     "Step",
     "StoppingCriterion",
     "Streamer",
+    "TextStreamer",
     "Uncached",
     "context_start",
     "draw",

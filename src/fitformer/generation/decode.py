@@ -50,6 +50,7 @@ def generate(
     streamer: Streamer | None = None,
     generator: torch.Generator | None = None,
     step: Step | None = None,
+    labels: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """Prompts with what a decoder generates after them. The decoder should be in eval mode.
@@ -64,6 +65,7 @@ def generate(
         streamer: told of the prompt and of each column of tokens.
         generator: the seed is drawn from it, in place of the option `seed`.
         step: what gives the logits, see `steps.py`; by default a cache, or none where `use_cache` is false.
+        labels: the class of each prompt `(b,)`, for a class-conditional decoder.
 
     Returns:
         int64 `(b * num_return_sequences, L + k)`, the sequences of a prompt together, padded after their ends; for a
@@ -71,9 +73,9 @@ def generate(
 
     Raises:
         InputError: a prompt of another shape or kind, or outside the vocabulary; a length that the decoder cannot reach
-            without `window`; options out of range.
+            without `window`; options out of range; labels that do not go with the decoder.
     """
-    run = _Run(decoder, prompt, GenerationConfig.of(config, options), generator, step)
+    run = _Run(decoder, prompt, GenerationConfig.of(config, options), generator, step, labels)
     if streamer is not None:
         streamer.put(run.so_far().cpu())
     for column in run.columns(logits_processor, stopping_criteria):
@@ -94,10 +96,11 @@ def stream(
     stopping_criteria: Sequence[StoppingCriterion] = (),
     generator: torch.Generator | None = None,
     step: Step | None = None,
+    labels: Tensor | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """The tokens that `generate` would return, a column `(b,)` int64 as soon as it is drawn; arguments as there."""
-    run = _Run(decoder, prompt, GenerationConfig.of(config, options), generator, step)
+    run = _Run(decoder, prompt, GenerationConfig.of(config, options), generator, step, labels)
     return run.columns(logits_processor, stopping_criteria)
 
 
@@ -111,10 +114,12 @@ class _Run:
         config: GenerationConfig,
         generator: torch.Generator | None,
         step: Step | None,
+        labels: Tensor | None,
     ) -> None:
         self.config = config
         self.several = prompt is not None and not isinstance(prompt, Tensor)
-        rows = [row for row in _rows(prompt, decoder.vocab_size) for _ in range(config.num_return_sequences)]
+        prompts = _rows(prompt, decoder.vocab_size)
+        rows = [row for row in prompts for _ in range(config.num_return_sequences)]
         self.length = self.begun = max(map(len, rows), default=0)
         _check_length(decoder, self.length, config)
         _check_ends(decoder.vocab_size, config)
@@ -127,7 +132,8 @@ class _Run:
         for own, row, start in zip(self.tokens, rows, self.starts, strict=True):
             own[start : self.length] = row
         self.seed = config.seed if generator is None else _seed_from(generator)
-        self.step = step or (Cached if config.use_cache else Uncached)(decoder, config.window)
+        labels = _repeated(labels, len(prompts), config.num_return_sequences, step)
+        self.step = step or _step(decoder, config, labels)
         self.seen = self._seen(decoder.vocab_size) if config.repetition_penalty != 1 else None
 
     def so_far(self) -> Tensor:
@@ -198,6 +204,12 @@ class _Run:
         return seen
 
 
+def _step(decoder: Decoder, config: GenerationConfig, labels: Tensor | None) -> Step:
+    if config.use_cache:
+        return Cached(decoder, config.window, config.compile, labels)
+    return Uncached(decoder, config.window, labels)
+
+
 def _rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     """Prompts as tokens `(L,)`, int64."""
     if prompt is None:
@@ -225,6 +237,17 @@ def _as_tensor(row: Any) -> Tensor:
         raise InputError(f"a prompt is {row!r}; give integer tokens (length,), bytes or text")
     row = list(as_bytes("prompt", row) if isinstance(row, str) else row)
     return torch.tensor(row, dtype=None if row else torch.int64)
+
+
+def _repeated(labels: Tensor | None, prompts: int, times: int, step: Step | None) -> Tensor | None:
+    """The class of each sequence."""
+    if labels is None:
+        return None
+    if step is not None:
+        raise InputError("labels are given with a step, which knows its own; leave them out")
+    if labels.shape != (prompts,):
+        raise InputError(f"labels are {tuple(labels.shape)}; give one class for each of the {prompts} prompts")
+    return labels.repeat_interleave(times)
 
 
 def _device(decoder: Any) -> torch.device:

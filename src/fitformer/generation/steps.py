@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fitformer._support.checks import checked, whole
+from fitformer.errors import InputError
 from fitformer.generation.cached_decoder import CachedDecoder, DecodingState, rows_by
 
 Step = Callable[[Tensor, Sequence[int]], Tensor]
@@ -32,8 +33,11 @@ class Decoder(Protocol):
     def vocab_size(self) -> int:
         """Number of different tokens."""
 
-    def __call__(self, tokens: Tensor, /) -> Tensor:
-        """Logits `(b, t, n, vocab)` of the targets, given tokens `(b, t, n)` shifted right by one."""
+    def __call__(self, tokens: Tensor, /, **labels: Any) -> Tensor:
+        """Logits `(b, t, n, vocab)` of the targets, given tokens `(b, t, n)` shifted right by one.
+
+        A class-conditional decoder is told `labels (b,)` as well.
+        """
 
 
 @checked
@@ -59,47 +63,66 @@ def group_limit(decoder: Decoder, window: int | None) -> int | None:
     return min(limits, default=None)
 
 
+def check_held(decoder: Decoder, length: int, window: int | None = None) -> None:
+    """Refuse a prompt of `length` tokens that a decoder cannot hold, unless a window says how much of its end is read.
+
+    Raises:
+        InputError: it is longer than the decoder's length.
+    """
+    groups, n = decoder.most_groups, decoder.tokens_per_group
+    if window is None and groups is not None and length > groups * n:
+        raise InputError(
+            f"the prompt has {length} tokens, and the model holds {groups * n} ({groups} groups of {n}): give less of "
+            f"it, or a window of at most {groups} groups, with which its end alone is read"
+        )
+
+
 class Uncached:
     """The plain step: the decoder runs on every group of the context.
 
     Args:
-        decoder: a `Decoder`. window: groups of context at most.
+        decoder: a `Decoder`. window: groups of context at most. labels: classes `(b,)`, for a class-conditional one.
     """
 
     @checked
-    def __init__(self, decoder: Decoder, window: int | None = None) -> None:
-        self.decoder, self.groups = decoder, group_limit(decoder, window)
+    def __init__(self, decoder: Decoder, window: int | None = None, labels: Tensor | None = None) -> None:
+        self.decoder, self.groups, self.labels = decoder, group_limit(decoder, window), labels
 
     def __call__(self, tokens: Tensor, starts: Sequence[int]) -> Tensor:
         """Logits `(b, vocab)` of the token after `tokens (b, p)`, whose rows begin at `starts`."""
         logits: list[Any] = [None] * len(tokens)
         for start, rows in rows_by(starts).items():
-            for row, own in zip(rows, self._of(tokens[rows, start:]), strict=True):
+            for row, own in zip(rows, self._of(tokens[rows, start:], rows), strict=True):
                 logits[row] = own
         return torch.stack(logits)
 
-    def _of(self, tokens: Tensor) -> Tensor:
+    def _of(self, tokens: Tensor, rows: list[int]) -> Tensor:
         n = self.decoder.tokens_per_group
         context = tokens[:, context_start(tokens.shape[1], n, self.groups) :]
         group, place = divmod(context.shape[1], n)
         # Shifted by one: place k holds token k - 1, the first is 0. What follows the last token is not seen by it.
         shifted = nn.functional.pad(context, (1, (group + 1) * n - context.shape[1] - 1))
-        return self.decoder(shifted.unflatten(1, (group + 1, n)))[:, group, place]
+        told = {} if self.labels is None else {"labels": self.labels[rows]}
+        return self.decoder(shifted.unflatten(1, (group + 1, n)), **told)[:, group, place]
 
 
 class Cached:
     """The step with a cache, which reads each token once but for those of a context that begins anew.
 
     Args:
-        decoder: a `FITDecoder`. window: groups of context at most.
+        decoder: a `FITDecoder`. window: groups of context at most. compile: see `CachedDecoder`.
+        labels: classes `(b,)`, for a class-conditional decoder.
 
     Raises:
         InputError: the decoder is in training mode with dropout.
     """
 
     @checked
-    def __init__(self, decoder: Decoder, window: int | None = None) -> None:
-        self.decoder, self.groups = CachedDecoder(decoder), group_limit(decoder, window)
+    def __init__(
+        self, decoder: Decoder, window: int | None = None, compile: bool = False, labels: Tensor | None = None
+    ) -> None:
+        self.decoder, self.groups = CachedDecoder(decoder, compile), group_limit(decoder, window)
+        self.labels = labels
         self.state: DecodingState | None = None
         self.begins: list[int] = []
 
@@ -111,14 +134,17 @@ class Cached:
         if self.state is not None and begins == before:
             return self.decoder.feed(self.state, tokens[:, -1:], last=True)[:, 0]
         if self.state is None:
-            self.state, before = self.decoder.start(len(tokens)), [-1] * len(tokens)
+            self.state, before = self._start(list(range(len(tokens)))), [-1] * len(tokens)
         logits: list[Any] = [None] * len(tokens)
         for (begin, old), rows in rows_by(list(zip(begins, before, strict=True))).items():
             if begin == old:
                 some, inputs = self.state.select(rows), tokens[rows, -1:]
             else:
-                some, inputs = self.decoder.start(len(rows)), nn.functional.pad(tokens[rows, begin:], (1, 0))
+                some, inputs = self._start(rows), nn.functional.pad(tokens[rows, begin:], (1, 0))
             for row, own in zip(rows, self.decoder.feed(some, inputs, last=True)[:, 0], strict=True):
                 logits[row] = own
             self.state.cache.put(rows, some.cache)
         return torch.stack(logits)
+
+    def _start(self, rows: list[int]) -> DecodingState:
+        return self.decoder.start(len(rows), None if self.labels is None else self.labels[rows])

@@ -1,4 +1,4 @@
-"""Classes by name or number, and drawn images on disk: a grid, single files, samples.json."""
+"""Classes by name or number, images to complete, and drawn ones on disk: a grid, single files, samples.json."""
 
 import json
 import re
@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.suggest import suggest
+from fitformer.data.decoding import UnreadableImageError, decode
+from fitformer.data.settings import ImageData
 from fitformer.errors import InputError
+from fitformer.patching.sizes import format_size, to_sides
 from fitformer.tasks.preview import grid, write_picture
 
 
@@ -39,6 +43,28 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
         raise InputError(f"class {word} is out of range: there are {len(classes)} classes, 0 to {len(classes) - 1}")
     hint = suggest(word, classes, f"; known classes are {', '.join(classes[:20])}")
     raise InputError(f"unknown class {word!r}{hint}")
+
+
+def read_images(files: Sequence[str | Path], settings: ImageData, channels: int) -> Tensor:
+    """Image files of a model's own size as uint8 `(k, H, W, channels)`, decoded as the data it was trained on.
+
+    Raises:
+        InputError: a file that is missing or no image, or an image of another size than `settings.image_size`.
+    """
+    size, images = to_sides(settings.image_size or 1, "hw", "data.image_size"), []
+    for file in files:
+        try:
+            pixels = decode(file, str(file), channels, settings.pixel_range)
+        except UnreadableImageError as fault:
+            raise InputError(str(fault)) from fault
+        if pixels.shape[:2] != size:
+            raise InputError(
+                f"{file} is {format_size(pixels.shape[:2])} pixels, and the model's images are {format_size(size)} "
+                "(rows x columns); cut or scale it to that size"
+            )
+        # A copy: Pillow's own pixels cannot be written to, of which torch warns.
+        images.append(torch.from_numpy(pixels.copy()))
+    return torch.stack(images)
 
 
 def write_samples(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fitformer.errors import InputError
 from fitformer.execution import Execution, Inputs, Outputs, Streamed, checkpointed, plain
@@ -56,3 +57,18 @@ class FITModel(Pretrained, nn.Module):
     def all_parameters(self, *more: Any) -> tuple[Any, ...]:
         """The parameters, and further tensors with gradients: what `Inputs.parameters` takes."""
         return *self.parameters(), *(tensor for tensor in more if tensor is not None)
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no classes `(b,)`, -1 for none.
+
+    Raises:
+        InputError: labels that are no whole numbers `(b,)`, or, on a CPU, one that is no class.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"classes are {labels.dtype} {tuple(labels.shape)}; give whole numbers (b,), -1 for none")
+    # Elsewhere the host would have to wait for the device.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels < -1) | (labels >= classes)]
+        if len(wrong):
+            raise InputError(f"class {int(wrong[0])} is out of range: classes are 0 to {classes - 1}, -1 for none")

@@ -68,13 +68,13 @@ def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, band: int 
     band = band if isinstance(band, Band) else Band(band)
     only, *more = _chunks_of(query, key, band)
     if not more and only.pairs * band.rows(query.shape[0]) <= MOST_MASK:
-        return _attend(query, key, value, only, band, dropout)
+        return _attend(*_cut((query, key, value), only), only, band, dropout)
     # Mixed precision leaves normalised queries and keys in float32; there is none in the backward pass to cast them.
     return _InChunks.apply(query.to(value.dtype), key.to(value.dtype), value, band, dropout)
 
 
 def chunks(tokens: int, band: Band, rows: int = 1, first: int = 0) -> Iterator[Chunk]:
-    """The chunks of tokens from `first` on: the masks of one, for `rows` rows, have up to MOST_MASK numbers."""
+    """The chunks of queries from `first` to `tokens`; masks of one, for `rows` rows, have at most MOST_MASK numbers."""
     behind = tokens if band.window is None else (band.window - 1) * band.block
     if behind + LEAST_QUERIES >= tokens:
         behind, most = tokens, MOST_MASK // max(tokens * rows, 1)

@@ -16,7 +16,7 @@ from fitformer.diffusion.samplers import sampler_of
 from fitformer.errors import InputError
 from fitformer.execution.base import Score
 from fitformer.models.adapt import Grid
-from fitformer.models.base import FITModel
+from fitformer.models.base import FITModel, check_classes
 from fitformer.models.config import TrunkConfig
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.layers import MOST_SIZE, check_sizes
@@ -252,11 +252,5 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     Raises:
         InputError: labels that are no whole numbers, or, on a CPU, one that is no class.
     """
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        raise InputError(f"classes are {labels.dtype} {tuple(labels.shape)}; give whole numbers (b,), -1 for none")
-    # Elsewhere the host would have to wait for the device.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[(labels < -1) | (labels >= classes)]
-        if len(wrong):
-            raise InputError(f"class {int(wrong[0])} is out of range: classes are 0 to {classes - 1}, -1 for none")
+    check_classes(labels, classes)
     return F.one_hot(labels.long().clamp_min(0), classes).float() * (labels >= 0)[:, None]

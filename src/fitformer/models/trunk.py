@@ -261,9 +261,9 @@ class Trunk(nn.Module):
 
     def _check_table(self, num_groups: int, places: Tensor | None) -> None:
         most = self.most_groups
-        if most is not None and num_groups > most and places is not None:
-            # Documents are shorter than the input; how much is asked of the device only where it matters.
-            num_groups = int(places.max()) + 1
+        if most is not None and places is not None and (num_groups > most or places.device.type == "cpu"):
+            # Documents are shorter than the input. An accelerator is asked, and waited for, only where it matters.
+            num_groups = int(places.max()) + 1 if places.numel() else 0
         if most is not None and num_groups > most:
             raise InputError(
                 f"the input has {num_groups} groups, the model positions for {most}; build it with num_groups at least "

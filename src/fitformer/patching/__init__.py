@@ -6,6 +6,13 @@ A size is one number for all axes or one number an axis: `(rows, columns)`, for 
 Images of any size, read when they are needed, are in `any_size`.
 """
 
+from fitformer.patching.documents import (
+    PackedDocuments,
+    pack_documents,
+    pack_rows,
+    places_in_documents,
+    unpack_documents,
+)
 from fitformer.patching.glimpse import glimpses, glimpses_to_image
 from fitformer.patching.grid import PatchGrid
 from fitformer.patching.image import (
@@ -20,6 +27,7 @@ from fitformer.patching.sequence import (
     bytes_to_tokens,
     groups_to_sequence,
     image_to_pixels,
+    pad_to_groups,
     pixels_to_image,
     sequence_to_groups,
     shift_right,
@@ -28,6 +36,7 @@ from fitformer.patching.sequence import (
 from fitformer.patching.video import groups_to_video, video_to_groups
 
 __all__ = [
+    "PackedDocuments",
     "PatchGrid",
     "bytes_to_tokens",
     "extract_patches",
@@ -41,9 +50,14 @@ __all__ = [
     "image_to_pixels",
     "map_to_groups",
     "merge_patches",
+    "pack_documents",
+    "pack_rows",
+    "pad_to_groups",
     "pixels_to_image",
+    "places_in_documents",
     "sequence_to_groups",
     "shift_right",
     "tokens_to_bytes",
+    "unpack_documents",
     "video_to_groups",
 ]

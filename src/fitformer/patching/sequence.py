@@ -12,7 +12,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fitformer._support.checks import checked, whole
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
+from fitformer.patching.documents import places_in_documents
 from fitformer.patching.image import extract_patches, merge_patches
 from fitformer.patching.sizes import (
     MOST_CHANNELS,
@@ -32,7 +34,7 @@ def sequence_to_groups(tokens: Tensor, n: int) -> Tensor:
     """Cut a sequence `(b, L)` or `(b, L, c)` into groups of `n`: `(b, t, n)` or `(b, t, n, c)`.
 
     Raises:
-        InputError: `n` does not divide L.
+        InputError: `n` does not divide L; `pad_to_groups` makes it.
     """
     if tokens.ndim < 2:
         raise InputError(f"a batch of sequences (b, L) is expected, not shape {tuple(tokens.shape)}; try tokens[None]")
@@ -42,28 +44,50 @@ def sequence_to_groups(tokens: Tensor, n: int) -> Tensor:
 
 
 @checked
-def groups_to_sequence(x: Tensor) -> Tensor:
-    """Join groups `(b, t, n)` or `(b, t, n, c)` into `(b, t * n)` or `(b, t * n, c)`.
+def pad_to_groups(tokens: Tensor, n: int) -> Tensor:
+    """A sequence `(b, L)` or `(b, L, c)`, or its mask, with zeros at its end until groups of `n` fill it.
 
     Raises:
-        InputError: fewer than three axes.
+        InputError: fewer than two axes, or groups of no tokens.
     """
-    if x.ndim < 3:
-        raise InputError(f"groups (b, t, n) are expected, not shape {tuple(x.shape)}")
-    return rearrange(x, inverse_pattern(SEQUENCE))
+    if tokens.ndim < 2:
+        raise InputError(f"a batch of sequences (b, L) is expected, not tokens {tuple(tokens.shape)}; try tokens[None]")
+    missing = -tokens.shape[1] % whole("n", n)
+    check_room(f"groups of n={n} tokens", missing)
+    return F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, missing)) if missing else tokens
 
 
 @checked
-def shift_right(tokens: Tensor) -> Tensor:
-    """Input `(b, t, n)` of an autoregressive decoder for targets `(b, t, n)`: position k holds target k-1, the first 0.
-
-    The shift runs through the whole sequence, across groups (spec section 5, autoregressive decoder).
+def groups_to_sequence(x: Tensor, length: int | None = None) -> Tensor:
+    """Join groups `(b, t, n)` or `(b, t, n, c)` into `(b, t * n)` or `(b, t * n, c)`, or the first `length` of these.
 
     Raises:
-        InputError: not three axes.
+        InputError: fewer than three axes, or groups of fewer tokens than `length`.
+    """
+    if x.ndim < 3:
+        raise InputError(f"groups (b, t, n) are expected, not shape {tuple(x.shape)}")
+    joined = rearrange(x, inverse_pattern(SEQUENCE))
+    return joined if length is None else joined[:, : whole("length", length, 0, joined.shape[1])]
+
+
+@checked
+def shift_right(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Input `(b, t, n)` of an autoregressive decoder for targets `(b, t, n)`: position k holds target k-1, the first 0.
+
+    The shift runs through the whole sequence, across groups (spec section 5, autoregressive decoder). With `documents
+    (b, t)`, a number for each group (see `pack_documents`), the first of each document is 0.
+
+    Raises:
+        InputError: not three axes, or documents of other groups.
     """
     check_axes(tokens, "tokens (b, t, n)", 3)
-    return sequence_to_groups(F.pad(groups_to_sequence(tokens)[:, :-1], (1, 0)), tokens.shape[2])
+    shifted = sequence_to_groups(F.pad(groups_to_sequence(tokens)[:, :-1], (1, 0)), tokens.shape[2])
+    if documents is None:
+        return shifted
+    if documents.shape != tokens.shape[:2]:
+        raise InputError(f"documents {tuple(documents.shape)} are not of the groups of tokens {tuple(tokens.shape)}")
+    shifted[:, :, 0] = shifted[:, :, 0].masked_fill(places_in_documents(documents) == 0, 0)
+    return shifted
 
 
 @checked

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Kind, contexts
+from fitformer.models.block_causal import MOST_MASK, Band
 from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
@@ -95,7 +96,11 @@ def global_stages(
     """The global phase of block i on `latents` latents of each of `batch` examples."""
     block: Block = trunk.blocks[i]
     # One causal block of all latents keeps what blocks of groups keep; attention to many of those runs in many chunks.
-    causal = latents if block.causal_global > 1 else block.causal_global
+    causal: int | Band = latents if block.causal_global > 1 else block.causal_global
+    if block.window is not None:
+        # A window runs in chunks from fewer latents on; those are few chunks, which may be measured.
+        small = latents**2 <= MOST_MASK
+        causal = Band(block.causal_global, block.window) if small else latents
     if block.condition is not None:
         yield layer_stage(trunk.config, "condition", batch, latents, conditions, numerics)
     for _ in block.global_layers:
@@ -103,7 +108,7 @@ def global_stages(
 
 
 def layer_stage(
-    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int = 0
+    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, numerics: Numerics, causal: int | Band = 0
 ) -> Stage:
     """A layer of a block on rows of queries that attend to keys; `keys` is 0 in self-attention."""
     alone = name in GROUP_LAYERS
@@ -113,7 +118,7 @@ def layer_stage(
 
 @lru_cache(maxsize=4096)
 def _layer_cost(
-    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, precision: Any, causal: int
+    config: TrunkConfig, name: str, rows: int, queries: int, keys: int, precision: Any, causal: int | Band
 ) -> _Cost:
     with fake_mode():
         layer, inputs = _fake_layer(config, name), layer_inputs(config, name, rows, queries, keys)

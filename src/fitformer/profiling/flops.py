@@ -1,7 +1,8 @@
 """Parameters and floating-point operations (FLOPs), part by part.
 
 FLOPs are those of one example's forward pass, counted by torch on meta tensors: two for each multiply-add of a matrix
-product (norms, GELU and softmax are left out, as is usual). Attention counts every pair of tokens, also masked ones.
+product (norms, GELU and softmax are left out, as is usual). Attention counts every pair of tokens, also masked ones;
+over a window of groups, those that its chunks compute.
 The model may be on any device, also `meta`: its weights are not read.
 """
 
@@ -17,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fitformer._support.checks import checked
 from fitformer.errors import InputError
+from fitformer.models.block_causal import Band, chunks
 from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.models.trunk import Trunk
+from fitformer.models.trunk import Block, Trunk
 from fitformer.profiling.probes import build_layer, cached_by_shapes, layer_inputs, run_layer, without_trunk
 
 Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
@@ -173,7 +175,8 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
     untied = count_parameters(model.output_embedding) + count_parameters(model.norm)
     bias = 0 if model.output_bias is None else model.output_bias.numel()
     logits = t * n * _token_flops(model, "head", plan.dim)
-    embedding = Part("embedding", data, count_parameters(model.embedding), Flops())
+    embeddings = count_parameters(model.embedding) + count_parameters(model.class_embedding)
+    embedding = Part("embedding", data, embeddings, Flops())
     return [embedding], [Part("norm and logits", data, untied + bias, logits)]
 
 
@@ -210,14 +213,26 @@ def _trunk_parts(trunk: Trunk, plan: GroupPlan, conditions: int) -> Iterator[Par
             rows, queries, keys = shapes[name]
             times = f" x {depth}" if isinstance(layers, nn.ModuleList) else ""
             tokens = f"{rows} x {queries}" + (f" to {keys}" if keys else "")
-            cost = depth * rows * layer_flops(trunk.config, name, queries, keys)
+            pairs = _window_pairs(block, queries) if name == "global" else None
+            cost = depth * rows * layer_flops(trunk.config, name, queries, keys, pairs)
             yield Part(f"block {i} {name}{times}", tokens, count_parameters(layers), cost)
 
 
-def layer_flops(config: TrunkConfig, name: str, queries: int, keys: int) -> Flops:
-    """FLOPs of a layer of a block on one row of queries that attend to keys; `keys` is 0 in self-attention."""
+def _window_pairs(block: Block, latents: int) -> int | None:
+    """Pairs of latents in a global layer over a window of groups; None without one."""
+    if block.window is None:
+        return None
+    return sum(chunk.pairs for chunk in chunks(latents, Band(block.causal_global, block.window)))
+
+
+def layer_flops(config: TrunkConfig, name: str, queries: int, keys: int, pairs: int | None = None) -> Flops:
+    """FLOPs of a layer of a block on one row of queries that attend to keys; `keys` is 0 in self-attention.
+
+    `pairs` of a query and a key are all of them by default.
+    """
     query, key, pair = _layer_rates(config, name)
-    return queries * query + keys * key + queries * (keys or queries) * pair
+    pairs = queries * (keys or queries) if pairs is None else pairs
+    return queries * query + keys * key + pairs * pair
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fitformer.models.block_causal import Band
 from fitformer.models.config import TrunkConfig
 from fitformer.models.dropout import GroupRandom
 from fitformer.models.layers import CrossLayer, TransformerLayer
@@ -42,7 +43,10 @@ def layer_inputs(config: TrunkConfig, name: str, rows: int, queries: int, keys: 
 
 
 def run_layer(
-    layer: CrossLayer | TransformerLayer, inputs: list[Tensor], causal: int = 0, random: GroupRandom | None = None
+    layer: CrossLayer | TransformerLayer,
+    inputs: list[Tensor],
+    causal: int | Band = 0,
+    random: GroupRandom | None = None,
 ) -> Tensor:
     """Run a layer on `layer_inputs`, as a block does."""
     if isinstance(layer, CrossLayer):

@@ -13,7 +13,7 @@ from fitformer.tasks.registry import TaskSpec, task_of
 if TYPE_CHECKING:
     from fitformer.models.base import FITModel
 
-__all__ = ["TaskSpec", "build_model", "group_images", "set_execution", "task_of"]
+__all__ = ["TaskSpec", "build_model", "group_examples", "set_execution", "task_of"]
 
 
 def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
@@ -26,11 +26,16 @@ def build_model(recipe: Recipe, dataset: Any) -> "FITModel":
     return model
 
 
-def group_images(network: "FITModel", dataset: Any, recipe: Recipe) -> None:
-    """Have a dataset hand images out as a model of any size cuts them; nothing for other models."""
+def group_examples(network: "FITModel", dataset: Any, recipe: Recipe) -> None:
+    """Have a dataset hand examples out in the groups of a model, where it asks for them.
+
+    Those are images, as a model of any size cuts them, and documents, which begin at a group's start.
+    """
     grid = getattr(network, "patch_grid", None)
     if grid is not None and grid.any_size and dataset is not None:
         dataset.group_for(grid, getattr(network, "glimpses", 0), recipe.data)
+    elif dataset is not None and getattr(recipe.data, "documents", False):
+        dataset.group_for(network.trunk.tokens_per_group)
 
 
 def set_execution(network: "FITModel", training: Training) -> None:

@@ -16,6 +16,7 @@ class Batch(TypedDict, total=False):
         image: uint8 `(b, H, W, ch)`, or a list of images that are read on demand.
         label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the number of the example.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
+        documents: int64 `(b, t)`, the number of each group's document, see `patching.pack_documents`.
     """
 
     image: Any
@@ -23,6 +24,7 @@ class Batch(TypedDict, total=False):
     index: Tensor
     tokens: Tensor
     mask: Tensor
+    documents: Tensor
 
 
 def arguments(model: Model, *drop: str) -> dict[str, Any]:

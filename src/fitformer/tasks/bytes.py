@@ -1,6 +1,6 @@
 """Autoregression over bytes: predict the next byte of a text or file."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,14 @@ from torch import Tensor
 from fitformer import patching
 from fitformer.config.schema import ByteRecipe
 from fitformer.data.datasets.text import ByteBuffer, compressed_bits_per_byte, whole_file
-from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
-from fitformer.tasks._autoregression import BYTE_VALUES, build_decoder, loss_in_bits, measure_in_bits
+from fitformer.tasks._autoregression import (
+    build_sequence_decoder,
+    continue_sequences,
+    loss_in_bits,
+    measure_in_bits,
+    sequence_targets,
+)
 from fitformer.tasks.batch import Batch
 from fitformer.tasks.preview import Preview
 from fitformer.tasks.registry import TaskSpec
@@ -23,40 +28,22 @@ _PREVIEW_PROMPT = b"\n"
 
 
 def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
-    """A decoder of bytes.
+    """A decoder of bytes, of as many groups as hold `data.length`.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
-    return build_decoder(recipe.model, _num_groups(recipe), recipe.model.tokens_per_group, BYTE_VALUES)
-
-
-def _num_groups(recipe: ByteRecipe) -> int:
-    length, n = recipe.data.length, recipe.model.tokens_per_group
-    if n < 1 or length % n:
-        below = length // max(n, 1) * max(n, 1)
-        near = f"{below} or {below + n}" if below else f"{n}"
-        raise InputError(
-            f"data.length {length} is not a multiple of model.tokens_per_group {n}; the nearest lengths are {near}"
-        )
-    return length // n
-
-
-def targets(batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, Tensor | None]:
-    """Bytes `(b, t, n)` of a batch, and a mask `(b, t, n)` of those that count; None if all do."""
-    n, mask = recipe.model.tokens_per_group, batch.get("mask")
-    grouped_mask = None if mask is None or bool(mask.all()) else patching.sequence_to_groups(mask, n)
-    return patching.sequence_to_groups(batch["tokens"], n), grouped_mask
+    return build_sequence_decoder(recipe)
 
 
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count."""
-    return loss_in_bits(network, UNIT, *targets(batch, recipe))
+    return loss_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def measure(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[dict[str, Tensor], int]:
     """Held-out `loss` in nats and `bits_per_byte`, and the number of bytes that count."""
-    return measure_in_bits(network, UNIT, *targets(batch, recipe))
+    return measure_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 
 def baselines(recipe: ByteRecipe, train: Iterator[Batch], test: Iterator[Batch]) -> Iterator[tuple[str, float]]:
@@ -70,51 +57,22 @@ def baselines(recipe: ByteRecipe, train: Iterator[Batch], test: Iterator[Batch])
         yield f"{compressor}_{UNIT}", compressed_bits_per_byte(content, compressor)
 
 
-def generate_bytes(
-    network: FITDecoder,
-    prompts: Sequence[bytes],
-    length: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    on_token: Callable[..., None] | None = None,
-) -> list[bytes]:
-    """Continue prompts of one length by `length` bytes each, and return prompts with their continuations.
+def generate_bytes(network: FITDecoder, prompts: Sequence[bytes], length: int, **options: Any) -> list[bytes]:
+    """Continue prompts of any lengths by `length` bytes each, and return prompts with their continuations.
 
     The result may be longer than the trained length: the decoder then sees the most recent bytes.
 
     Args:
-        network: a decoder of bytes. prompts: at least one byte each.
-        length: bytes to draw for each prompt.
-        temperature, top_k, top_p: see `generation.filter_logits`.
-        seed: of the random numbers.
-        on_token: called with the position and the bytes `(b,)` as they are drawn.
+        network: a decoder of bytes. prompts: of any bytes; an empty one begins from nothing.
+        length: bytes to draw for each prompt, fewer where `stop_strings` end it.
+        options: of `generation.GenerationConfig`, such as `temperature`, `stop_strings`, `seed` and `window`, and a
+            `streamer`.
 
     Raises:
-        InputError: empty prompts or prompts of several lengths; a temperature, `top_k` or `top_p` out of range.
+        InputError: a prompt longer than the decoder holds, without a `window`; options out of range.
     """
-    if len({len(prompt) for prompt in prompts}) != 1 or not prompts[0]:
-        raise InputError("the prompts must not be empty and must have one length; continue others one at a time")
-    device = next(network.parameters()).device
-    start = torch.stack([patching.bytes_to_tokens(prompt) for prompt in prompts]).to(device)
-    new = []
-    for column in network.stream(
-        start,
-        max_new_tokens=length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        window=network.num_groups,
-    ):
-        new.append(column)
-        if on_token is not None:
-            on_token(start.shape[1] + len(new) - 1, column)
-    tokens = torch.cat([start, *(column[:, None] for column in new)], dim=1)
-    return [patching.tokens_to_bytes(row) for row in tokens]
+    rows = continue_sequences(network, prompts, length, **options)
+    return [patching.tokens_to_bytes(row) for row in rows]
 
 
 def file_tokens(network: FITDecoder, recipe: ByteRecipe, path: Path) -> ByteBuffer:

@@ -1,20 +1,30 @@
-"""Previews of a model: samples as a grid of images, or as text."""
+"""Previews of a model: samples as a grid of images, as text, or as sound."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer.data import mu_law
+from fitformer.data.wav import write_sound
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Samples of a model: `images` uint8 `(k, H, W, ch)`, or `text`, one string for each sample."""
+    """Samples of a model.
+
+    Attributes:
+        images: uint8 `(k, H, W, ch)`. text: one string for each sample.
+        sound: mu-law codes uint8 `(k, L)`, of `sample_rate` samples a second.
+    """
 
     images: Tensor | None = None
     text: tuple[str, ...] = ()
+    sound: Tensor | None = None
+    sample_rate: int = 0
 
 
 def grid(images: Tensor, columns: int = 0, gap: int = 1, enlarge: int = 0) -> Tensor:
@@ -42,8 +52,19 @@ def write_picture(path: Path, image: Tensor) -> None:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(scratch, format="PNG")
 
 
+def in_a_row(sound: Tensor, sample_rate: int) -> Tensor:
+    """Sounds, codes `(k, L)`, one after the other with a quarter of a second of silence between: codes `(samples,)`."""
+    silence = sound.new_full((len(sound), sample_rate // 4), int(mu_law.encode(np.zeros(1))[0]))
+    joined = torch.cat([sound, silence], dim=1).flatten()
+    return joined[: len(joined) - silence.shape[1]]
+
+
 def save(preview: Preview, stem: Path) -> Path:
-    """Write a preview to `stem` with the ending .png (a grid) or .txt; returns the file."""
+    """Write a preview to `stem` with the ending .png (a grid), .wav (one after the other) or .txt; returns the file."""
+    if preview.sound is not None:
+        path = stem.with_suffix(".wav")
+        write_sound(path, in_a_row(preview.sound, preview.sample_rate).cpu().numpy(), preview.sample_rate)
+        return path
     if preview.images is not None:
         path = stem.with_suffix(".png")
         write_picture(path, grid(preview.images))

@@ -10,6 +10,7 @@ from fitformer.config.schema import Recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from torch import Tensor
 
     from fitformer.data.datasets.text import ByteBuffer
@@ -39,8 +40,9 @@ class TaskSpec:
         prepare: `(recipe, dataset) -> recipe` for `loss`: settings that follow from the training part, in numbers; None
             if there are none.
         verb: the command that uses a trained model.
-        generate_images, generate_bytes: draw tokens one by one, see `tasks.pixels.generate_images` and
-            `tasks.bytes.generate_bytes`; one of the two for the verb `generate`.
+        generate_images, generate_bytes, generate_audio: draw tokens one by one, see `tasks.pixels.generate_images`,
+            `tasks.bytes.generate_bytes` and `tasks.audio.generate_audio`; one of the three for the verb `generate`.
+        complete_images: draw the rest of images, see `tasks.pixels.complete_images`.
         file_tokens: `(model, recipe, path) -> ByteBuffer`: a file as the tokens of one sequence, whose likelihood the
             verb `evaluate` gives in `unit`, such as `bits_per_byte`; None where files have none.
         find_unused_parameters: some parameters get no gradient, which distributed training must be told.
@@ -59,7 +61,9 @@ class TaskSpec:
     prepare: "Callable[[Any, Any], Any] | None" = None
     verb: Literal["predict", "sample", "generate"] | None = None
     generate_images: "Callable[..., Tensor] | None" = None
+    complete_images: "Callable[..., Tensor] | None" = None
     generate_bytes: "Callable[..., list[bytes]] | None" = None
+    generate_audio: "Callable[..., list[np.ndarray]] | None" = None
     file_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
     unit: str = ""
     find_unused_parameters: bool = False

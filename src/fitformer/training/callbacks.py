@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fitformer.config.schema import Recipe
+from fitformer.data import mu_law
 from fitformer.data.settings import Background, ImageData
 from fitformer.tasks import task_of
-from fitformer.tasks.preview import Preview, grid, save
+from fitformer.tasks.preview import Preview, grid, in_a_row, save
 from fitformer.training.run_dir import Run
 
 
@@ -141,11 +142,20 @@ class MetricsLogger(Callback):
         step = trainer.global_step
         save(preview, self.run.samples / f"step-{step:07d}")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and preview.images is not None:
-                logger.experiment.add_image("samples", grid(preview.images).numpy(), step, dataformats="HWC")
-            elif isinstance(logger, TensorBoardLogger):
-                text = "\n\n---\n\n".join("    " + sample.replace("\n", "\n    ") for sample in preview.text)
-                logger.experiment.add_text("samples", text, step)
+            if isinstance(logger, TensorBoardLogger):
+                _add_preview(logger.experiment, preview, step)
+
+
+def _add_preview(board: Any, preview: Preview, step: int) -> None:
+    """Show a preview in TensorBoard."""
+    if preview.images is not None:
+        board.add_image("samples", grid(preview.images).numpy(), step, dataformats="HWC")
+    elif preview.sound is not None:
+        codes = in_a_row(preview.sound, preview.sample_rate).cpu().numpy()
+        board.add_audio("samples", mu_law.decode(codes)[None], step, preview.sample_rate)
+    else:
+        text = "\n\n---\n\n".join("    " + sample.replace("\n", "\n    ") for sample in preview.text)
+        board.add_text("samples", text, step)
 
 
 class ForegroundReport(Callback):

@@ -23,7 +23,7 @@ from fitformer.data.workers import dead_worker, message_of
 from fitformer.errors import InputError, MissingDependencyError
 from fitformer.models.base import FITModel
 from fitformer.models.pretrained import file_of
-from fitformer.tasks import build_model, group_images, task_of
+from fitformer.tasks import build_model, group_examples, task_of
 from fitformer.training import checkpoint, checkpoint_file
 from fitformer.training.callbacks import ConsoleLogger, MetricsLogger, ProgressBar, loggers, skipping
 from fitformer.training.ema import EMACallback
@@ -98,7 +98,7 @@ def _train(run: Run, learner: FITModule, examples: Any, held_out: Any, init_from
         _say(f"{run.path} is complete: {step} steps; its model is {run.model_folder}")
         return True
     for part, dataset in (("training", examples), ("held out", held_out)):
-        group_images(network, dataset, recipe)
+        group_examples(network, dataset, recipe)
         if dataset is not None:
             _say(f"{part}: {dataset.describe()}")
     if step:

@@ -236,22 +236,23 @@ class BytesDataset(Dataset[dict[str, Any]]):
     classes: tuple[str, ...] = ()
     channels = 0
     vocabulary = VOCABULARY
+    unit = "bytes"
     is_test = False
 
     def __init__(self, buffer: ByteBuffer, length: int, *, train: bool, seed: int = 0, title: str = "bytes"):
         if length < 1:
-            raise InputError(f"length is {length}: a window has at least 1 byte")
+            raise InputError(f"length is {length}: it must be at least 1")
         if len(buffer) < (length if train else 1):
             raise InputError(
-                f"{title} is too short: it has {len(buffer)} bytes and one window takes {length}; "
-                f"set data.length to at most {len(buffer)}, or give more text"
+                f"{title} is too short: it has {len(buffer)} {self.unit} and one window takes {length}; "
+                f"set data.length to at most {len(buffer)}, or give more of it"
             )
         self.buffer, self.length, self.train, self.seed, self.title = buffer, length, train, seed, title
 
     def describe(self) -> str:
         """One line: what and how much."""
         kind = "drawn at random" if self.train else "side by side"
-        return f"{self.title}: {len(self.buffer):,} bytes, {len(self):,} windows of {self.length:,} {kind}"
+        return f"{self.title}: {len(self.buffer):,} {self.unit}, {len(self):,} windows of {self.length:,} {kind}"
 
     def contents(self) -> bytes:
         """All of the bytes, for a baseline to compress."""
