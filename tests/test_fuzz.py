@@ -14,6 +14,7 @@ import fitformer
 from fitformer import diffusion, execution, generation, official, patching, viz
 from fitformer.diffusion import DiffusionConfig
 from fitformer.errors import InputError, MissingDependencyError
+from fitformer.evaluation import likelihood
 from fitformer.models.config import TrunkConfig, preset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -198,7 +199,7 @@ CALLS = {
         "labels": None,
     },
     generation.stream: {"decoder": DECODER, "prompt": None, "config": None, "max_new_tokens": 4},
-    generation.Cached: {"decoder": DECODER, "window": None, "compile": False, "labels": None},
+    generation.Cached: {"decoder": DECODER, "window": None, "labels": None},
     generation.Uncached: {"decoder": DECODER, "window": None, "labels": None},
     generation.TextStreamer: {"file": None, "skip_prompt": False},
     generation.context_start: {"position": 5, "n": 2, "groups": 3},
@@ -215,6 +216,14 @@ CALLS = {
         "seen": torch.zeros(2, 5, dtype=torch.bool),
         "penalty": 1.5,
     },
+    likelihood.token_log_likelihoods: {
+        "decoder": DECODER,
+        "tokens": TOKENS.flatten(),
+        "context": 2,
+        "stride": 3,
+        "batch_size": 2,
+    },
+    likelihood.log_likelihood: {"decoder": DECODER, "tokens": TOKENS.flatten(), "context": 2, "batch_size": 2},
     generation.draw: {"logits": torch.zeros(2, 5), "uniforms": torch.zeros(2)},
     DiffusionConfig: {},
     diffusion.VariancePreserving: {},

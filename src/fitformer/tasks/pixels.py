@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from fitformer import patching
 from fitformer.config.schema import PixelRecipe
 from fitformer.data.datasets.images import quantize
+from fitformer.data.datasets.text import ByteBuffer, Piece
+from fitformer.data.decoding import UnreadableImageError, decode
+from fitformer.data.pixels import fit
 from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.patching.sizes import format_size, to_sides
@@ -192,6 +196,24 @@ def to_grey(images: Tensor, levels: int) -> Tensor:
     return images if levels == BYTE_VALUES else (images.float() * (255 / (levels - 1))).round().to(torch.uint8)
 
 
+def file_tokens(network: FITDecoder, recipe: PixelRecipe, path: Path) -> ByteBuffer:
+    """The pixel values of an image file, brought to the size, channels and levels of the model, in its order.
+
+    Raises:
+        InputError: it is missing, or no image.
+    """
+    try:
+        pixels = decode(path, str(path), _channels(network, recipe), recipe.data.pixel_range)
+    except UnreadableImageError as error:
+        raise InputError(f"{path} cannot be read as an image: {error.reason}") from error
+    rows, columns = to_sides(one_size(recipe), "hw")
+    pixels = fit(pixels, (rows, columns), recipe.data.resize)
+    if recipe.data.levels is not None:
+        pixels = quantize(pixels, recipe.data.levels)
+    tokens = patching.tokens_to_bytes(targets({"image": torch.from_numpy(pixels.copy())[None]}, recipe))
+    return ByteBuffer([Piece(str(path), 0, len(tokens), tokens)])
+
+
 def preview(network: FITDecoder, recipe: PixelRecipe, count: int) -> Preview:
     """Generated images, from the same random numbers at every preview."""
     return Preview(images=generate_images(network, recipe, count, seed=recipe.trainer.seed))
@@ -210,4 +232,6 @@ TASK = TaskSpec(
     verb="generate",
     generate_images=generate_images,
     complete_images=complete_images,
+    file_tokens=file_tokens,
+    unit=UNIT,
 )
