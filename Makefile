@@ -12,9 +12,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
-# Ray takes 240 MB, so that only the slow tests install it.
+# Ray takes 240 MB, transformers 150, which torchmetrics then imports in every process: only the slow tests install them.
 slow: $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,transformers]'
 	$(VENV)/bin/python -m pytest --slow -m slow
 
 lint: $(READY)
