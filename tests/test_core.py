@@ -7,7 +7,8 @@ CORE_ONLY = """
 import importlib, pkgutil, sys
 
 EXTRAS = {"lightning", "torchmetrics", "tensorboard", "sklearn", "scipy", "datasets", "pandas", "pyarrow", "matplotlib",
-          "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis", "transformers", "accelerate"}
+          "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis",
+          "transformers", "accelerate"}
 # Modules whose classes are subclasses of an extra's.
 OF_EXTRAS = ("fitformer.training.", "fitformer.interop.transformers", "fitformer.interop.byte_tokenizer")
 

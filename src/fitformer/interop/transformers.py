@@ -203,7 +203,7 @@ class FITForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         """Logits of some columns, and hidden states of all of them."""
         n = self.decoder.tokens_per_group
         groups = sequence_to_groups(pad_to_groups(columns.inputs(), n), n)
-        found = self.decoder.hidden(groups, class_labels)
+        found = self.decoder.hidden(groups, class_labels, None if hidden else self.decoder.last_block())
         last = columns.after(groups_to_sequence(found[-1]))
         logits = self.decoder.head(last[:, keep])
         if not hidden:

@@ -1,6 +1,6 @@
 """FIT as an autoregressive decoder: shifted tokens in, logits of the next ones out (spec section 5)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,14 +134,17 @@ class FITDecoder(FITModel):
         assert scored is not None
         return scored
 
-    def hidden(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    def hidden(
+        self, tokens: Tensor, labels: Tensor | None = None, blocks: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
         """What the trunk makes of whole groups, block by block.
 
         Args:
             tokens: shifted right by one `(b, t, n)`. labels: as `forward`.
+            blocks: numbers of those that are wanted; None for all.
 
         Returns:
-            data tokens `(b, t, n, c)` as they leave each block; `head` turns the last ones into logits.
+            data tokens `(b, t, n, c)` as they leave each of the blocks; `head` turns the last ones into logits.
 
         Raises:
             InputError: as `forward`.
@@ -149,7 +152,8 @@ class FITDecoder(FITModel):
         check_grouped(tokens, self.tokens_per_group, "b t n")
         check_vocabulary(tokens, self.vocab_size)
         inputs = self._inputs(tokens, tokens.shape[0], tokens.shape[1], labels, None)
-        return self.execute(replace(inputs, blocks=range(len(self.trunk.blocks)))).tokens
+        blocks = range(len(self.trunk.blocks)) if blocks is None else blocks
+        return self.execute(replace(inputs, blocks=blocks)).tokens
 
     def _inputs(
         self, tokens: Tensor | Read, batch: int, groups: int, labels: Tensor | None, documents: Tensor | None
