@@ -27,7 +27,7 @@ VERBS = {
     "decompress": "get a compressed file back, bit for bit",
     "info": "parameters, FLOPs and group plan of a preset or a run",
     "plan": "how to train on a huge image in a given memory, and what it costs",
-    "bench": "measure training steps on a huge image",
+    "bench": "measure training steps on a huge image, or generation",
 }
 
 

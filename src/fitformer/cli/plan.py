@@ -1,6 +1,7 @@
-"""How much a training step on a huge image costs, and how to run it in a given memory, before anything runs.
+"""How much a training step on a huge image or a long sequence costs, and how to run it in a given memory.
 
 fitformer plan --image-size 40000x30000 --preset base --memory 16GB
+fitformer plan --role decoder --length 1000000 --preset small --memory 4GB
 """
 
 import argparse
@@ -29,11 +30,16 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     geometry.add_argument(
         "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
     )
-    geometry.add_argument("--preset", default="small", help="tiny, small, base or large (default: small)")
+    geometry.add_argument("--preset", help="tiny, small, base or large (default: small)")
     geometry.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS")
     geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
     geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")
-    geometry.add_argument("--channels", type=positive, default=3, help="of the image (default: 3)")
+    geometry.add_argument("--channels", type=positive, help="of the image (default: 3)")
+    geometry.add_argument(
+        "--length", type=positive, metavar="BYTES", help="of a decoder's sequence, in place of an image"
+    )
+    words = "of a sequence, n (default: that of the fewest operations)"
+    geometry.add_argument("--tokens-per-group", type=positive, metavar="BYTES", help=words)
     add_trunk(parser)
 
 
@@ -66,11 +72,34 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
     from fitformer.profiling import Geometry
 
     wanted = image_size if arguments.image_size is None else arguments.image_size
+    cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels or 3}
+    if arguments.length is not None or arguments.tokens_per_group is not None:
+        wanted, cut = _sequence(arguments)
     if wanted is None:
-        raise InputError("no image size is given: add --image-size 6400, or --image-size 40000x30000 (rows x columns)")
-    cut = {"patch_size": arguments.patch_size, "group_size": arguments.group_size, "channels": arguments.channels}
-    found = Geometry.of_preset(arguments.role, arguments.preset, wanted, **cut, **trunk_of(arguments))
+        raise InputError(
+            "no image size is given: add --image-size 6400, or --image-size 40000x30000 (rows x columns), or for a "
+            "decoder --length 1000000"
+        )
+    preset = arguments.preset or "small"
+    found = Geometry.of_preset(arguments.role, preset, wanted, **cut, **trunk_of(arguments))
     return found if found.group_size is None else found.checked()
+
+
+def _sequence(arguments: argparse.Namespace) -> tuple[tuple[int, int], dict[str, Any]]:
+    """A sequence of bytes as an image of one row and one channel: its size, and how it is cut.
+
+    Raises:
+        InputError: a role that reads no sequences, no length, or options of an image beside it.
+    """
+    if arguments.role != "decoder":
+        raise InputError(f"--length is of a decoder's sequence, and the role is {arguments.role}: add --role decoder")
+    if arguments.length is None:
+        raise InputError("--tokens-per-group is of a sequence, which has no length: add --length 1000000")
+    for name in ("image_size", "patch_size", "group_size", "channels"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--length is of a sequence and --{name.replace('_', '-')} of an image: leave one out")
+    n = arguments.tokens_per_group
+    return (1, arguments.length), {"channels": 1, "group_size": None if n is None else (1, n)}
 
 
 def request_of(arguments: argparse.Namespace) -> "PlanRequest":

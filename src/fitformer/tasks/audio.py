@@ -32,7 +32,7 @@ def build(recipe: AudioRecipe, dataset: Any) -> FITDecoder:
     """A decoder of mu-law codes.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
     return build_sequence_decoder(recipe)
 

@@ -1,0 +1,113 @@
+"""Python sources and documentation byte by byte: held-out bits per byte of FIT and of a dense transformer at equal
+training compute.
+
+    python benchmarks/bytes_against_dense.py --budget 600s --threads 2 --output FOLDER
+    python benchmarks/bytes_against_dense.py --budget 3e15 --contexts 512,1024 --dense-lrs 1e-3,2e-3 --output FOLDER
+
+The data are those that come with the running Python; whole files and topics are held out. Compute is FLOPs of forward
+and backward passes. A budget in seconds is what the first FIT gets; all others get the FLOPs that it spent. FIT reads
+contexts of `--length`; of the dense transformers of every context length and learning rate the best on the held-out
+bytes is taken, and trained with the other seeds, and so is FIT of its learning rates. All are measured in windows that
+overlap by half, so that nearly every byte has at least half a context before it."""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from next_token import Budget, Result, Run, Settings, by_place, windows
+from race import Entry, Race, add_options, dense_decoder, fit_of
+from torch import Tensor
+
+from fitformer.data.datasets.text import ByteBuffer, python_docs, python_sources, split_pieces
+
+BYTE_VALUES = 256
+# Of the held-out bytes, those that a curve is measured on.
+FEW = 2**16
+
+
+def read(share: float) -> tuple[Tensor, Tensor]:
+    """Bytes of the training part and of the held-out part."""
+    parts = split_pieces([*python_sources(), *python_docs()], share, seed=0)
+    buffers = [ByteBuffer(pieces) for pieces in parts]
+    return tuple(torch.from_numpy(np.array(buffer.window(0, len(buffer)))) for buffer in buffers)
+
+
+def measure(run: Run, held: Tensor) -> Result:
+    """Bits per byte of the held-out bytes, and where in its group a byte costs how much."""
+    each = run.held_out(held, overlap=0.5, batch=4) / math.log(2)
+    return {"value": float(each.mean()), "bytes": len(each), "by_place": by_place(each, run.tokens_per_group)}
+
+
+def numbers(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """A reader of `1e-3,2e-3`."""
+    return lambda text: [kind(each) for each in text.split(",")]
+
+
+def mean_of(found: Sequence[Result]) -> str:
+    """Mean and, of several, their spread."""
+    values = [each["value"] for each in found]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=Budget.of, default=Budget(seconds=600), help="600s, 8h or 1e14 (FLOPs)")
+    parser.add_argument("--length", type=int, default=8192, help="context of FIT")
+    parser.add_argument("--contexts", type=numbers(int), default=[512, 1024, 2048], help="of the dense transformer")
+    parser.add_argument("--lrs", type=numbers(float), default=[3e-3], help="learning rates of FIT")
+    parser.add_argument("--dense-lrs", type=numbers(float), default=[3e-3], help="of the dense transformer")
+    parser.add_argument("--tokens-per-step", type=int, default=16384)
+    parser.add_argument("--tokens-per-group", type=int, default=256)
+    parser.add_argument("--hold-out", type=float, default=0.1, help="share of the bytes")
+    parser.add_argument("--most-held-out", type=int, help="measure on the first so many held-out bytes")
+    sizes = {"layers": "(1)1(1)1(3)", "dim": 192, "latent_dim": 192, "heads": 6, "latent_heads": 6}
+    add_options(parser, **sizes, latents_per_group=16)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    kept, held = read(arguments.hold_out)
+    held = held[: arguments.most_held_out]
+    print(f"{len(kept):,} bytes to train on, {len(held):,} held out", flush=True)
+    fit = fit_of(arguments, BYTE_VALUES)
+
+    def entry(lr: float, context: int | None, seed: int) -> Entry:
+        length = context or arguments.length
+        batch = max(1, arguments.tokens_per_step // length)
+        settings = Settings(lr, length, batch, mixed=not arguments.float32, seed=seed)
+        # A dense transformer knows no groups.
+        n = arguments.tokens_per_group if context is None else min(context, arguments.tokens_per_group)
+        name = f"FIT, context {length}, rate {lr:g}" if context is None else f"dense, context {length}, rate {lr:g}"
+        return Entry(name, fit if context is None else (lambda: dense_decoder(fit)), settings, n)
+
+    race = Race(
+        arguments.budget,
+        batch=lambda settings, step: windows(kept, settings, step),
+        evaluate=lambda run: float(run.held_out(held[:FEW], 0.5, batch=4).mean()) / math.log(2),
+        measure=lambda run: measure(run, held),
+        folder=arguments.output,
+        points=arguments.points,
+    )
+    best = [
+        race.best([entry(lr, None, 0) for lr in arguments.lrs]),
+        race.best([entry(lr, context, 0) for context in arguments.contexts for lr in arguments.dense_lrs]),
+    ]
+    found = []
+    for each in best:
+        context = None if each.name.startswith("FIT") else each.settings.length
+        entries = [entry(each.settings.lr, context, seed) for seed in range(arguments.seeds)]
+        found.append([race.enter(one) for one in entries])
+    print("| network | parameters | steps | seconds | FLOPs | bits per byte |\n|---|---|---|---|---|---|")
+    for each in race.results:
+        print(f"| {each['name']} | {each['parameters']:,} | {each['steps']} | {each['seconds']:.0f} ", end="")
+        print(f"| {each['flops']:.3g} | {each['value']:.4f} |")
+    fits, denses = ([each["value"] for each in some] for some in found)
+    ratio = statistics.mean(fits) / statistics.mean(denses)
+    print(f"\nFIT {mean_of(found[0])}, the best dense {mean_of(found[1])}: {ratio:.4f} of its bits per byte")
+
+
+if __name__ == "__main__":
+    main()

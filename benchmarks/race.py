@@ -1,0 +1,151 @@
+"""A comparison of autoregressive models: who takes part, trainings to one budget, results in a folder, options."""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from next_token import Budget, Result, Run, Settings, train
+from torch import Tensor, nn
+
+from fitformer import FITDecoder
+from fitformer._support.atomic_files import write_atomically
+from fitformer.models.config import TrunkConfig
+from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
+from fitformer.profiling.flops import count_parameters
+from fitformer.viz import write_curves
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training of a comparison: a name, the network's maker, and how it is trained."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    settings: Settings
+    tokens_per_group: int
+
+    def run(self) -> Run:
+        """The training, not begun."""
+        torch.manual_seed(self.settings.seed)
+        return Run(self.make(), self.settings, self.tokens_per_group)
+
+
+def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDecoder:
+    """A FIT decoder for any number of groups, with the weights that a short training starts from.
+
+    As in the dense transformer residual branches begin at zero, but for read, without which latents would hold nothing,
+    and embeddings are large.
+    """
+    options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
+    network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
+    nn.init.normal_(network.embedding.weight, std=0.1)
+    for block in network.trunk.blocks:
+        for layer in [*block.local_layers, *block.global_layers]:
+            nn.init.zeros_(layer.attention.output.weight)
+            nn.init.zeros_(layer.ffn.outer.weight)
+        if block.write is not None:
+            nn.init.zeros_(block.write.attention.output.weight)
+    return network
+
+
+def dense_decoder(fit: Callable[[], FITDecoder]) -> DenseDecoder:
+    """The dense transformer of as many parameters as a FIT."""
+    with torch.device("meta"):
+        like = fit()
+    return dense_like(like)
+
+
+@dataclass
+class Race:
+    """Trainings to one budget, whose results are kept in a folder; those that are there already are not run again.
+
+    Attributes:
+        budget: of each; in seconds, it is what the first one gets, and the others get the FLOPs that it spent.
+        batch: tokens of a step, given settings and its number.
+        evaluate: of the curve. measure: of a finished run, plain data with `value`.
+        folder: for checkpoints, `results.json` and `curves.png`; None keeps nothing. points: of a curve.
+    """
+
+    budget: Budget
+    batch: Callable[[Settings, int], Tensor]
+    evaluate: Callable[[Run], float]
+    measure: Callable[[Run], Result]
+    folder: Path | None = None
+    points: int = 10
+    results: list[Result] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (known := self.folder / "results.json").is_file():
+                self.results = json.loads(known.read_text())["results"]
+
+    def enter(self, entry: Entry) -> Result:
+        """The result of a training, run to its end if it is not there."""
+        name = f"{entry.name}, seed {entry.settings.seed}"
+        for result in self.results:
+            if result["name"] == name:
+                return result
+        print(name, flush=True)
+        run = entry.run()
+        file = None if self.folder is None else self.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.pt"
+        own = Budget(flops=self.results[0]["flops"]) if self.results and self.budget.flops is None else self.budget
+        get = lambda step: self.batch(entry.settings, step)  # noqa: E731
+        train(run, get, own, self.evaluate, points=self.points, checkpoint=file)
+        result = {
+            "name": name,
+            "entry": entry.name,
+            "parameters": count_parameters(run.network),
+            "settings": asdict(entry.settings),
+            **{key: getattr(run, key) for key in ("steps", "seconds", "flops", "curve")},
+            **self.measure(run),
+        }
+        self.results.append(result)
+        print(f"  {result['parameters']:,} parameters, {result['value']:.4f}", flush=True)
+        self._write()
+        return result
+
+    def best(self, entries: Sequence[Entry]) -> Entry:
+        """Of several entries the one with the lowest value, all of them run."""
+        return min(entries, key=lambda entry: self.enter(entry)["value"])
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        with write_atomically(self.folder / "results.json") as scratch:
+            scratch.write_text(json.dumps({"machine": machine(), "results": self.results}, indent=2))
+        curves = {
+            result["name"]: ([point[0] for point in result["curve"]], [point[2] for point in result["curve"]])
+            for result in self.results
+        }
+        write_curves(self.folder / "curves.png", curves, x="FLOPs of training", y="held-out loss")
+
+
+def machine() -> Result:
+    """Where this runs."""
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
+    """Options of all comparisons; `trunk` has the defaults of FIT's sizes."""
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="results and checkpoints; run again to continue")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each with different seeds")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--points", type=int, default=10, help="of each curve")
+    parser.add_argument("--float32", action="store_true", help="no bf16")
+    for name, value in trunk.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+
+
+SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
+
+
+def fit_of(arguments: argparse.Namespace, vocab_size: int) -> Callable[[], FITDecoder]:
+    """The maker of the FIT decoder that the options describe."""
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **sizes)

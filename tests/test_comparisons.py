@@ -1,0 +1,202 @@
+"""The comparisons of benchmarks/, at toy sizes: what is counted, what is measured, that they resume, that each runs."""
+
+import gzip
+import importlib
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TRUNK = {"layers": "(1)1(1)", "dim": 16, "latent_dim": 16, "heads": 2, "latent_heads": 2, "latents_per_group": 2}
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in TRUNK.items()] + ["--points", "2", "--threads", "1"]
+VOCABULARY, N = 7, 4
+DATA = torch.randint(VOCABULARY, (400,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a script of benchmarks/ with words, and gives what it printed."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        importlib.import_module(name).main()
+
+    return run
+
+
+@pytest.fixture
+def next_token(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("next_token")
+
+
+def race():
+    return importlib.import_module("race")
+
+
+def entry(next_token, name="FIT", length=16, **settings):
+    def fit():
+        return race().fit_decoder(VOCABULARY, N, **TRUNK)
+
+    make = fit if name == "FIT" else lambda: race().dense_decoder(fit)
+    return race().Entry(name, make, next_token.Settings(1e-2, length, 2, **settings), N)
+
+
+@pytest.mark.parametrize("name", ["FIT", "dense"])
+def test_a_step_costs_three_passes_and_half_of_causal_attention(next_token, name):
+    run = entry(next_token, name).run()
+    tokens, c = 2 * 16, 16
+    if name == "dense":
+        layer = run.network.layers[0]
+        dim, depth = run.network.dim, len(run.network.layers)
+        # Every token attends to (16 + 1) / 2 others on average.
+        a_token = depth * (4 * dim**2 + 3 * dim * layer.outer.in_features + 17 * dim) + dim * VOCABULARY
+    else:
+        # Two local layers, write and read, a global layer; two latents for four tokens. Read and write project
+        # queries and results of their own tokens, keys and values of the others'.
+        local = 2 * (12 * c**2 + 5 * c)
+        a_latent = 12 * c**2 + 2 * 8 * c
+        cross = 2 * c**2 + 0.5 * 2 * c**2 + 2 * 2 * c
+        back = 0.5 * (2 * c**2 + 2 * 4 * c) + 2 * c**2
+        a_token = local + 0.5 * a_latent + cross + back + c * VOCABULARY
+    assert run.a_step == pytest.approx(3 * 2 * tokens * a_token)
+
+
+def test_held_out_counts_every_token_once_with_the_context_of_its_window(next_token):
+    run = entry(next_token).run()
+    network, data = run.network.eval(), DATA[:50]
+    each = run.held_out(data, overlap=0.5, batch=2)
+    # Windows of 16 from 0, 8, 16, 24 and 32 on; 50 tokens are 12 groups.
+    assert len(each) == 48
+
+    def window(start):
+        with torch.no_grad():
+            return next_token.nats(network, data[None, start : start + 16].long(), N)[0].double()
+
+    torch.testing.assert_close(each[:16], window(0))
+    torch.testing.assert_close(each[16:24], window(8)[8:])
+    torch.testing.assert_close(each[40:], window(32)[8:])
+    table = data[:48].view(3, 16)
+    torch.testing.assert_close(run.held_out(table), torch.cat([window(0), window(16), window(32)]))
+    torch.testing.assert_close(run.held_out(data[:43])[-8:], window(24)[-8:])
+
+
+def test_places_of_a_group_are_averaged_in_spans_that_double(next_token):
+    found = next_token.by_place(torch.arange(24).double() % 8, 8)
+    assert found == {"0": 0, "1": 1, "2 to 3": 2.5, "4 to 7": 5.5}
+
+
+@pytest.mark.parametrize("name", ["FIT", "dense"])
+def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_token, name, tmp_path):
+    def trained(stops):
+        for stop in stops:
+            run = entry(next_token, name).run()
+            budget = next_token.Budget(flops=10 * run.a_step)
+
+            def batch(step, settings=run.settings):
+                return next_token.windows(DATA, settings, step)
+
+            def evaluate(run, stop=stop):
+                if run.steps >= stop:
+                    raise KeyboardInterrupt
+                return 0.0
+
+            try:
+                next_token.train(run, batch, budget, evaluate, points=5, checkpoint=file, save_every=0)
+            except KeyboardInterrupt:
+                continue
+        return run
+
+    file = tmp_path / "whole.pt"
+    whole = trained([99])
+    file = tmp_path / "parts.pt"
+    parts = trained([3, 7, 99])
+    assert whole.steps == parts.steps == 10
+    for ours, wanted in zip(parts.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_the_learning_rate_rises_and_falls_on_lines(next_token):
+    settings = next_token.Settings(1.0, 8, 1, warmup=0.2, end=0.1)
+    rates = [next_token.rate(share, settings) for share in (0, 0.1, 0.2, 0.6, 1)]
+    assert rates == pytest.approx([0.01, 0.5, 1, 0.55, 0.1])
+
+
+def test_budgets_are_read(next_token):
+    read = next_token.Budget.of
+    assert [read("90s"), read("2m"), read("1e14")] == [
+        next_token.Budget(seconds=90),
+        next_token.Budget(seconds=120),
+        next_token.Budget(flops=1e14),
+    ]
+
+
+def results(folder):
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def test_bytes_are_compared_at_equal_compute_and_what_is_done_is_not_done_again(script, tmp_path, capsys):
+    words = [*WORDS, "--budget", "2e8", "--length", 64, "--contexts", "16,32", "--tokens-per-group", 16]
+    words += ["--tokens-per-step", 128, "--most-held-out", 600, "--output", tmp_path]
+    script("bytes_against_dense", *words)
+    said, found = capsys.readouterr().out, results(tmp_path)
+    assert "of its bits per byte" in said
+    assert [each["settings"]["seed"] for each in found] == [0, 0, 0, 1, 1]
+    for each in found:
+        assert 2e8 <= each["flops"] < 2.3e8
+        assert 4 < each["value"] < 9
+        assert len(each["curve"]) == 2
+    script("bytes_against_dense", *words)
+    assert "%" not in capsys.readouterr().out
+    assert results(tmp_path) == found
+
+
+def test_shakespeare_trains_fit_and_the_dense_one_to_the_flops_that_fit_spent(script, tmp_path, capsys):
+    text = tmp_path / "input.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 40)
+    words = ["--data", text, "--budget", "1s", "--dense", "--seeds", 1, "--length", 32, "--tokens-per-group", 8]
+    script("shakespeare", *words, *WORDS, "--output", tmp_path / "out")
+    fit, dense = results(tmp_path / "out")
+    assert fit["seconds"] >= 1
+    assert dense["flops"] == pytest.approx(fit["flops"], rel=0.2)
+    assert fit["characters"] == 172 // 8 * 8
+    assert fit["value"] > 0
+    assert list(fit["by_place"]) == ["0", "1", "2 to 3", "4 to 7"]
+    assert "| FIT, seed 0 |" in capsys.readouterr().out
+
+
+def test_fashion_pixels_are_compared(script, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for part, count in (("train", 4), ("t10k", 3)):
+        for kind, array in (
+            ("images-idx3", random.integers(0, 256, (count, 28, 28), dtype=np.uint8)),
+            ("labels-idx1", np.arange(count, dtype=np.uint8)),
+        ):
+            head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    words = ["--data", tmp_path, "--budget", "1e9", "--seeds", 1, "--batch", 1]
+    script("fashion_pixels", *words, *WORDS, "--output", tmp_path / "out")
+    fit, dense = results(tmp_path / "out")
+    assert (fit["images"], dense["images"]) == (3, 3)
+    assert 7 < fit["value"] < 9
+    assert "bits per dimension" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_long_step_equals_the_plain_one_where_both_fit(script, capsys):
+    words = [word for word in WORDS if not word.startswith("--p") and word != "2"]
+    script("long_step", *words, "--length", 4000, "--check", 900, "--tokens-per-group", 50)
+    lines = capsys.readouterr().out.splitlines()
+    plain, streamed, long = (line.strip("| ").split(" | ") for line in lines[2:5])
+    assert [plain[0], streamed[0], long[0]] == ["900", "900", "4,000"]
+    assert plain[7] == streamed[7]
+    assert float(lines[6].split(": ")[1].split()[0]) < 1e-5
