@@ -48,7 +48,7 @@ def measured(decoder: Any, content: bytes, segments: int | None, window: int | N
 def page(run: Run, decoder: Any, found: dict[str, Any], command: str) -> str:
     """The page of results."""
     report: Report = found["report"]
-    length, best = report.original, min(found["sizes"].values())
+    length, best = report.tokens, min(found["sizes"].values())
     lines = ["# Held-out text, compressed", "", f"`{command}`", "", f"{machine(decoder)}", ""]
     parameters = sum(each.numel() for each in decoder.parameters())
     lines += [f"{run.path.name}: {parameters:,} parameters; {length:,} held-out bytes in one file.", ""]

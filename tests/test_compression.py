@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fitformer import FITDecoder
 from fitformer.cli import main
@@ -259,16 +260,19 @@ def test_words_that_mean_nothing_are_refused(whole, tmp_path):
         refused(tmp_path, forged(whole, tmp_path, words=words), "cannot be decompressed here")
 
 
-def test_the_number_of_threads_is_that_of_the_compression(there):
+def test_the_number_of_threads_is_that_of_the_compression(there, tmp_path):
+    threads = []
     torch.set_num_threads(2)
     try:
         path = there.compressed(MODELS["fixed"], TEXT[:9], segments=3)
         torch.set_num_threads(1)
-        assert there.back(MODELS["fixed"], path) == TEXT[:9]
+        note = lambda done, total: threads.append(torch.get_num_threads())  # noqa: E731
+        decompress(MODELS["fixed"], path, tmp_path / "back", on_step=note)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
-    assert container.read(path)[0].threads == 2
+    assert (tmp_path / "back").read_bytes() == TEXT[:9]
+    assert threads == [2] * 3
 
 
 def test_places_that_are_taken_or_not_there(there, tmp_path):
@@ -306,9 +310,13 @@ def test_bad_numbers_and_decoders(tmp_path):
     for options in ({"segments": 0}, {"segments": 2**20}, {"window": 0}, {"segments": 1.5}):
         with pytest.raises(InputError, match=next(iter(options))):
             compress(MODELS["fixed"], *arguments, **options)
-    small = FITDecoder.from_config(layers="(1)1(1)", num_groups=2, tokens_per_group=4, vocab_size=17, **SIZES).eval()
-    with pytest.raises(InputError, match="vocabulary of 17"):
-        compress(small, *arguments)
+    made = {"layers": "(1)1(1)", "num_groups": 2, "tokens_per_group": 4, **SIZES}
+    for vocabulary in (17, 257):
+        other = FITDecoder.from_config(**made, vocab_size=vocabulary).eval()
+        with pytest.raises(InputError, match=f"vocabulary of {vocabulary}"):
+            compress(other, *arguments)
+    with pytest.raises(InputError, match="class-conditional"):
+        compress(FITDecoder.from_config(**made, vocab_size=256, num_classes=3).eval(), *arguments)
     broken = decoder(3, 4)
     broken.output_bias.data.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
@@ -347,6 +355,10 @@ def runs(tmp_path_factory):
     (folder / "text").write_bytes(TEXT * 20)
     text = ["data.source=files", f"data.path={folder / 'text'}", "data.length=32", "model.tokens_per_group=8"]
     recipes = {"bytes": ("python-bytes-demo", text), "pixels": ("digits-pixels", [])}
+    colour = ["data.image_size=[4,6]", "data.channels=3", "data.levels=null", "model.patch_size=[2,3]"]
+    recipes["colour"] = ("digits-pixels", [*colour, "objective.order=snake"])
+    sides = ["data.image_size=8", "model.group_size=4", "model.patch_size=2"]
+    recipes["one"] = ("digits-classify", sides)
     return {name: untrained_run(folder / name, recipe, *TINY, *more) for name, (recipe, more) in recipes.items()}
 
 
@@ -369,6 +381,38 @@ def test_a_file_goes_and_comes_back_by_the_command_line(runs, capsys, tmp_path):
     assert (tmp_path / "again").read_bytes() == TEXT * 3
 
 
+def grey(rows, columns, levels=17):
+    values = np.random.default_rng(0).integers(0, levels, (rows, columns))
+    return np.rint(values * (255 / (levels - 1))).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("pixels", grey(8, 8)), ("colour", np.random.default_rng(1).integers(0, 256, (4, 6, 3), dtype=np.uint8))],
+)
+def test_an_image_comes_back_by_a_run_of_pixels(runs, capsys, tmp_path, name, pixels):
+    Image.fromarray(pixels).save(tmp_path / "image.bmp")
+    assert "bits per dim" in use(capsys, "compress", runs[name], tmp_path / "image.bmp", "-o", tmp_path / "packed")
+    use(capsys, "decompress", runs[name], tmp_path / "packed", "-o", tmp_path / "back.png")
+    with Image.open(tmp_path / "back.png") as back:
+        assert back.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(back), pixels)
+
+
+def test_an_image_that_would_change_is_refused(runs, capsys, tmp_path):
+    odd = grey(8, 8)
+    odd[3, 4] ^= 1
+    cases = {"size": (grey(8, 9), "8 x 9 x 1"), "colour": (np.stack([grey(8, 8)] * 3, -1), "8 x 8 x 3")}
+    cases["levels"] = (odd, "17 levels")
+    for name, (pixels, match) in cases.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        said = use(capsys, "compress", runs["pixels"], tmp_path / f"{name}.png", status=2)
+        assert match in said
+        assert "would change" in said
+    (tmp_path / "text").write_bytes(TEXT)
+    assert "cannot be read as an image" in use(capsys, "compress", runs["pixels"], tmp_path / "text", status=2)
+
+
 @pytest.mark.slow
 def test_another_process_gets_the_same_bits(runs, tmp_path):
     file = tmp_path / "file"
@@ -386,7 +430,7 @@ def test_another_process_gets_the_same_bits(runs, tmp_path):
 
 def test_the_command_line_refuses_in_one_line(runs, capsys, tmp_path):
     (tmp_path / "file").write_bytes(TEXT)
-    assert "is a pixels run" in use(capsys, "compress", runs["pixels"], tmp_path / "file", status=2)
+    assert "run of the task classify" in use(capsys, "compress", runs["one"], tmp_path / "file", status=2)
     assert "say with --output" in use(capsys, "decompress", runs["bytes"], tmp_path / "file", status=2)
     words = ["decompress", runs["bytes"], tmp_path / "file", "-o", tmp_path / "out"]
     assert "no file that `fitformer compress` wrote" in use(capsys, *words, status=2)

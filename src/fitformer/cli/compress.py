@@ -1,6 +1,7 @@
-"""Compress a file without loss by the probabilities of a `bytes` run; `decompress` gets it back, bit for bit.
+"""Compress a file without loss by the probabilities of a `bytes` run, or an image by those of a `pixels` run.
 
-It is decompressed by the same weights, build of torch and kind of processor, and refused elsewhere.
+`decompress` gets it back, bit for bit, of an image its pixels, by the same weights, build of torch and kind of
+processor. It is refused elsewhere.
 
 fitformer compress runs/python-bytes notes.txt              # writes notes.txt.fit
 fitformer compress runs/python-bytes notes.txt --segments 1 --output notes.fit
@@ -16,13 +17,15 @@ from fitformer.errors import InputError
 
 if TYPE_CHECKING:
     from fitformer.models.decoder import FITDecoder
+    from fitformer.tasks import TaskSpec
+    from fitformer.training.run_dir import Run
 
 SUFFIX = ".fit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer compress`."""
-    parser.add_argument("run", help="run directory of a bytes recipe")
+    parser.add_argument("run", help="run directory of a bytes or pixels recipe")
     parser.add_argument("file", type=Path, help="file to compress")
     parser.add_argument("-o", "--output", type=Path, help=f"the compressed file (default: FILE{SUFFIX})")
     parser.add_argument(
@@ -43,22 +46,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Compress and print what came of it."""
     from fitformer.inference.compression import compress
 
-    decoder, file = decoder_of(arguments), arguments.file
-    target, begun = arguments.output or file.with_name(file.name + SUFFIX), time.perf_counter()
+    run, task, decoder = opened(arguments)
+    file, target = arguments.file, arguments.output or Path(f"{arguments.file}{SUFFIX}")
+    assert task.exact_tokens is not None
+    tokens, begun = task.exact_tokens(decoder, run.recipe, file), time.perf_counter()
     options = {"segments": arguments.segments, "window": arguments.window}
     with progress("compress") as show:
-        report = compress(decoder, file, target, **options, on_step=show)
-    seconds = time.perf_counter() - begun
+        report = compress(decoder, tokens, target, **options, on_step=show)
+    seconds, unit = time.perf_counter() - begun, task.unit.replace("_", " ")
     print(
-        f"{target}: {report.compressed:,} bytes of {report.original:,} ({report.bits_per_byte:.3f} bits per byte; the "
-        f"model's own {report.model_bits / max(report.original, 1):.3f}), {report.segments} segments, "
-        f"{report.original / seconds:,.0f} bytes a second"
+        f"{target}: {report.compressed:,} bytes of {file.stat().st_size:,}; {report.bits_per_token:.3f} {unit}, the "
+        f"model's own {report.model_bits / max(report.tokens, 1):.3f}; {report.segments} segments, "
+        f"{report.tokens / seconds:,.0f} tokens a second"
     )
     return 0
 
 
-def decoder_of(arguments: argparse.Namespace) -> "FITDecoder":
-    """The model of the run of a task whose tokens are the bytes of a file.
+def opened(arguments: argparse.Namespace) -> "tuple[Run, TaskSpec, FITDecoder]":
+    """The run, its task and its model, of a task by which files are compressed.
 
     Raises:
         InputError: a run of another task.
@@ -66,6 +71,10 @@ def decoder_of(arguments: argparse.Namespace) -> "FITDecoder":
     from fitformer.tasks import task_of
 
     run = open_run(arguments.run)
-    if task_of(run.recipe).generate_bytes is None:
-        raise InputError(f"{run.path} is a {run.recipe.task} run; files are compressed by a bytes run")
-    return run.model(arguments.checkpoint).to(device_of(arguments))
+    task = task_of(run.recipe)
+    if task.exact_tokens is None:
+        raise InputError(
+            f"{run.path} is a run of the task {run.recipe.task}; files are compressed by a bytes run, images by a "
+            "pixels run"
+        )
+    return run, task, run.model(arguments.checkpoint).to(device_of(arguments))

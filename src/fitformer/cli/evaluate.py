@@ -113,7 +113,7 @@ def files_table(found: Sequence[Mapping[str, Any]], title: str) -> "Table":
 
     table = Table(title=title, **_style())
     for name in found[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "file" else "right")
+        table.add_column(name.replace("_", " "), justify="left" if name == "file" else "right", overflow="fold")
     for file, *measures in (row.values() for row in found):
         table.add_row(file, *(f"{each:,}" if isinstance(each, int) else f"{each:.4f}" for each in measures))
     return table

@@ -106,4 +106,5 @@ TASK = TaskSpec(
     generate_bytes=generate_bytes,
     file_tokens=file_tokens,
     unit=UNIT,
+    exact_tokens=file_tokens,
 )

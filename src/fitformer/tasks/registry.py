@@ -45,6 +45,8 @@ class TaskSpec:
         complete_images: draw the rest of images, see `tasks.pixels.complete_images`.
         file_tokens: `(model, recipe, path) -> ByteBuffer`: a file as the tokens of one sequence, whose likelihood the
             verb `evaluate` gives in `unit`, such as `bits_per_byte`; None where files have none.
+        exact_tokens, restored: the same for lossless compression, of a file whose tokens tell all that is in it, and
+            `(model, recipe, tokens) -> content`, the file's bytes; None where the tokens are these bytes.
         find_unused_parameters: some parameters get no gradient, which distributed training must be told.
     """
 
@@ -66,6 +68,8 @@ class TaskSpec:
     generate_audio: "Callable[..., list[np.ndarray]] | None" = None
     file_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
     unit: str = ""
+    exact_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
+    restored: "Callable[[Any, Any, bytes], bytes] | None" = None
     find_unused_parameters: bool = False
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.checks import checked, whole
-from fitformer.data.datasets.text import VOCABULARY, whole_file
+from fitformer.data.datasets.text import VOCABULARY, ByteBuffer, whole_file
 from fitformer.errors import InputError, require
 from fitformer.generation import Decoder
 from fitformer.inference.compression import container, numerics
@@ -22,6 +22,7 @@ from fitformer.inference.compression.prediction import Predictor, run
 from fitformer.inference.compression.segments import Reader, Segments, Writer, default_segments
 
 OnStep = Callable[[int, int], None]
+Restore = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,28 @@ class Report:
     """What came of a file.
 
     Attributes:
-        original: its bytes. compressed: bytes of the compressed file, header and checksums included.
+        tokens: of the original; of a file of bytes its size.
+        compressed: bytes of the compressed file, header and checksums included.
         coded: bytes of the range coder alone. model_bits: what the model's probabilities say that it takes.
         segments: rows that were coded side by side.
     """
 
-    original: int
+    tokens: int
     compressed: int
     coded: int
     model_bits: float
     segments: int
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_token(self) -> float:
         """Of the compressed file; 0 for an empty one."""
-        return 8 * self.compressed / self.original if self.original else 0.0
+        return 8 * self.compressed / self.tokens if self.tokens else 0.0
 
 
 @checked
 def compress(
     decoder: Decoder,
-    source: str | Path,
+    source: str | Path | ByteBuffer,
     target: str | Path,
     *,
     segments: int | None = None,
@@ -59,22 +61,23 @@ def compress(
     """Compress a file.
 
     Args:
-        decoder: a `FITDecoder` of bytes, in eval mode.
-        source: the file. target: the compressed file, which must not be there.
+        decoder: a `FITDecoder` of bytes, in eval mode, or of other tokens below 256 for a source that holds these.
+        source: the file, or tokens of a byte each, such as those of an image.
+        target: the compressed file, which must not be there.
         segments: parts that are coded side by side, as a batch: faster, and each begins without a context. By default
             one for every 16,384 bytes, at most 64.
         window: most groups of context; None for as many as the decoder has.
         on_step: called after every step with the number of steps done and of all.
 
     Raises:
-        InputError: a source that is not there or becomes shorter, a target that is, a decoder of other tokens, numbers
-            out of range, no memory for the cache.
+        InputError: a source that is not there, becomes shorter, or has a byte outside the decoder's vocabulary; a
+            target that is there; a decoder of other tokens; numbers out of range; no memory for the cache.
         MissingDependencyError: constriction is not installed.
     """
-    source, target, coder = Path(source), Path(target), _coder()
+    content, target, coder = source if isinstance(source, ByteBuffer) else whole_file(source), Path(target), _coder()
     _check_decoder(decoder)
     _check_target(target)
-    reader = _reader(source, segments)
+    reader = _reader(content, segments)
     cut, encoder, numbers = reader.segments, _Encoder(coder, reader), list[str]()
     predictor = Predictor(decoder, cut.rows, cut.steps, None if window is None else whole("window", window))
     run(predictor, cut, encoder, numbers.append, on_step)
@@ -96,13 +99,19 @@ def compress(
 
 @checked
 def decompress(
-    decoder: Decoder, source: str | Path, target: str | Path, *, on_step: OnStep = lambda done, total: None
+    decoder: Decoder,
+    source: str | Path,
+    target: str | Path,
+    *,
+    restore: Restore | None = None,
+    on_step: OnStep = lambda done, total: None,
 ) -> int:
-    """Get a compressed file back, with the decoder that compressed it; returns its bytes.
+    """Get a compressed file back, with the decoder that compressed it; returns its tokens, of bytes its size.
 
     Args:
         decoder: a `FITDecoder` of the same weights, on the same kind of device.
         source: the compressed file. target: the original, which must not be there; it appears when it is whole.
+        restore: `(tokens) -> content`, both bytes, for tokens that are not the bytes of the original.
         on_step: called after every step with the number of steps done and of all.
 
     Raises:
@@ -124,12 +133,13 @@ def decompress(
         writer.flush()
         if writer.digest.value() != header.content:
             raise _elsewhere(source, "the checksum of what came out is not that of the original")
+        if restore is not None:
+            scratch.write_bytes(restore(scratch.read_bytes()))
     return cut.length
 
 
-def _reader(source: Path, segments: int | None) -> Reader:
-    """The bytes of a file, cut into segments; no more of them than there are bytes."""
-    content = whole_file(source)
+def _reader(content: ByteBuffer, segments: int | None) -> Reader:
+    """Bytes, cut into segments; no more of them than there are bytes."""
     default = default_segments(len(content))
     rows = default if segments is None else whole("segments", segments, 1, container.MOST_SEGMENTS)
     return Reader(content, Segments(len(content), max(min(rows, len(content)), 1)))
@@ -144,6 +154,8 @@ class _Encoder:
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         column = next(self.columns).astype(np.int32)
+        if column.max() >= (size := probabilities.shape[1]):
+            raise InputError(f"the source has byte {column.max()}, and the decoder a vocabulary of {size}")
         self.stream.encode(column, self.family, probabilities)
         chosen = probabilities[np.arange(len(column)), column].astype(np.float64)
         self.bits -= float(np.log2(np.maximum(chosen, np.finfo(np.float32).tiny)).sum())
@@ -190,8 +202,10 @@ def _elsewhere(source: Path, why: str) -> InputError:
 
 
 def _check_decoder(decoder: Any) -> None:
-    if decoder.vocab_size != VOCABULARY:
-        raise InputError(f"the decoder has a vocabulary of {decoder.vocab_size}; files need one of bytes, {VOCABULARY}")
+    if decoder.vocab_size > VOCABULARY:
+        raise InputError(f"the decoder has a vocabulary of {decoder.vocab_size}; bytes need at most {VOCABULARY}")
+    if decoder.num_classes:
+        raise InputError("the decoder is class-conditional, and files have no class; give one without classes")
 
 
 def _check_target(path: Path) -> None:
