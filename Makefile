@@ -12,9 +12,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
-# Ray takes 240 MB, so that only the slow tests install it.
+# Ray takes 240 MB, transformers 150, which torchmetrics then imports in every process: only the slow tests install them.
 slow: $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,transformers]'
 	$(VENV)/bin/python -m pytest --slow -m slow
 
 lint: $(READY)
@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitformer needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,gigapixel,dev,docs]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,gigapixel,compress,dev,docs]'
 	touch $@
 
 clean:

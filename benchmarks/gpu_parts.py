@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fitformer import FITDecoder, FITEncoder, FITImageEncoder
 from fitformer.execution import Streamed
-from fitformer.generation import generate
 from fitformer.models.base import FITModel
 from fitformer.profiling import Geometry, flops
 from fitformer.profiling.geometry import candidate_group_sizes
@@ -232,7 +231,7 @@ def latents_of(model: FITEncoder, x: Tensor) -> Tensor:
 
 
 def generation(scale: Scale) -> Iterator[Row]:
-    """Tokens per second, from nothing."""
+    """Tokens per second, with a cache and without one."""
     n, groups = (8, 4) if scale.tiny else (64, 16)
     torch.manual_seed(0)
     preset = "tiny" if scale.tiny else "small"
@@ -240,16 +239,19 @@ def generation(scale: Scale) -> Iterator[Row]:
     model = model.to(scale.device).eval()
     for length in (n * groups // 4, n * groups):
         for batch in (1, 4 if scale.tiny else 32):
-            yield guarded(f"length {length}, batch {batch}", lambda L=length, b=batch: rate(scale, model, L, b))
+            for cache in (True, False):
+                name = f"{'cached' if cache else 'uncached'}, length {length}, batch {batch}"
+                yield guarded(name, lambda L=length, b=batch, c=cache: rate(scale, model, L, b, c))
 
 
-def rate(scale: Scale, model: FITDecoder, length: int, batch: int) -> Row:
-    prompt = torch.zeros(batch, 1, dtype=torch.long, device=scale.device)
+def rate(scale: Scale, model: FITDecoder, length: int, batch: int, use_cache: bool) -> Row:
+    options = {"num_return_sequences": batch, "do_sample": True, "use_cache": use_cache}
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=scale.device)
     with mixed(scale.device):
-        generate(model, prompt, 4)
+        model.generate(prompt, max_new_tokens=3, **options)
         synchronize(scale.device)
         start = time.perf_counter()
-        generate(model, prompt, length)
+        model.generate(prompt, max_new_tokens=length - 1, **options)
         synchronize(scale.device)
     took = time.perf_counter() - start
     return {"seconds": f"{took:.2f}", "tokens per second": f"{batch * (length - 1) / took:.0f}"}

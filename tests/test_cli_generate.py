@@ -283,6 +283,7 @@ def test_a_penalty_keeps_bytes_from_coming_back(run, capsys, tmp_path):
         (["--prompt-file", "EMPTY"], "the prompt is empty"),
         (["--prompt-file", "nowhere"], "there is no prompt file nowhere"),
         (["--top-p", 0], "top_p is 0"),
+        (["--top-p", 0, "--stream", "--count", 2], "top_p is 0"),
         (["--top-p", 1.5], "top_p is 1.5"),
         (["--min-p", -0.1], "min_p is -0.1"),
         (["--min-p", 1.5], "min_p is 1.5"),

@@ -7,7 +7,10 @@ CORE_ONLY = """
 import importlib, pkgutil, sys
 
 EXTRAS = {"lightning", "torchmetrics", "tensorboard", "sklearn", "scipy", "datasets", "pandas", "pyarrow", "matplotlib",
-          "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis"}
+          "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis",
+          "transformers", "accelerate"}
+# Modules whose classes are subclasses of an extra's.
+OF_EXTRAS = ("fitformer.training.", "fitformer.interop.transformers", "fitformer.interop.byte_tokenizer")
 
 # As if they were not installed: importing one fails, and looking for one finds nothing.
 sys.modules.update(dict.fromkeys(EXTRAS))
@@ -15,7 +18,7 @@ import torch
 import fitformer
 
 for module in pkgutil.walk_packages(fitformer.__path__, "fitformer."):
-    core = not module.name.startswith("fitformer.training.") or module.name.endswith("run_dir")
+    core = not module.name.startswith(OF_EXTRAS) or module.name.endswith("run_dir")
     if core and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 

@@ -56,8 +56,16 @@ def test_commands_parse(words):
         assert not unknown
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# What the examples of a page need, and only the slow tests install.
+NEEDED = {"transformers.md": "transformers"}
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.name in NEEDED), id=page.name) for page in PAGES]
+)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
+    if page.name in NEEDED:
+        pytest.importorskip(NEEDED[page.name])
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -14,6 +14,7 @@ import fitformer
 from fitformer import diffusion, execution, generation, official, patching, viz
 from fitformer.diffusion import DiffusionConfig
 from fitformer.errors import InputError, MissingDependencyError
+from fitformer.evaluation import likelihood
 from fitformer.models.config import TrunkConfig, preset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -215,6 +216,14 @@ CALLS = {
         "seen": torch.zeros(2, 5, dtype=torch.bool),
         "penalty": 1.5,
     },
+    likelihood.token_log_likelihoods: {
+        "decoder": DECODER,
+        "tokens": TOKENS.flatten(),
+        "context": 2,
+        "stride": 3,
+        "batch_size": 2,
+    },
+    likelihood.log_likelihood: {"decoder": DECODER, "tokens": TOKENS.flatten(), "context": 2, "batch_size": 2},
     generation.draw: {"logits": torch.zeros(2, 5), "uniforms": torch.zeros(2)},
     DiffusionConfig: {},
     diffusion.VariancePreserving: {},

@@ -38,7 +38,7 @@ def python(code):
 
 def test_one_part_is_measured_printed_and_written(tmp_path):
     page = run("--parts", "generation", "--output", str(tmp_path / "page.md"))
-    assert len(rows_of(page, "generation")) == 4
+    assert len(rows_of(page, "generation")) == 8
     assert "Failed parts: none" in page
     assert (tmp_path / "page.md").read_text() == page.removesuffix("\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]

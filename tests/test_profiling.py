@@ -322,7 +322,7 @@ def test_groups_of_images_that_are_no_strips_are_squares(size, role):
 
 
 @given(sides=st.tuples(st.integers(1, 3000), st.integers(1, 100000)), upright=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_groups_of_strips_do_not_reach_beyond_them_for_nothing(sides, upright):
     geometry = Geometry.of_preset("encoder", "tiny", sides if upright else sides[::-1])
     extent = [-(-side // 16) for side in geometry.image_size]

@@ -1,5 +1,7 @@
-"""The device to compute on."""
+"""The device to compute on, and the name of the processor."""
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitformer.errors import InputError
@@ -26,3 +28,12 @@ def usable_device(name: str | None) -> "torch.device":
     if device.type == "meta":
         raise InputError("the device 'meta' holds no numbers; try the device cpu")
     return device
+
+
+def processor_name() -> str:
+    """The name of this machine's processor, or of its kind where the system tells no name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,19 +1,34 @@
 """Evaluate a run on held-out data: accuracy and confusion, denoising error, or bits per pixel or byte and baselines.
 
+With --file, the bits that an autoregressive run's model needs for files of your own, beside gzip, xz and zstd.
+
 fitformer evaluate runs/digits-classify
+fitformer evaluate runs/python-bytes --file notes.txt --context 512
 fitformer evaluate runs/digits-diffuse --classifier runs/digits-classify --count 500
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.options import add_checkpoint, add_device, add_drawing, device_of, open_run, positive, progress
+from fitformer.cli.options import (
+    add_checkpoint,
+    add_device,
+    add_drawing,
+    device_of,
+    natural,
+    open_run,
+    positive,
+    progress,
+)
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
+
+    from fitformer.training.run_dir import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="part of the data")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--no-baselines", action="store_true", help="leave out the baselines of the task")
+    baselines = "leave out the baselines of the task, or the compressors of files"
+    parser.add_argument("--no-baselines", action="store_true", help=baselines)
     add_checkpoint(parser)
     add_device(parser)
+    files = parser.add_argument_group("for an autoregressive run: files of your own, in place of a part of the data")
+    files.add_argument("--file", nargs="+", metavar="FILE", help="files, each measured as one sequence")
+    files.add_argument(
+        "--context", type=natural, help="least tokens of context, but at the beginning (default: half of the model's)"
+    )
+    files.add_argument(
+        "--stride", type=positive, help="tokens that a window of context scores (default: what the model has room for)"
+    )
     drawn = parser.add_argument_group(
         "for a diffusion run: the share of samples that a classifier assigns to their class"
     )
@@ -38,6 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     from fitformer.evaluation.evaluate import evaluate, recognition
 
     run, device = open_run(arguments.run), device_of(arguments)
+    if arguments.file is not None:
+        return _files(run, device, arguments)
+    for name in ("context", "stride"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} is for files of your own; give --file FILE as well")
     classifier = None if arguments.classifier is None else open_run(arguments.classifier, "predict")
     sampling = {name: getattr(arguments, name) for name in ("steps", "sampler", "guidance")}
     unused = [name for name in ("count", *sampling) if getattr(arguments, name) is not None]
@@ -56,6 +85,46 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _files(run: "Run", device: "torch.device", arguments: argparse.Namespace) -> int:
+    """Measure files and print a row for each."""
+    from rich.console import Console
+
+    from fitformer.evaluation.files import evaluate_files
+
+    for name in ("classifier", "count", "steps", "sampler", "guidance"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} is for the samples of a diffusion run, --file for files; leave one of them out")
+    options = {name: getattr(arguments, name) for name in ("context", "stride", "checkpoint", "batch_size")}
+    with progress("evaluate") as show:
+        measured = evaluate_files(
+            run, arguments.file, device=device, baselines=not arguments.no_baselines, on_tokens=show, **options
+        )
+        found = [{"file": name, **measures} for name, measures in measured]
+    if arguments.json:
+        print(json.dumps({"run": str(run.path), "files": found}, ensure_ascii=False))
+    else:
+        Console().print(files_table(found, str(run.path)))
+    return 0
+
+
+def files_table(found: Sequence[Mapping[str, Any]], title: str) -> "Table":
+    """A row for each file, a column for each measure."""
+    from rich.table import Table
+
+    table = Table(title=title, **_style())
+    for name in found[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "file" else "right", overflow="fold")
+    for file, *measures in (row.values() for row in found):
+        table.add_row(file, *(f"{each:,}" if isinstance(each, int) else f"{each:.4f}" for each in measures))
+    return table
+
+
+def _style() -> dict[str, Any]:
+    from rich import box
+
+    return {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left"}
+
+
 def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> None:
     from rich.console import Console
 
@@ -66,10 +135,9 @@ def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: st
 
 def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
     """Tables of the metrics: one of single values, one for each metric by class, one of the confusion."""
-    from rich import box
     from rich.table import Table
 
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left"}
+    style = _style()
     single = Table("measure", title=title, min_width=30, **style)
     single.add_column("value", justify="right")
     others = []

@@ -131,15 +131,14 @@ def _texts(
     beginnings = [_read(prompt, network, options["window"]) for prompt in prompts]
     if stream:
         for k, (prompt, beginning) in enumerate(zip(prompts, beginnings, strict=True)):
-            _head(k, len(prompts))
-            (text,) = generate(network, [beginning], length, first=k, streamer=Printer(prompt), **options)
+            printer = Printer(prompt, _heading(k, len(prompts)))
+            (text,) = generate(network, [beginning], length, first=k, streamer=printer, **options)
             yield prompt, text[len(beginning) :]
         return
     with _counted(max(map(len, beginnings)) + length) as streamer:
         texts = generate(network, beginnings, length, streamer=streamer, **options)
     for k, (prompt, beginning, text) in enumerate(zip(prompts, beginnings, texts, strict=True)):
-        _head(k, len(prompts))
-        printer = Printer(prompt)
+        printer = Printer(prompt, _heading(k, len(prompts)))
         printer.begin()
         printer.add(text[len(beginning) :])
         printer.end()
@@ -155,9 +154,9 @@ def _read(prompt: Prompt, network: "FITDecoder", window: int | None) -> bytes:
     return b"".join(prompt.blocks(context_start(len(prompt), network.tokens_per_group, limit)))
 
 
-def _head(k: int, count: int) -> None:
-    if count > 1:
-        print(f"{'' if k == 0 else chr(10)}----- {k} -----")
+def _heading(k: int, count: int) -> str:
+    """The line before one of several texts."""
+    return f"{'' if k == 0 else chr(10)}----- {k} -----{chr(10)}" if count > 1 else ""
 
 
 def _not_met(stops: list[bytes], length: int, texts: list[int]) -> str:
@@ -192,9 +191,7 @@ def _sound(run: "Run", network: "FITDecoder", arguments: argparse.Namespace, opt
     prompts = []
     for prompt in arguments.prompts or []:
         if prompt.path is None:
-            raise InputError(
-                f"{run.path} is a run of sound, which --prompt does not apply to; give a WAV --prompt-file"
-            )
+            raise InputError(f"{run.path} is an audio run, which --prompt does not apply to; give a WAV --prompt-file")
         prompts.append(read_sound(prompt.path, data.sample_rate, data.resample).codes)
     prompts = [codes for codes in prompts or [np.zeros(0, np.uint8)] for _ in range(arguments.count or 1)]
     length = _samples(arguments, data.sample_rate)

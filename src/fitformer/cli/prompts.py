@@ -61,12 +61,18 @@ class Prompt:
 
 
 class Printer:
-    """Prints a prompt, then each byte that is generated; the bytes of an incomplete character wait. A `Streamer`."""
+    """Prints a prompt, then each byte that is generated; the bytes of an incomplete character wait. A `Streamer`.
 
-    def __init__(self, prompt: Prompt) -> None:
+    Nothing is printed before the first tokens come, so not for what cannot be generated.
+
+    Args:
+        prompt: what is continued. heading: a line before it.
+    """
+
+    def __init__(self, prompt: Prompt, heading: str = "") -> None:
         from fitformer.generation import TextStreamer
 
-        self.prompt, self.text = prompt, TextStreamer()
+        self.prompt, self.heading, self.text = prompt, heading, TextStreamer()
 
     def put(self, tokens: "Tensor") -> None:
         """Take the prompt `(1, L)`, in whose place all of it is printed, then each byte `(1,)`."""
@@ -76,7 +82,8 @@ class Printer:
             self.begin()
 
     def begin(self) -> None:
-        """Print the prompt."""
+        """Print the heading and the prompt."""
+        print(self.heading, end="")
         for block in self.prompt.blocks() if self.prompt.shown else ():
             self.add(block)
 

@@ -83,6 +83,7 @@ class CachedTrunk:
         self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
         self.last = len(trunk.blocks) - 1
         self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
+        self.writes = [None if block.write is None else _FusedWrite(block.write) for block in trunk.blocks]
         self.step = torch.compile(self._step) if compile else None
 
     def start(self, batch: int) -> Cache:
@@ -135,12 +136,9 @@ class CachedTrunk:
 
     def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "_Places") -> Tensor:
         """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups."""
-        for i, block in enumerate(self.trunk.blocks):
-            if i:
-                key, value = tensors[f"{i}.write"].unbind(1)
-                x = x + block.write.attention.attend(block.write.norm(x), key, value)
-                x = x if block.write.ffn is None else x + block.write.ffn(x)
-            for j, layer in enumerate(self.local[i]):
+        for i, (write, local) in enumerate(zip(self.writes, self.local, strict=True)):
+            x = x if write is None else write(x, tensors[f"{i}.write"])
+            for j, layer in enumerate(local):
                 x = layer(x, tensors.get(f"{i}.local.{j}"), at)
             if i < self.last:
                 at.put(tensors[f"{i}.tokens"], x, dim=1)
@@ -249,39 +247,67 @@ class _FusedLayer:
     """
 
     def __init__(self, layer: Any) -> None:
-        attention, ffn = layer.attention, layer.ffn
-        self.attention, self.heads = attention, 0
-        self.ffn_norm, self.inner, self.outer = _weights(ffn.norm), _weights(ffn.inner), _weights(ffn.outer)
-        self.eps = ffn.norm.eps
+        attention = layer.attention
+        self.attention, self.heads, self.ffn = attention, 0, _FusedFeedForward(layer.ffn)
         if attention is None:
             return
         parts = [_weights(part) for part in (attention.query, attention.key, attention.value)]
         self.heads, self.width = attention.heads, attention.query.out_features // attention.heads
+        self.norm, self.eps, self.output = _weights(layer.norm), layer.norm.eps, _weights(attention.output)
         self.normalizes = not isinstance(attention.query_norm, torch.nn.Identity)
-        self.norm, self.output = _weights(layer.norm), _weights(attention.output)
         self.weight, self.bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def __call__(self, x: Tensor, kept: Tensor | None, at: "_Places") -> Tensor:
         """Tokens `(b, k, c)` that attended to those of their group that `kept` has, themselves included."""
-        if kept is not None:
-            x = x + self._attend(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), kept, at)
-        units = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *self.ffn_norm, self.eps), *self.inner))
-        return x + F.linear(units, *self.outer)
+        return self.ffn(x if kept is None else x + self._attend(x, kept, at))
 
     def _attend(self, x: Tensor, kept: Tensor, at: "_Places") -> Tensor:
         batch, count, _ = x.shape
-        projected = F.linear(x, self.weight, self.bias).view(batch, count, 3, self.heads, self.width)
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        projected = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), self.weight, self.bias)
+        by_head = projected.view(batch, count, 3, self.heads, self.width)
+        query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)
         if self.normalizes:
             query, key = self.attention.query_norm(query), self.attention.key_norm(key)
         if self.attention.rotary:
-            query, key = self.attention.turned(query, at.places), self.attention.turned(key, at.places)
+            rotation = at.rotation(self.attention, x.dtype)
+            query, key = self.attention.turn(query, rotation), self.attention.turn(key, rotation)
         keys, values = kept.unbind(1)
         at.put(keys, key, dim=2)
         at.put(values, value, dim=2)
         keys, values = keys.narrow(2, 0, at.stop), values.narrow(2, 0, at.stop)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
         return F.linear(out.transpose(1, 2).reshape(batch, count, -1), *self.output)
+
+
+class _FusedWrite:
+    """The write of a block in few calls."""
+
+    def __init__(self, layer: Any) -> None:
+        self.attention = layer.attention
+        self.norm, self.eps, self.query = _weights(layer.norm), layer.norm.eps, _weights(self.attention.query)
+        self.normalizes = not isinstance(self.attention.query_norm, torch.nn.Identity)
+        self.output, self.ffn = _weights(self.attention.output), layer.ffn and _FusedFeedForward(layer.ffn)
+
+    def __call__(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Tokens `(b, k, c)` that attended to latents of which the keys and values `(b, 2, h, m, e)` are kept."""
+        query = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.query)
+        query = query.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+        query = self.attention.query_norm(query) if self.normalizes else query
+        out = F.scaled_dot_product_attention(query, kept[:, 0], kept[:, 1])
+        x = x + F.linear(out.transpose(1, 2).flatten(2), *self.output)
+        return x if self.ffn is None else self.ffn(x)
+
+
+class _FusedFeedForward:
+    """A feed-forward and its residual in few calls."""
+
+    def __init__(self, ffn: Any) -> None:
+        self.norm, self.eps = _weights(ffn.norm), ffn.norm.eps
+        self.inner, self.outer = _weights(ffn.inner), _weights(ffn.outer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        units = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.inner))
+        return x + F.linear(units, *self.outer)
 
 
 def _weights(part: Any) -> tuple[Tensor, Tensor]:
@@ -299,6 +325,7 @@ class _Places:
 
     def __init__(self, places: Tensor, stop: int, mask: Tensor | None) -> None:
         self.places, self.stop, self.mask = places, stop, mask
+        self._rotation: Tensor | None = None
         self.rows = None if places.ndim == 1 else torch.arange(len(places), device=places.device)
 
     @classmethod
@@ -312,6 +339,12 @@ class _Places:
     def apart(cls, places: Tensor, stop: int) -> "_Places":
         """A place for each row `(b, 1)`, all below `stop`."""
         return cls(places, stop, (torch.arange(stop, device=places.device) <= places)[:, None, None])
+
+    def rotation(self, attention: Any, dtype: torch.dtype) -> Tensor:
+        """What turns queries and keys by their places, the same in all layers."""
+        if self._rotation is None:
+            self._rotation = attention.rotation(self.places, dtype)
+        return self._rotation
 
     def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
         """Write new tokens `(b, ..., k, w)` to their places along `dim` of `kept (b, ..., n, w)`."""

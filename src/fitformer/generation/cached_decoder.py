@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.checks import checked, whole
+from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution.cached import Cache, CachedTrunk
 from fitformer.execution.streamed import default_slice
@@ -165,6 +166,18 @@ class CachedDecoder:
                 f"{end} inputs are beyond the decoder's {groups * self.n} ({groups} groups of {self.n} tokens); feed "
                 "fewer, or start again with the last groups"
             )
+
+    def check_room(self, batch: int, length: int) -> None:
+        """Refuse rows of so many tokens whose latents this machine has no memory to remember.
+
+        Raises:
+            InputError: names both amounts.
+        """
+        config, trunk = self.trunk.trunk.config, self.trunk.trunk
+        groups = min(-(-length // self.n), 2 * (config.global_window or length))
+        layers = sum(len(block.global_layers) for block in trunk.blocks)
+        numbers = 2 * batch * layers * groups * config.latents_per_group * config.latent_dim
+        check_room(f"a cache of the latents of {groups} groups of {batch} rows, without a window of fewer,", numbers)
 
     def load(self, path: str | Path) -> DecodingState:
         """A state that `DecodingState.save` wrote for this decoder, on the decoder's device.

@@ -1,1 +1,1 @@
-"""Models in other people's terms: the reference's weights."""
+"""Models in other people's terms: the reference's weights, Hugging Face transformers."""

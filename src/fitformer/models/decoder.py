@@ -1,6 +1,7 @@
 """FIT as an autoregressive decoder: shifted tokens in, logits of the next ones out (spec section 5)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,24 +127,51 @@ class FITDecoder(FITModel):
         documents: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, for `groups` groups of `batch` examples, in memory or by a function that reads a slice."""
+        inputs = self._inputs(tokens, batch, groups, labels, documents)
+        if score is None:
+            return self.head(self.execute(replace(inputs, blocks=self.last_block())).tokens[0])
+        scored = self.execute(replace(inputs, score=lambda which, x, mask: score(which, self.head(x), mask))).score
+        assert scored is not None
+        return scored
+
+    def hidden(
+        self, tokens: Tensor, labels: Tensor | None = None, blocks: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """What the trunk makes of whole groups, block by block.
+
+        Args:
+            tokens: shifted right by one `(b, t, n)`. labels: as `forward`.
+            blocks: numbers of those that are wanted; None for all.
+
+        Returns:
+            data tokens `(b, t, n, c)` as they leave each of the blocks; `head` turns the last ones into logits.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        check_grouped(tokens, self.tokens_per_group, "b t n")
+        check_vocabulary(tokens, self.vocab_size)
+        inputs = self._inputs(tokens, tokens.shape[0], tokens.shape[1], labels, None)
+        blocks = range(len(self.trunk.blocks)) if blocks is None else blocks
+        return self.execute(replace(inputs, blocks=blocks)).tokens
+
+    def _inputs(
+        self, tokens: Tensor | Read, batch: int, groups: int, labels: Tensor | None, documents: Tensor | None
+    ) -> Inputs:
+        """A pass through the trunk, without what is wanted of it."""
         self.check_labels(labels, batch)
         if documents is not None and documents.shape != (batch, groups):
             raise InputError(f"documents {tuple(documents.shape)} of an input of ({batch}, {groups}) groups (b, t)")
         if documents is not None and labels is not None:
             raise InputError("labels are the class of a row, which has several documents: leave out one of them")
         places = None if documents is None else places_in_documents(documents)
-        scored = None if score is None else (lambda which, x, mask: score(which, self.head(x), mask))
-        inputs = Inputs(
+        return Inputs(
             tokens=tokens,
             latents=self.trunk.initial_latents(batch, groups, places=places),
             embed=lambda which, raw: self.embed(raw, labels=None if which.start else labels),
-            score=scored,
-            blocks=() if score else self.last_block(),
             parameters=self.all_parameters(),
             places=places,
         )
-        outputs = self.execute(inputs)
-        return self.head(outputs.tokens[0]) if outputs.score is None else outputs.score
 
     def embed(self, tokens: Tensor, place: int | Tensor = 0, labels: Tensor | None = None) -> Tensor:
         """Integer tokens `(b, ..., k)` as data tokens `(b, ..., k, c)`.

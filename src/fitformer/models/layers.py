@@ -18,7 +18,7 @@ from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.models.block_causal import Band, block_causal_attention
 from fitformer.models.dropout import GroupRandom
-from fitformer.models.positions import rotate
+from fitformer.models.positions import rotate, rotation, turn
 
 # Keys and values of new tokens to those that they attend to, which a cache keeps.
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -140,22 +140,30 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Queries `(r, h, q, e)` of tokens `x (r, q, dim)`; `positions` as in `attend`."""
-        return self.turned(self.query_norm(self._by_head(self.query(x))), positions)
+        return self._turned(self.query_norm(self._by_head(self.query(x))), positions)
 
     def project(self, context: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values `(r, h, k, e)` of a context `(r, k, context_dim)`: what a cache keeps of it.
 
         `positions` are the context's, int64 `(k,)` or `(r, k)`.
         """
-        key = self.turned(self.key_norm(self._by_head(self.key(context))), positions)
+        key = self._turned(self.key_norm(self._by_head(self.key(context))), positions)
         return key, self._by_head(self.value(context))
 
-    def turned(self, by_head: Tensor, positions: Tensor | None) -> Tensor:
+    def _turned(self, by_head: Tensor, positions: Tensor | None) -> Tensor:
         """Queries or keys `(r, h, k, e)` turned by their positions, 0, 1, 2 ... by default, if the attention does."""
         if not self.rotary:
             return by_head
         positions = torch.arange(by_head.shape[2], device=by_head.device) if positions is None else positions
         return rotate(by_head, positions)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `turn` needs of positions, once for queries and keys of any layer, see `models.positions.rotation`."""
+        return rotation(positions, self.query.out_features // self.heads).to(dtype)
+
+    def turn(self, by_head: Tensor, rotation: Tensor) -> Tensor:
+        """Queries or keys `(r, h, k, e)` turned by a `rotation`."""
+        return turn(by_head, rotation)
 
     def _by_head(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "r s (h e) -> r h s e", h=self.heads)

@@ -61,12 +61,22 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     Args:
         x: e is even. positions: whole numbers `(k,)`, or `(r, k)` for each row its own.
     """
+    return turn(x, rotation(positions, x.shape[-1]))
+
+
+def rotation(positions: Tensor, width: int) -> Tensor:
+    """Cosines and sines `(2, k, e/2)`, or `(2, r, 1, k, e/2)`, float64, of the angles that `rotate` turns by."""
     # In float32 an angle would be off by a 20th of a radian at position 1,000,000.
-    pairs = torch.arange(0, x.shape[-1], 2, dtype=torch.float64, device=x.device)
-    angles = positions[..., None] * 10000.0 ** (-pairs / x.shape[-1])
+    pairs = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None] * 10000.0 ** (-pairs / width)
     angles = angles if positions.ndim == 1 else angles[:, None]
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """Queries or keys `(r, h, k, e)`, turned by a `rotation`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+    cos, sin = rotation.to(wide.dtype).unbind(0)
     first, second = wide.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 

@@ -1,6 +1,7 @@
 """Autoregression over sound: predict the next sample, as one of 256 mu-law codes."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fitformer.config.schema import AudioRecipe
+from fitformer.data.datasets.text import ByteBuffer, Piece
+from fitformer.data.wav import read_sound
 from fitformer.models.decoder import FITDecoder
 from fitformer.tasks._autoregression import (
     BYTE_VALUES,
@@ -29,7 +32,7 @@ def build(recipe: AudioRecipe, dataset: Any) -> FITDecoder:
     """A decoder of mu-law codes.
 
     Raises:
-        InputError: `data.length` is no multiple of `model.tokens_per_group`.
+        InputError: groups of no tokens.
     """
     return build_sequence_decoder(recipe)
 
@@ -65,6 +68,17 @@ def generate_audio(network: FITDecoder, prompts: Sequence[np.ndarray], length: i
     return [row.numpy().astype(np.uint8) for row in rows]
 
 
+def file_tokens(network: FITDecoder, recipe: AudioRecipe, path: Path) -> ByteBuffer:
+    """The codes of a WAV file, read as the recipe's are.
+
+    Raises:
+        InputError: what `data.wav.read_sound` refuses.
+        MissingDependencyError: SciPy is not installed.
+    """
+    codes = read_sound(path, recipe.data.sample_rate, recipe.data.resample).codes
+    return ByteBuffer([Piece(str(path), 0, len(codes), codes.tobytes())])
+
+
 def preview(network: FITDecoder, recipe: AudioRecipe, count: int) -> Preview:
     """Sounds from nothing, from the same random numbers at every preview."""
     length, temperature = recipe.objective.preview_length, recipe.objective.preview_temperature
@@ -85,4 +99,6 @@ TASK = TaskSpec(
     baselines=baselines,
     verb="generate",
     generate_audio=generate_audio,
+    file_tokens=file_tokens,
+    unit=UNIT,
 )

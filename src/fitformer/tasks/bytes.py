@@ -1,6 +1,7 @@
 """Autoregression over bytes: predict the next byte of a text or file."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fitformer import patching
 from fitformer.config.schema import ByteRecipe
-from fitformer.data.datasets.text import compressed_bits_per_byte
+from fitformer.data.datasets.text import ByteBuffer, compressed_bits_per_byte, whole_file
 from fitformer.models.decoder import FITDecoder
 from fitformer.tasks._autoregression import (
     build_sequence_decoder,
@@ -74,6 +75,15 @@ def generate_bytes(network: FITDecoder, prompts: Sequence[bytes], length: int, *
     return [patching.tokens_to_bytes(row) for row in rows]
 
 
+def file_tokens(network: FITDecoder, recipe: ByteRecipe, path: Path) -> ByteBuffer:
+    """The bytes of a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    return whole_file(path)
+
+
 def preview(network: FITDecoder, recipe: ByteRecipe, count: int) -> Preview:
     """Text that follows a newline, from the same random numbers at every preview."""
     length, temperature = recipe.objective.preview_length, recipe.objective.preview_temperature
@@ -94,4 +104,7 @@ TASK = TaskSpec(
     baselines=baselines,
     verb="generate",
     generate_bytes=generate_bytes,
+    file_tokens=file_tokens,
+    unit=UNIT,
+    exact_tokens=file_tokens,
 )

@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fitformer import patching
 from fitformer.config.schema import PixelRecipe
-from fitformer.data.datasets.images import quantize
+from fitformer.data.datasets.images import dequantize, quantize
+from fitformer.data.datasets.text import ByteBuffer, Piece
+from fitformer.data.decoding import UnreadableImageError, decode
+from fitformer.data.pixels import fit, to_image
 from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.patching.sizes import format_size, to_sides
@@ -192,6 +198,57 @@ def to_grey(images: Tensor, levels: int) -> Tensor:
     return images if levels == BYTE_VALUES else (images.float() * (255 / (levels - 1))).round().to(torch.uint8)
 
 
+def file_tokens(network: FITDecoder, recipe: PixelRecipe, path: Path) -> ByteBuffer:
+    """The pixel values of an image file, brought to the size, channels and levels of the model, in its order.
+
+    Raises:
+        InputError: it is missing, or no image.
+    """
+    rows, columns = to_sides(one_size(recipe), "hw")
+    pixels = _decoded(path, _channels(network, recipe), recipe)
+    return _as_tokens(fit(pixels, (rows, columns), recipe.data.resize), recipe, path)
+
+
+def exact_tokens(network: FITDecoder, recipe: PixelRecipe, path: Path) -> ByteBuffer:
+    """The pixel values of an image file that has the size, channels and levels of the model.
+
+    Raises:
+        InputError: it is missing, no image, or has others, so that its pixels would change.
+    """
+    pixels, size = _decoded(path, None, recipe), (*to_sides(one_size(recipe), "hw"), _channels(network, recipe))
+    if pixels.shape != size:
+        raise InputError(
+            f"{path} is {format_size(pixels.shape)} (rows x columns x channels) and the model's images are "
+            f"{format_size(size)}; its pixels would change: give an image of that size"
+        )
+    levels = recipe.data.levels
+    if levels is not None and not np.array_equal(dequantize(quantize(pixels, levels), levels), pixels):
+        raise InputError(f"{path} has other pixel values than the model's {levels} levels; its pixels would change")
+    return _as_tokens(pixels, recipe, path)
+
+
+def restored(network: FITDecoder, recipe: PixelRecipe, tokens: bytes) -> bytes:
+    """The PNG file of an image whose pixel values are `tokens`, in the order of the decoder."""
+    (values,) = _to_images(patching.bytes_to_tokens(tokens)[None], network, recipe).numpy()
+    file = BytesIO()
+    to_image(values if recipe.data.levels is None else dequantize(values, recipe.data.levels)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _decoded(path: Path, channels: int | None, recipe: PixelRecipe) -> np.ndarray:
+    try:
+        return decode(path, str(path), channels, recipe.data.pixel_range)
+    except UnreadableImageError as error:
+        raise InputError(f"{path} cannot be read as an image: {error.reason}") from error
+
+
+def _as_tokens(pixels: np.ndarray, recipe: PixelRecipe, path: Path) -> ByteBuffer:
+    """Pixels (H, W, ch) 0 .. 255 in the order of the decoder."""
+    values = pixels if recipe.data.levels is None else quantize(pixels, recipe.data.levels)
+    tokens = patching.tokens_to_bytes(targets({"image": torch.from_numpy(values.copy())[None]}, recipe))
+    return ByteBuffer([Piece(str(path), 0, len(tokens), tokens)])
+
+
 def preview(network: FITDecoder, recipe: PixelRecipe, count: int) -> Preview:
     """Generated images, from the same random numbers at every preview."""
     return Preview(images=generate_images(network, recipe, count, seed=recipe.trainer.seed))
@@ -210,4 +267,8 @@ TASK = TaskSpec(
     verb="generate",
     generate_images=generate_images,
     complete_images=complete_images,
+    file_tokens=file_tokens,
+    unit=UNIT,
+    exact_tokens=exact_tokens,
+    restored=restored,
 )

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from fitformer.config.schema import Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from torch import Tensor
 
+    from fitformer.data.datasets.text import ByteBuffer
     from fitformer.tasks.batch import Batch
     from fitformer.tasks.preview import Preview
 
@@ -40,6 +43,10 @@ class TaskSpec:
         generate_images, generate_bytes, generate_audio: draw tokens one by one, see `tasks.pixels.generate_images`,
             `tasks.bytes.generate_bytes` and `tasks.audio.generate_audio`; one of the three for the verb `generate`.
         complete_images: draw the rest of images, see `tasks.pixels.complete_images`.
+        file_tokens: `(model, recipe, path) -> ByteBuffer`: a file as the tokens of one sequence, whose likelihood the
+            verb `evaluate` gives in `unit`, such as `bits_per_byte`; None where files have none.
+        exact_tokens, restored: the same for lossless compression, of a file whose tokens tell all that is in it, and
+            `(model, recipe, tokens) -> content`, the file's bytes; None where the tokens are these bytes.
         find_unused_parameters: some parameters get no gradient, which distributed training must be told.
     """
 
@@ -59,6 +66,10 @@ class TaskSpec:
     complete_images: "Callable[..., Tensor] | None" = None
     generate_bytes: "Callable[..., list[bytes]] | None" = None
     generate_audio: "Callable[..., list[np.ndarray]] | None" = None
+    file_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
+    unit: str = ""
+    exact_tokens: "Callable[[Any, Any, Path], ByteBuffer] | None" = None
+    restored: "Callable[[Any, Any, bytes], bytes] | None" = None
     find_unused_parameters: bool = False
 
     @property

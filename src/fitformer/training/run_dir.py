@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.device import processor_name
 from fitformer.config import load as config
 from fitformer.config.schema import Recipe
 from fitformer.errors import InputError
@@ -341,7 +342,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": processor_name(), "cores": os.cpu_count()},
         "accelerators": _accelerators(),
         "git": _commit(),
     }
@@ -352,14 +353,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _accelerators() -> list[str]:

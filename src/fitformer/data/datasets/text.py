@@ -126,6 +126,19 @@ class ByteBuffer:
         return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
 
+def whole_file(path: str | Path) -> ByteBuffer:
+    """All bytes of a file, which is read when they are asked for if it is large.
+
+    Raises:
+        InputError: there is no file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is not there"
+        raise InputError(f"{path} {kind}; give a file")
+    return ByteBuffer([Piece(str(path), 0, path.stat().st_size)])
+
+
 def file_pieces(path: str | None, glob: str = "**/*") -> list[Piece]:
     """A file, or the files below a folder that match `glob`, hidden ones left out, in sorted order.
 
