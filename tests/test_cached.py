@@ -226,20 +226,6 @@ def test_rows_of_several_lengths_in_a_window():
     assert [row.tolist() for row in cached] == [row.tolist() for row in plain]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself, within torch
-@pytest.mark.parametrize("options", [{}, {"latent_position": "index", "rotary": True, "qk_norm": True}])
-def test_compiled_steps_are_the_plain_ones(options):
-    decoder = build("(1)1(2)1(1)", **options)
-    for batch in (1, 3):
-        reader, inputs = CachedDecoder(decoder, compile=True), inputs_of(decoder, batch)
-        state, pieces = reader.start(batch), inputs.split([6, *[1] * 14], dim=1)
-        close(torch.cat([reader.feed(state, piece) for piece in pieces], dim=1), whole(decoder, inputs))
-    prompts, settings = [[1], [2, 3, 4, 5, 6]], {"max_new_tokens": 15, "do_sample": True}
-    compiled, plain = (decoder.generate(prompts, compile=compile, **settings) for compile in (True, False))
-    assert [row.tolist() for row in compiled] == [row.tolist() for row in plain]
-
-
 def test_steps_inside_a_group_leave_the_latents_alone():
     decoder = build("(1)1(1)", num_groups=8)
     reader, inputs = CachedDecoder(decoder), inputs_of(decoder, 1)

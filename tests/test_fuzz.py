@@ -179,7 +179,6 @@ CALLS = {
         "seed": 0,
         "first": 0,
         "use_cache": True,
-        "compile": False,
         "window": None,
     },
     generation.generate: {

@@ -446,7 +446,6 @@ def test_draw_never_gives_an_impossible_token_at_the_edge():
         (None, {"stop_strings": ""}, "the stop string b'' has 0 bytes"),
         (None, {"stop_strings": b"12345"}, "has 5 bytes; .* max_new_tokens, which is 4"),
         (None, {"window": 0}, "window is 0"),
-        (None, {"compile": True}, "compile is of the step with a cache"),
         (None, {"lenght": 5}, "no option 'lenght'"),
         (None, {"step": lambda tokens, starts: torch.full((1, 11), math.nan)}, "not finite"),
     ],

@@ -66,13 +66,12 @@ class CachedTrunk:
 
     Args:
         trunk: a `Trunk` with `causal="all"`.
-        compile: compile the step of one token, which takes half a minute once and makes every step faster.
 
     Raises:
         InputError: a trunk that is not causal inside its groups, or one in training mode with dropout.
     """
 
-    def __init__(self, trunk: Any, compile: bool = False) -> None:
+    def __init__(self, trunk: Any) -> None:
         if not trunk.shifts_write:
             raise InputError(
                 "the trunk is not causal inside its groups: only autoregressive decoders are run with a cache"
@@ -84,7 +83,6 @@ class CachedTrunk:
         self.last = len(trunk.blocks) - 1
         self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
         self.writes = [None if block.write is None else _FusedWrite(block.write) for block in trunk.blocks]
-        self.step = torch.compile(self._step) if compile else None
 
     def start(self, batch: int) -> Cache:
         """The cache of `batch` rows that have read nothing."""
@@ -114,25 +112,16 @@ class CachedTrunk:
         Returns:
             data tokens `(b, k, c)` as they leave the trunk.
         """
-        x = self._read(cache.tensors, x, [position % self.n for position in cache.position])
+        starts = [position % self.n for position in cache.position]
+        if min(starts) == max(starts):
+            at = _Places.together(starts[0], x.shape[1], x.device)
+        else:
+            assert x.shape[1] == 1, "rows at several places read one token at a time"
+            at = _Places.apart(torch.tensor(starts, device=x.device)[:, None], max(starts) + 1)
+        x = self._through_blocks(cache.tensors, x, at)
         cache.position = [position + x.shape[1] for position in cache.position]
         self._finish_groups(cache)
         return x
-
-    def _read(self, tensors: dict[str, Tensor], x: Tensor, starts: list[int]) -> Tensor:
-        """New tokens `(b, k, c)` as they leave the trunk, the first at these places of the current groups."""
-        count, alike = x.shape[1], min(starts) == max(starts)
-        if self.step is not None and count == 1:
-            return self.step(tensors, x, torch.tensor(starts, device=x.device)[:, None])
-        if alike:
-            return self._through_blocks(tensors, x, _Places.together(starts[0], count, x.device))
-        assert count == 1, "rows at several places read one token at a time"
-        places = torch.tensor(starts, device=x.device)[:, None]
-        return self._through_blocks(tensors, x, _Places.apart(places, max(starts) + 1))
-
-    def _step(self, tensors: dict[str, Tensor], x: Tensor, places: Tensor) -> Tensor:
-        """One token of each row `(b, 1, c)` at places `(b, 1)`: the same operations wherever the rows stand."""
-        return self._through_blocks(tensors, x, _Places.apart(places, self.n))
 
     def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "_Places") -> Tensor:
         """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups."""
@@ -254,7 +243,7 @@ class _FusedLayer:
         parts = [_weights(part) for part in (attention.query, attention.key, attention.value)]
         self.heads, self.width = attention.heads, attention.query.out_features // attention.heads
         self.norm, self.eps, self.output = _weights(layer.norm), layer.norm.eps, _weights(attention.output)
-        self.normalizes = not isinstance(attention.query_norm, torch.nn.Identity)
+        self.normalizes, self.rotary = not isinstance(attention.query_norm, torch.nn.Identity), attention.rotary
         self.weight, self.bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def __call__(self, x: Tensor, kept: Tensor | None, at: "_Places") -> Tensor:
@@ -262,21 +251,28 @@ class _FusedLayer:
         return self.ffn(x if kept is None else x + self._attend(x, kept, at))
 
     def _attend(self, x: Tensor, kept: Tensor, at: "_Places") -> Tensor:
-        batch, count, _ = x.shape
-        projected = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), self.weight, self.bias)
-        by_head = projected.view(batch, count, 3, self.heads, self.width)
-        query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.normalizes:
-            query, key = self.attention.query_norm(query), self.attention.key_norm(key)
-        if self.attention.rotary:
-            rotation = at.rotation(self.attention, x.dtype)
-            query, key = self.attention.turn(query, rotation), self.attention.turn(key, rotation)
-        keys, values = kept.unbind(1)
-        at.put(keys, key, dim=2)
-        at.put(values, value, dim=2)
-        keys, values = keys.narrow(2, 0, at.stop), values.narrow(2, 0, at.stop)
+        batch, count, width = x.shape
+        projected = F.linear(torch.layer_norm(x, (width,), *self.norm, self.eps), self.weight, self.bias)
+        by_head = projected.view(batch, count, 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+        query, new = by_head[0], by_head[1:]
+        if self.normalizes or self.rotary:
+            query, key = self._placed(by_head[:2], at)
+            new = torch.stack([key, by_head[2]])
+        at.put(kept, new.transpose(0, 1), dim=3)
+        keys, values = kept.narrow(3, 0, at.stop).unbind(1)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
-        return F.linear(out.transpose(1, 2).reshape(batch, count, -1), *self.output)
+        return F.linear(out.transpose(1, 2).reshape(batch, count, width), *self.output)
+
+    def _placed(self, both: Tensor, at: "_Places") -> tuple[Tensor, Tensor]:
+        """Queries and keys `(2, b, h, k, e)`, normalised and turned."""
+        attention = self.attention
+        query, key = both.unbind(0)
+        if self.normalizes:
+            query, key = attention.query_norm(query), attention.key_norm(key)
+        if self.rotary:
+            turned = attention.turn(torch.stack([query, key]), at.rotation(attention, query.dtype))
+            query, key = turned.unbind(0)
+        return query, key
 
 
 class _FusedWrite:
@@ -290,7 +286,7 @@ class _FusedWrite:
 
     def __call__(self, x: Tensor, kept: Tensor) -> Tensor:
         """Tokens `(b, k, c)` that attended to latents of which the keys and values `(b, 2, h, m, e)` are kept."""
-        query = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.query)
+        query = F.linear(torch.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.query)
         query = query.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
         query = self.attention.query_norm(query) if self.normalizes else query
         out = F.scaled_dot_product_attention(query, kept[:, 0], kept[:, 1])
@@ -306,7 +302,7 @@ class _FusedFeedForward:
         self.inner, self.outer = _weights(ffn.inner), _weights(ffn.outer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        units = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.inner))
+        units = F.gelu(F.linear(torch.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.inner))
         return x + F.linear(units, *self.outer)
 
 
@@ -324,7 +320,7 @@ class _Places:
     """
 
     def __init__(self, places: Tensor, stop: int, mask: Tensor | None) -> None:
-        self.places, self.stop, self.mask = places, stop, mask
+        self.places, self.stop, self.mask, self.count = places, stop, mask, places.shape[-1]
         self._rotation: Tensor | None = None
         self.rows = None if places.ndim == 1 else torch.arange(len(places), device=places.device)
 
@@ -347,13 +343,13 @@ class _Places:
         return self._rotation
 
     def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
-        """Write new tokens `(b, ..., k, w)` to their places along `dim` of `kept (b, ..., n, w)`."""
+        """Write new tokens `(b, ..., k, w)` to their places along `dim`, 1 or 3, of `kept (b, ..., n, w)`."""
         if self.rows is None:
-            kept.narrow(dim, self.stop - len(self.places), len(self.places)).copy_(new)
+            kept.narrow(dim, self.stop - self.count, self.count).copy_(new)
         elif dim == 1:
             kept[self.rows, self.places[:, 0]] = new[:, 0]
         else:
-            kept[self.rows, :, self.places[:, 0]] = new[:, :, 0]
+            kept[self.rows, :, :, self.places[:, 0]] = new[:, :, :, 0]
 
 
 def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:

@@ -5,7 +5,7 @@ their positions when it runs on all of them. Inputs may come in pieces of any le
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,15 @@ class CachedDecoder:
 
     Args:
         decoder: a `FITDecoder` in eval mode. Later changes of its weights are not seen.
-        compile: compile the step of one token, which takes half a minute once and makes every step faster.
 
     Raises:
         InputError: the decoder is in training mode with dropout.
     """
 
     @checked
-    def __init__(self, decoder: Any, compile: bool = False) -> None:
+    def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
-        self.trunk = CachedTrunk(decoder.trunk, compile)
+        self.trunk = CachedTrunk(decoder.trunk)
         self.n: int = decoder.tokens_per_group
 
     @torch.inference_mode()
@@ -121,27 +120,35 @@ class CachedDecoder:
         self._check(state, inputs)
         if inputs.shape[1] > 1 and len(set(state.position)) > 1:
             return self._feed_apart(state, inputs, last)
-        pieces = list(self._pieces(state.cache, inputs, last))
+        pieces, done = [], 0
+        while done < inputs.shape[1]:
+            x = self._read(state.cache, inputs[:, done:] if done else inputs)
+            done += x.shape[1]
+            if done == inputs.shape[1] or not last:
+                pieces.append(self.decoder.head(x[:, -1:] if last else x))
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
-    def _pieces(self, cache: Cache, inputs: Tensor, last: bool) -> Iterator[Tensor]:
-        """Logits of runs of whole groups and of parts of groups, one after the other."""
-        length, most, done = inputs.shape[1], default_slice(inputs.device.type, self.n, len(inputs)), 0
-        while done < length:
-            place = cache.position[0] % self.n
-            together = len(set(cache.position)) == 1
-            groups = min((length - done) // self.n, most) if together and place == 0 else 0
-            if groups:
-                piece = inputs[:, done : done + groups * self.n].unflatten(1, (groups, self.n))
-                x = self.decoder.embed(piece, labels=_beginning(cache))
-                x = self.trunk.run_groups(cache, x).flatten(1, 2)
-            else:
-                piece = inputs[:, done : done + self.n - place] if together else inputs
-                places = place if together else _places(cache.position, self.n, inputs.device)
-                x = self.trunk.run_tokens(cache, self.decoder.embed(piece, places, _beginning(cache)))
-            done += x.shape[1]
-            if done == length or not last:
-                yield self.decoder.head(x[:, -1:] if last else x)
+    def _read(self, cache: Cache, inputs: Tensor) -> Tensor:
+        """Data tokens `(b, k, c)` of the first inputs, as they leave the trunk: of whole groups, or of part of one."""
+        together = len(set(cache.position)) == 1
+        place, length = cache.position[0] % self.n if together else -1, inputs.shape[1]
+        if place == 0 and length >= self.n:
+            groups = min(length // self.n, default_slice(inputs.device.type, self.n, len(inputs)))
+            grouped = inputs[:, : groups * self.n].unflatten(1, (groups, self.n))
+            return self.trunk.run_groups(cache, self._embed(cache, grouped, 0)).flatten(1, 2)
+        if not together:
+            places = torch.tensor([[each % self.n] for each in cache.position], device=inputs.device)
+            return self.trunk.run_tokens(cache, self._embed(cache, inputs, places))
+        inputs = inputs if length <= self.n - place else inputs[:, : self.n - place]
+        return self.trunk.run_tokens(cache, self._embed(cache, inputs, place))
+
+    def _embed(self, cache: Cache, inputs: Tensor, place: int | Tensor) -> Tensor:
+        """As `decoder.embed`, with classes for rows that have read nothing yet."""
+        labels = cache.tensors.get(LABELS)
+        if labels is None or 0 not in cache.position:
+            return self.decoder.embed(inputs, place)
+        begun = torch.tensor(cache.position, device=labels.device) > 0
+        return self.decoder.embed(inputs, place, labels[:, 0].masked_fill(begun, -1))
 
     def _feed_apart(self, state: DecodingState, inputs: Tensor, last: bool) -> Tensor:
         """Feed rows that stand at different positions, those at one position together."""
@@ -211,17 +218,3 @@ def rows_by(keys: Sequence[Any]) -> dict[Any, list[int]]:
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What is the same in all states of a decoder: all axes but the rows and the growing places of latents."""
     return None if tensor is None else (tensor.dtype, tensor.ndim, *tensor.shape[1:3], tensor.shape[-1])
-
-
-def _beginning(cache: Cache) -> Tensor | None:
-    """Classes `(b,)` of rows that have read nothing yet, -1 of the others; None if there are none to be read."""
-    labels = cache.tensors.get(LABELS)
-    if labels is None or 0 not in cache.position:
-        return None
-    begun = torch.tensor(cache.position, device=labels.device) > 0
-    return labels[:, 0].masked_fill(begun, -1)
-
-
-def _places(position: list[int], n: int, device: torch.device) -> Tensor:
-    """Places `(b, 1)` in their groups of rows at several positions."""
-    return torch.tensor([[each % n] for each in position], device=device)

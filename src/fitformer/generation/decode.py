@@ -133,7 +133,7 @@ class _Run:
             own[start : self.length] = row
         self.seed = config.seed if generator is None else _seed_from(generator)
         labels = _repeated(labels, len(prompts), config.num_return_sequences, step)
-        self.step = step or _step(decoder, config, labels)
+        self.step = step or (Cached if config.use_cache else Uncached)(decoder, config.window, labels)
         self.seen = self._seen(decoder.vocab_size) if config.repetition_penalty != 1 else None
 
     def so_far(self) -> Tensor:
@@ -202,12 +202,6 @@ class _Run:
         for own, row, start in zip(seen, self.tokens, self.starts, strict=True):
             own[row[start : self.length]] = True
         return seen
-
-
-def _step(decoder: Decoder, config: GenerationConfig, labels: Tensor | None) -> Step:
-    if config.use_cache:
-        return Cached(decoder, config.window, config.compile, labels)
-    return Uncached(decoder, config.window, labels)
 
 
 def _rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:

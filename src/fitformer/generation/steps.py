@@ -110,7 +110,7 @@ class Cached:
     """The step with a cache, which reads each token once but for those of a context that begins anew.
 
     Args:
-        decoder: a `FITDecoder`. window: groups of context at most. compile: see `CachedDecoder`.
+        decoder: a `FITDecoder`. window: groups of context at most.
         labels: classes `(b,)`, for a class-conditional decoder.
 
     Raises:
@@ -118,11 +118,8 @@ class Cached:
     """
 
     @checked
-    def __init__(
-        self, decoder: Decoder, window: int | None = None, compile: bool = False, labels: Tensor | None = None
-    ) -> None:
-        self.decoder, self.groups = CachedDecoder(decoder, compile), group_limit(decoder, window)
-        self.labels = labels
+    def __init__(self, decoder: Decoder, window: int | None = None, labels: Tensor | None = None) -> None:
+        self.decoder, self.groups, self.labels = CachedDecoder(decoder), group_limit(decoder, window), labels
         self.state: DecodingState | None = None
         self.begins: list[int] = []
 

@@ -118,7 +118,7 @@ class PositionTable(nn.Module):
         No module call: hooks on modules would meet the parameter itself as an output.
         """
         whole = start == 0 and count in (None, len(self.weight))
-        return self.weight if whole else self.weight[start:][:count]
+        return self.weight if whole else self.weight[start : None if count is None else start + count]
 
 
 def token_positions(kind: str, tokens_per_group: int, width: int) -> PositionTable:

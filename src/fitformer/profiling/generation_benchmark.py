@@ -8,7 +8,7 @@ that of one whole group, so the global phase at its end is included.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,6 @@ class GenerationBench:
         tokens_per_group: n.
         positions: tokens of context at which a token's time is measured.
         batch: rows generated at once. repeats: turns that medians are taken of. device: `cpu` or `cuda`.
-        compile: compile FIT's step of one token. The dense transformer's, whose cache is longer at every step, is
-            slower compiled.
 
     Raises:
         InputError: no positions, or numbers below 1.
@@ -68,7 +66,6 @@ class GenerationBench:
     batch: int = 1
     repeats: int = 3
     device: str = "cpu"
-    compile: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,7 +88,7 @@ class FITCached:
     """FIT with its caches; a measurement is one whole group, the one that holds the position."""
 
     def __init__(self, bench: GenerationBench, decoder: FITDecoder) -> None:
-        self.bench, self.tokens, self.cached = bench, bench.tokens_per_group, CachedDecoder(decoder, bench.compile)
+        self.bench, self.tokens, self.cached = bench, bench.tokens_per_group, CachedDecoder(decoder)
         self.state = self.cached.start(bench.batch)
 
     def stand_at(self, position: int) -> bool:
@@ -257,7 +254,6 @@ def _sizes(bench: GenerationBench, decoder: FITDecoder, dense: DenseDecoder) -> 
         "parameters": {"fit": count_parameters(decoder), "dense": count_parameters(dense)},
         "batch": bench.batch,
         "device": bench.device,
-        "compiled": bench.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -277,12 +273,11 @@ def measure_products(bench: GenerationBench) -> Result:
 
 
 def _against_products(bench: GenerationBench, make: Callable[[GenerationBench], Way]) -> Result:
-    """A way's loop against the products of the same loop uncompiled, in turns."""
-    plain, way = make(replace(bench, compile=False)), make(bench)
-    for each in (plain, way):
-        each.stand_at(bench.positions[0])
-        seconds_of(each.loop())
-    products, times = record_products(plain.loop()), []
+    """A way's loop against the products of the same loop, in turns."""
+    way = make(bench)
+    way.stand_at(bench.positions[0])
+    seconds_of(way.loop())
+    products, times = record_products(way.loop()), []
     for _ in range(bench.repeats):
         times.append((seconds_of(way.loop()), seconds_of(lambda: replay(products))))
     loop, alone = (statistics.median(each) / way.tokens for each in zip(*times, strict=True))
