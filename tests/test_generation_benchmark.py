@@ -1,6 +1,7 @@
 """Generation measured at several positions, at toy sizes: what is compared, counted and printed."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fitformer.profiling.generation_benchmark import (
     measure_generation,
     measure_products,
     ratios,
-    slowdown,
+    share_lost,
 )
 from fitformer.profiling.product_times import record_products, replay
 
@@ -49,7 +50,24 @@ def test_every_way_is_measured_at_every_position_and_they_have_equal_parameters(
     assert found["rows"][0]["dense_cached"]["cache_bytes"] == 2 * 2 * dense["depth"] * dense["dim"] * 20 * 4
     assert ratios(found)[1]["cache"] > ratios(found)[0]["cache"]
     assert found["rows"][0]["fit_uncached"]["cache_bytes"] == 0
-    assert slowdown({"rows": [{"fit_cached": {"tokens_per_second": rate}} for rate in (10, 9)]}) == pytest.approx(0.1)
+    assert -10 < found["slowdown"] < 1
+
+
+def test_the_share_of_speed_that_is_lost_has_the_right_sign():
+    class Sleeper:
+        def __init__(self, seconds):
+            self.seconds, self.at = seconds, None
+
+        def stand_at(self, position):
+            self.at = position
+
+        def loop(self):
+            return lambda: (time.sleep(self.seconds), torch.zeros(1))[1]
+
+    quick, slow = Sleeper(0.01), Sleeper(0.05)
+    assert 0.5 < share_lost(bench(), quick, slow) < 0.9
+    assert share_lost(bench(), slow, quick) < 0
+    assert (quick.at, slow.at) == (20, 20)
 
 
 def test_fit_stands_in_the_group_of_a_position_and_each_measurement_begins_there():

@@ -210,7 +210,8 @@ def measure_generation(bench: GenerationBench, tell: Callable[[Result], None] = 
 
     Returns:
         plain data: sizes, and `rows` with the position and for each way of `WAYS` its tokens per second (all rows of
-        the batch together), its cache in bytes and its seconds a token, or None where it was not measured.
+        the batch together), its cache in bytes and its seconds a token, or None where it was not measured; `slowdown`,
+        the share of FIT's speed at the first position that is lost at the last, measured in turns with nothing else.
     """
     decoder = bench.decoder()
     dense = dense_like(decoder).to(bench.device).eval()
@@ -223,7 +224,16 @@ def measure_generation(bench: GenerationBench, tell: Callable[[Result], None] = 
     for position in bench.positions:
         rows.append({"position": position, **_at(bench, ways, position)})
         tell(rows[-1])
-    return {**_sizes(bench, decoder, dense), "rows": rows}
+    slowdown = share_lost(bench, FITCached(bench, decoder), ways["fit_cached"])
+    return {**_sizes(bench, decoder, dense), "rows": rows, "slowdown": slowdown}
+
+
+def share_lost(bench: GenerationBench, first: Any, last: Any) -> float:
+    """The share of the speed at the first position that is lost at the last, where one way stands already."""
+    first.stand_at(bench.positions[0])
+    times = [(seconds_of(first.loop()), seconds_of(last.loop())) for _ in range(bench.repeats + 1)][1:]
+    begun, ended = (statistics.median(each) for each in zip(*times, strict=True))
+    return 1 - begun / ended
 
 
 def _at(bench: GenerationBench, ways: dict[str, Way], position: int) -> Result:
@@ -296,12 +306,6 @@ def ratios(found: Result) -> list[Result]:
         for position, fit, dense in pairs
         if fit and dense
     ]
-
-
-def slowdown(found: Result) -> float:
-    """The share of FIT's speed at the first position that is lost at the last; below 0 where it got faster."""
-    rates = [row["fit_cached"]["tokens_per_second"] for row in found["rows"]]
-    return float(1 - rates[-1] / rates[0])
 
 
 def write_generation_plot(path: str | Path, found: Result) -> None:
