@@ -226,6 +226,25 @@ def test_rows_of_several_lengths_in_a_window():
     assert [row.tolist() for row in cached] == [row.tolist() for row in plain]
 
 
+@pytest.mark.parametrize("options", [{}, {"latent_position": "index", "rotary": True, "qk_norm": True}])
+def test_mixed_precision_is_close_to_the_whole_sequence_in_it(options):
+    decoder = build("(1)1(1)1(1)", **options)
+    inputs, reader = inputs_of(decoder, 3), CachedDecoder(decoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = whole(decoder, inputs)
+        state = reader.start(3)
+        for row, length in enumerate((1, 6, 8)):
+            alone = reader.start(1)
+            reader.feed(alone, inputs[row : row + 1, :length])
+            state.cache.put([row], alone.cache)
+        for step in range(9):
+            column = torch.stack([inputs[row, length + step] for row, length in enumerate((1, 6, 8))])
+            logits = reader.feed(state, column[:, None])[:, 0]
+            wanted = torch.stack([expected[row, length + step] for row, length in enumerate((1, 6, 8))])
+            torch.testing.assert_close(logits, wanted, atol=0.05, rtol=0.05)
+    assert decoder.to(torch.bfloat16).generate([[1], [2] * 9], max_new_tokens=9)[1].shape == (18,)
+
+
 def test_steps_inside_a_group_leave_the_latents_alone():
     decoder = build("(1)1(1)", num_groups=8)
     reader, inputs = CachedDecoder(decoder), inputs_of(decoder, 1)

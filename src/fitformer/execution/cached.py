@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer.errors import InputError
+from fitformer.execution._fused_layers import FusedLayer, FusedWrite, Places
 
 
 @dataclass
@@ -81,8 +81,8 @@ class CachedTrunk:
         self.trunk, self.window = trunk, trunk.config.global_window
         self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
         self.last = len(trunk.blocks) - 1
-        self.local = [[_FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
-        self.writes = [None if block.write is None else _FusedWrite(block.write) for block in trunk.blocks]
+        self.local = [[FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
+        self.writes = [None if block.write is None else FusedWrite(block.write) for block in trunk.blocks]
 
     def start(self, batch: int) -> Cache:
         """The cache of `batch` rows that have read nothing."""
@@ -114,16 +114,16 @@ class CachedTrunk:
         """
         starts = [position % self.n for position in cache.position]
         if min(starts) == max(starts):
-            at = _Places.together(starts[0], x.shape[1], x.device)
+            at = Places.together(starts[0], x.shape[1], x.device)
         else:
             assert x.shape[1] == 1, "rows at several places read one token at a time"
-            at = _Places.apart(torch.tensor(starts, device=x.device)[:, None], max(starts) + 1)
+            at = Places.apart(torch.tensor(starts, device=x.device)[:, None], max(starts) + 1)
         x = self._through_blocks(cache.tensors, x, at)
         cache.position = [position + x.shape[1] for position in cache.position]
         self._finish_groups(cache)
         return x
 
-    def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "_Places") -> Tensor:
+    def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "Places") -> Tensor:
         """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups."""
         for i, (write, local) in enumerate(zip(self.writes, self.local, strict=True)):
             x = x if write is None else write(x, tensors[f"{i}.write"])
@@ -177,8 +177,9 @@ class CachedTrunk:
     def _remember_before(self, cache: Cache, i: int, latents: Tensor, rows: list[int] | None = None) -> None:
         """Keep the latents `(b, m, d)` that block i's write of the next group attends to."""
         to = slice(None) if rows is None else rows
-        cache.tensors[f"{i}.before"][to] = latents
-        cache.tensors[f"{i}.write"][to] = torch.stack(self.trunk.blocks[i].write.project(latents), dim=1)
+        before, write = cache.tensors[f"{i}.before"], cache.tensors[f"{i}.write"]
+        before[to] = latents.to(before.dtype)
+        write[to] = torch.stack(self.trunk.blocks[i].write.project(latents), dim=1).to(write.dtype)
 
     def _initial_latents(self, batch: int, first: int, groups: int) -> Tensor:
         places = torch.arange(first, first + groups, device=next(self.trunk.parameters()).device)
@@ -202,7 +203,9 @@ class CachedTrunk:
         self, cache: Cache, name: str, first: int, rows: list[int] | None, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keep the keys and values of latents of groups from `first` on; returns all that these latents attend to."""
-        end, added = first + key.shape[2] // self.m, torch.stack([key, value], dim=1)
+        # Mixed precision computes some of them in another type.
+        added = torch.stack([key.to(value.dtype), value], dim=1).to(cache.tensors[name].dtype)
+        end = first + key.shape[2] // self.m
         begin, after = self._begin(first), self._begin(end)
         reach = begin if self.window is None else max(begin, first - self.window + 1)
         to = slice(None) if rows is None else rows
@@ -227,129 +230,6 @@ class CachedTrunk:
         limits = [self.trunk.most_groups, None if self.window is None else 2 * self.window]
         most = min((limit for limit in limits if limit is not None), default=None)
         return None if most is None else most * self.m
-
-
-class _FusedLayer:
-    """A local layer in few calls: a step of one token takes as long as its calls.
-
-    Queries, keys and values are one product, and functions stand in the place of modules.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        attention = layer.attention
-        self.attention, self.heads, self.ffn = attention, 0, _FusedFeedForward(layer.ffn)
-        if attention is None:
-            return
-        parts = [_weights(part) for part in (attention.query, attention.key, attention.value)]
-        self.heads, self.width = attention.heads, attention.query.out_features // attention.heads
-        self.norm, self.eps, self.output = _weights(layer.norm), layer.norm.eps, _weights(attention.output)
-        self.normalizes, self.rotary = not isinstance(attention.query_norm, torch.nn.Identity), attention.rotary
-        self.weight, self.bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-
-    def __call__(self, x: Tensor, kept: Tensor | None, at: "_Places") -> Tensor:
-        """Tokens `(b, k, c)` that attended to those of their group that `kept` has, themselves included."""
-        return self.ffn(x if kept is None else x + self._attend(x, kept, at))
-
-    def _attend(self, x: Tensor, kept: Tensor, at: "_Places") -> Tensor:
-        batch, count, width = x.shape
-        projected = F.linear(torch.layer_norm(x, (width,), *self.norm, self.eps), self.weight, self.bias)
-        by_head = projected.view(batch, count, 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
-        query, new = by_head[0], by_head[1:]
-        if self.normalizes or self.rotary:
-            query, key = self._placed(by_head[:2], at)
-            new = torch.stack([key, by_head[2]])
-        at.put(kept, new.transpose(0, 1), dim=3)
-        keys, values = kept.narrow(3, 0, at.stop).unbind(1)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=at.mask)
-        return F.linear(out.transpose(1, 2).reshape(batch, count, width), *self.output)
-
-    def _placed(self, both: Tensor, at: "_Places") -> tuple[Tensor, Tensor]:
-        """Queries and keys `(2, b, h, k, e)`, normalised and turned."""
-        attention = self.attention
-        query, key = both.unbind(0)
-        if self.normalizes:
-            query, key = attention.query_norm(query), attention.key_norm(key)
-        if self.rotary:
-            turned = attention.turn(torch.stack([query, key]), at.rotation(attention, query.dtype))
-            query, key = turned.unbind(0)
-        return query, key
-
-
-class _FusedWrite:
-    """The write of a block in few calls."""
-
-    def __init__(self, layer: Any) -> None:
-        self.attention = layer.attention
-        self.norm, self.eps, self.query = _weights(layer.norm), layer.norm.eps, _weights(self.attention.query)
-        self.normalizes = not isinstance(self.attention.query_norm, torch.nn.Identity)
-        self.output, self.ffn = _weights(self.attention.output), layer.ffn and _FusedFeedForward(layer.ffn)
-
-    def __call__(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Tokens `(b, k, c)` that attended to latents of which the keys and values `(b, 2, h, m, e)` are kept."""
-        query = F.linear(torch.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.query)
-        query = query.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
-        query = self.attention.query_norm(query) if self.normalizes else query
-        out = F.scaled_dot_product_attention(query, kept[:, 0], kept[:, 1])
-        x = x + F.linear(out.transpose(1, 2).flatten(2), *self.output)
-        return x if self.ffn is None else self.ffn(x)
-
-
-class _FusedFeedForward:
-    """A feed-forward and its residual in few calls."""
-
-    def __init__(self, ffn: Any) -> None:
-        self.norm, self.eps = _weights(ffn.norm), ffn.norm.eps
-        self.inner, self.outer = _weights(ffn.inner), _weights(ffn.outer)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        units = F.gelu(F.linear(torch.layer_norm(x, x.shape[-1:], *self.norm, self.eps), *self.inner))
-        return x + F.linear(units, *self.outer)
-
-
-def _weights(part: Any) -> tuple[Tensor, Tensor]:
-    return part.weight.detach(), part.bias.detach()
-
-
-class _Places:
-    """Where new tokens stand in the current groups, which have n places.
-
-    Args:
-        places: int64, of the new tokens `(k,)` of all rows, or of each row's one `(b, 1)`.
-        stop: the first place that no new token attends to.
-        mask: of new tokens over places up to `stop`, None where all are attended to.
-    """
-
-    def __init__(self, places: Tensor, stop: int, mask: Tensor | None) -> None:
-        self.places, self.stop, self.mask, self.count = places, stop, mask, places.shape[-1]
-        self._rotation: Tensor | None = None
-        self.rows = None if places.ndim == 1 else torch.arange(len(places), device=places.device)
-
-    @classmethod
-    def together(cls, start: int, count: int, device: torch.device) -> "_Places":
-        """The same places from `start` on in all rows."""
-        places = torch.arange(start, start + count, device=device)
-        mask = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start) if count > 1 else None
-        return cls(places, start + count, mask)
-
-    @classmethod
-    def apart(cls, places: Tensor, stop: int) -> "_Places":
-        """A place for each row `(b, 1)`, all below `stop`."""
-        return cls(places, stop, (torch.arange(stop, device=places.device) <= places)[:, None, None])
-
-    def rotation(self, attention: Any, dtype: torch.dtype) -> Tensor:
-        """What turns queries and keys by their places, the same in all layers."""
-        if self._rotation is None:
-            self._rotation = attention.rotation(self.places, dtype)
-        return self._rotation
-
-    def put(self, kept: Tensor, new: Tensor, dim: int) -> None:
-        """Write new tokens `(b, ..., k, w)` to their places along `dim`, 1 or 3, of `kept (b, ..., n, w)`."""
-        if self.rows is None:
-            kept.narrow(dim, self.stop - self.count, self.count).copy_(new)
-        elif dim == 1:
-            kept[self.rows, self.places[:, 0]] = new[:, 0]
-        else:
-            kept[self.rows, :, :, self.places[:, 0]] = new[:, :, :, 0]
 
 
 def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:
