@@ -521,6 +521,7 @@ def repeated(batch, groups, generator):
     return word.expand(batch, groups, 4).contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EXTRAPOLATING, ids=["shared, rotary, window", "index"])
 def test_what_is_learned_at_four_groups_holds_at_sixteen(options, one_thread):
     torch.manual_seed(0)

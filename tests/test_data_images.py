@@ -169,6 +169,7 @@ def test_workers_count_together(broken_folder):
     assert len(dataset.unreadable) == 2
 
 
+@pytest.mark.slow
 def test_nothing_readable_is_an_error(broken_folder, tmp_path):
     source = read_folder(broken_folder, (), None)["train"]
     for file in source.files:
