@@ -87,6 +87,7 @@ def test_a_mistake_has_one_clear_line(name, override, message):
     [
         ("", "holds no keys"),
         ("task: [", "is not YAML"),
+        ("task: " + "[" * 10**4, "nests deeper"),
         ("task: clasify", "did you mean 'classify'?"),
         ("task: byte", "did you mean 'bytes'?"),
         ("task: classify\nmodel: {heds: 2}", "did you mean 'model.heads'?"),

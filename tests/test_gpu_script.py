@@ -55,7 +55,7 @@ def test_every_part_has_rows_and_none_fails(gpu):
         "huge": 1,
         "overlap": 1,
         "compile": 1,
-        "generation": 4,
+        "generation": 2 * 2 * 2,
         "bf16": 3 * 8 + 1,
         "tests": 1,
     }

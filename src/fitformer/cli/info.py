@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitformer._support.checks import whole
+from fitformer._support.json_text import parse_json
 from fitformer.cli.options import add_trunk, positive, size, trunk_of
 from fitformer.errors import InputError
 
@@ -122,8 +123,8 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
             f"({'it has no config.json' if folder.is_dir() else 'there is no such folder'})"
         )
     try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+        config = dict(parse_json(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not the configuration of a model ({error}); save the model again") from error
     asked = given(arguments)
     if config.get("latent_position") in ("index", "shared"):

@@ -162,6 +162,8 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{where} nests deeper than a recipe can; its sections hold plain values and lists") from None
     if not isinstance(given, dict):
         raise InputError(
             f"{where} holds no keys; a recipe is a mapping that starts with task: {'|'.join(task_names())}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.checks import checked, whole
+from fitformer._support.json_text import parse_json
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
 from fitformer.execution.cached import Cache, CachedTrunk
@@ -196,7 +197,7 @@ class CachedDecoder:
         device, like = next(self.decoder.parameters()).device, self.start(labels=labels).cache.tensors
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                position = json.loads((file.metadata() or {})["position"])
+                position = parse_json((file.metadata() or {})["position"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path} is no state of decoding ({error})") from error

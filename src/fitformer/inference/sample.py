@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.json_text import parse_json
 from fitformer._support.suggest import suggest
 from fitformer.data.decoding import UnreadableImageError, decode
 from fitformer.data.settings import ImageData
@@ -98,7 +99,7 @@ def write_samples(
 def _listed(folder: Path) -> set[str]:
     """The images of a folder that its samples.json lists; none if there is no such list."""
     try:
-        entries = json.loads((folder / "samples.json").read_text("utf-8"))["samples"]
+        entries = parse_json((folder / "samples.json").read_text("utf-8"))["samples"]
         return {Path(entry["file"]).name for entry in entries}
     except (OSError, ValueError, TypeError, KeyError):
         return set()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.json_text import parse_json
 from fitformer.errors import InputError
 from fitformer.models.adapt import LoadingReport, adapt
 from fitformer.models.config import SIZES, TrunkConfig, preset
@@ -209,8 +210,8 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
     """
     path = file_of(source, constants.CONFIG_NAME, **hub)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"{path} is not a whole JSON file ({error}); save or fetch it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model: it holds a {type(config).__name__}")

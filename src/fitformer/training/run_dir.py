@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.device import processor_name
+from fitformer._support.json_text import parse_json
 from fitformer.config import load as config
 from fitformer.config.schema import Recipe
 from fitformer.errors import InputError
@@ -58,7 +59,7 @@ class Run:
             raise InputError(f"{path} is not a run directory: it has no recipe.yaml")
         try:
             return cls(path, config.parse(recipe.read_text(encoding="utf-8"), where=str(recipe)))
-        except (UnicodeDecodeError, RecursionError) as error:
+        except UnicodeDecodeError as error:
             raise InputError(f"{recipe} is not the recipe of a run ({type(error).__name__}); write it anew") from error
 
     @property
@@ -280,8 +281,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     parsed = []
     for line in lines:
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
+            found = parse_json(line)
+        except ValueError:
             continue
         if isinstance(found, dict) and isinstance(found.get("step"), int):
             parsed.append(found)
@@ -329,8 +330,8 @@ def _note_start(path: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         way = "remove it, and the same training writes it anew"
         raise InputError(f"{path} is not whole ({' '.join(str(error).split())}); {way}") from error
 

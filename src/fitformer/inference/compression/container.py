@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fitformer._support.checks import check_fields
+from fitformer._support.json_text import parse_json
 from fitformer.data.datasets.text import whole_file
 from fitformer.errors import InputError
 
@@ -93,7 +94,7 @@ def read(path: Path) -> tuple[Header, np.ndarray]:
 def _header(path: Path, packed: bytes) -> Header:
     try:
         text = zlib.decompressobj().decompress(packed, _MOST_HEADER)
-        header = Header(**json.loads(text))
+        header = Header(**parse_json(text))
         _check(header.length >= 0 and 1 <= header.threads <= MOST_THREADS)
         _check(1 <= header.segments <= min(max(header.length, 1), MOST_SEGMENTS))
         _check(header.window is None or header.window >= 1)

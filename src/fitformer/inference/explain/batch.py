@@ -34,6 +34,7 @@ import torch
 from filelock import FileLock
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.json_text import parse_json
 from fitformer.data.readers import open_image
 from fitformer.errors import EmptyImageError, InputError
 from fitformer.inference.explain.agreement import Agreement
@@ -366,7 +367,7 @@ def _agreement(found: Agreement, image: GroupedImage, name: str) -> dict[str, An
 def _read(path: Path) -> Any:
     """What a JSON file holds; None where there is none, or one that is not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 
