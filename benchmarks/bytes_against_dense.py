@@ -3,6 +3,8 @@ training compute.
 
     python benchmarks/bytes_against_dense.py --budget 600s --threads 2 --output FOLDER
     python benchmarks/bytes_against_dense.py --budget 3e15 --contexts 512,1024 --dense-lrs 1e-3,2e-3 --output FOLDER
+    for part in 1/3 2/3 3/3; do python benchmarks/bytes_against_dense.py --part $part ... & done; wait     # beside
+    python benchmarks/bytes_against_dense.py ...       # each other, then the other seeds of the best and the table
 
 The data are those that come with the running Python; whole files and topics are held out. Compute is FLOPs of forward
 and backward passes. A budget in seconds is what the first FIT gets; all others get the FLOPs that it spent. FIT reads
@@ -17,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from next_token import Budget, Result, Run, Settings, by_place, windows
-from race import Entry, Race, add_options, dense_decoder, fit_of
+from next_token import Budget, Result, Run, by_place, windows
+from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
 from torch import Tensor
 
 from fitformer.data.datasets.text import ByteBuffer, python_docs, python_sources, split_pieces
@@ -46,6 +48,17 @@ def numbers(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
     return lambda text: [kind(each) for each in text.split(",")]
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Read `K/N`."""
+    try:
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no share; write 1/3 for the first of three")
+
+
 def mean_of(found: Sequence[Result]) -> str:
     """Mean and, of several, their spread."""
     values = [each["value"] for each in found]
@@ -63,10 +76,13 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--tokens-per-group", type=int, default=256)
     parser.add_argument("--hold-out", type=float, default=0.1, help="share of the bytes")
+    parser.add_argument("--part", type=part_of, help="K/N: train the K-th of N shares of the first trainings only")
     parser.add_argument("--most-held-out", type=int, help="measure on the first so many held-out bytes")
     sizes = {"layers": "(1)1(1)1(3)", "dim": 192, "latent_dim": 192, "heads": 6, "latent_heads": 6}
     add_options(parser, **sizes, latents_per_group=16)
     arguments = parser.parse_args()
+    if arguments.part and arguments.budget.flops is None:
+        parser.error("--part takes a --budget in FLOPs: what a training spends must not hang on the others")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     kept, held = read(arguments.hold_out)
@@ -77,7 +93,7 @@ def main() -> None:
     def entry(lr: float, context: int | None, seed: int) -> Entry:
         length = context or arguments.length
         batch = max(1, arguments.tokens_per_step // length)
-        settings = Settings(lr, length, batch, mixed=not arguments.float32, seed=seed)
+        settings = settings_of(arguments, lr, length, batch, seed)
         # A dense transformer knows no groups.
         n = arguments.tokens_per_group if context is None else min(context, arguments.tokens_per_group)
         name = f"FIT, context {length}, rate {lr:g}" if context is None else f"dense, context {length}, rate {lr:g}"
@@ -91,10 +107,16 @@ def main() -> None:
         folder=arguments.output,
         points=arguments.points,
     )
-    best = [
-        race.best([entry(lr, None, 0) for lr in arguments.lrs]),
-        race.best([entry(lr, context, 0) for context in arguments.contexts for lr in arguments.dense_lrs]),
+    kinds = [
+        [entry(lr, None, 0) for lr in arguments.lrs],
+        [entry(lr, context, 0) for context in arguments.contexts for lr in arguments.dense_lrs],
     ]
+    if arguments.part:
+        number, count = arguments.part
+        for each in [*kinds[0], *kinds[1]][number - 1 :: count]:
+            race.enter(each)
+        return
+    best = [race.best(entries) for entries in kinds]
     found = []
     for each in best:
         context = None if each.name.startswith("FIT") else each.settings.length

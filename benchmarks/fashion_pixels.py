@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 
 import torch
-from next_token import Budget, Run, Settings, rows
-from race import Entry, Race, add_options, dense_decoder, fit_of
+from next_token import Budget, Run, rows
+from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
 from torch import Tensor
 
 from fitformer.data.datasets.arrays import read_idx
@@ -53,7 +53,7 @@ def main() -> None:
 
     def entry(name: str, seed: int) -> Entry:
         lr, make = (arguments.lr, fit) if name == "FIT" else (arguments.dense_lr, lambda: dense_decoder(fit))
-        settings = Settings(lr, PIXELS, arguments.batch, mixed=not arguments.float32, seed=seed)
+        settings = settings_of(arguments, lr, PIXELS, arguments.batch, seed)
         return Entry(name, make, settings, arguments.tokens_per_group)
 
     race = Race(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fitformer import FITDecoder, patching
@@ -41,6 +42,8 @@ class Settings:
         warmup: share of the budget with a rising learning rate; after it the rate falls on a line to `end` of the peak.
         length: tokens of an example. batch: examples of a step.
         mixed: bf16 autocast. seed: of weights and of the order of examples.
+        average: decay of the weights' moving average, which is what is measured; 0 measures the weights themselves.
+        device: `cpu` or `cuda`.
     """
 
     lr: float
@@ -53,6 +56,8 @@ class Settings:
     end: float = 0.02
     mixed: bool = False
     seed: int = 0
+    average: float = 0.0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,11 @@ def nats(network: nn.Module, tokens: Tensor, tokens_per_group: int) -> Tensor:
 
 
 @contextmanager
-def autocast(mixed: bool, span: int) -> Iterator[None]:
+def autocast(mixed: bool, span: int, device: str = "cpu") -> Iterator[None]:
     """bf16 where it is asked for, with the attention that is fastest for `span` tokens."""
-    if not mixed:
-        yield
+    if not mixed or device != "cpu":
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+            yield
         return
     backends = nn.attention.SDPBackend
     kernels = [backends.MATH] if span <= MOST_SPAN else [backends.FLASH_ATTENTION, backends.MATH]
@@ -161,6 +167,8 @@ class Run:
 
     def __post_init__(self) -> None:
         made = self.settings
+        self.network.to(made.device)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(made.average))
         groups = parameter_groups(self.network, made.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=made.lr, betas=made.betas, fused=True)
         self.span = made.length if isinstance(self.network, DenseDecoder) else self.tokens_per_group
@@ -171,11 +179,16 @@ class Run:
         start, made = time.perf_counter(), self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = made.lr * rate(share, made)
-        with autocast(made.mixed, self.span):
-            nats(self.network, tokens, self.tokens_per_group).mean().backward()
+        with autocast(made.mixed, self.span, made.device):
+            loss = nats(self.network, tokens.to(made.device), self.tokens_per_group).mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), made.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if made.average:
+            self.averaged.update_parameters(self.network)
+        if made.device == "cuda":
+            torch.cuda.synchronize()
         self.steps, self.flops = self.steps + 1, self.flops + self.a_step
         self.seconds += time.perf_counter() - start
 
@@ -184,14 +197,15 @@ class Run:
         kept = {name: getattr(self, name) for name in ("steps", "seconds", "flops", "curve")}
         with write_atomically(path) as scratch:
             torch.save(
-                {**kept, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, scratch
+                {**kept, **{name: getattr(self, name).state_dict() for name in ("network", "averaged", "optimizer")}},
+                scratch,
             )
 
     def load(self, path: Path) -> None:
         """As it was saved."""
         kept = torch.load(path, weights_only=True)
-        self.network.load_state_dict(kept.pop("network"))
-        self.optimizer.load_state_dict(kept.pop("optimizer"))
+        for name in ("network", "averaged", "optimizer"):
+            getattr(self, name).load_state_dict(kept.pop(name))
         for name, value in kept.items():
             setattr(self, name, value)
 
@@ -208,16 +222,18 @@ class Run:
         else:
             starts, length = self._starts(len(data), overlap)
         flat, parts, done = data.flatten(), [], 0
-        self.network.eval()
+        network = self.averaged.module if self.settings.average else self.network
+        network.eval()
         for first in range(0, len(starts), batch):
             some = starts[first : first + batch]
             tokens = torch.stack([flat[start : start + length] for start in some]).long()
-            with autocast(self.settings.mixed, self.span):
-                each = nats(self.network, tokens, self.tokens_per_group).double()
+            device = self.settings.device
+            with autocast(self.settings.mixed, self.span, device):
+                each = nats(network, tokens.to(device), self.tokens_per_group).double().cpu()
             for start, row in zip(some, each, strict=True):
                 parts.append(row[done - start :])
                 done = start + length
-        self.network.train()
+        network.train()
         return torch.cat(parts)
 
     def _starts(self, size: int, overlap: float) -> tuple[list[int], int]:

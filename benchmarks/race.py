@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fitformer import FITDecoder
 from fitformer._support.atomic_files import write_atomically
+from fitformer._support.device import processor_name
 from fitformer.models.config import TrunkConfig
 from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
 from fitformer.profiling.flops import count_parameters
@@ -64,11 +64,14 @@ def dense_decoder(fit: Callable[[], FITDecoder]) -> DenseDecoder:
 class Race:
     """Trainings to one budget, whose results are kept in a folder; those that are there already are not run again.
 
+    Several processes may fill one folder, each with entries of its own.
+
     Attributes:
         budget: of each; in seconds, it is what the first one gets, and the others get the FLOPs that it spent.
         batch: tokens of a step, given settings and its number.
         evaluate: of the curve. measure: of a finished run, plain data with `value`.
-        folder: for checkpoints, `results.json` and `curves.png`; None keeps nothing. points: of a curve.
+        folder: for a checkpoint and a result in JSON of each, and `curves.png`; None keeps nothing.
+        points: of a curve.
     """
 
     budget: Budget
@@ -82,8 +85,7 @@ class Race:
     def __post_init__(self) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (known := self.folder / "results.json").is_file():
-                self.results = json.loads(known.read_text())["results"]
+            self.results = [json.loads(known.read_text()) for known in sorted(self.folder.glob("*.json"))]
 
     def enter(self, entry: Entry) -> Result:
         """The result of a training, run to its end if it is not there."""
@@ -93,32 +95,36 @@ class Race:
                 return result
         print(name, flush=True)
         run = entry.run()
-        file = None if self.folder is None else self.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.pt"
+        file = None if self.folder is None else self.folder / "".join(c if c.isalnum() else "-" for c in name)
+        checkpoint = None if file is None else file.with_suffix(".pt")
         own = Budget(flops=self.results[0]["flops"]) if self.results and self.budget.flops is None else self.budget
         get = lambda step: self.batch(entry.settings, step)  # noqa: E731
-        train(run, get, own, self.evaluate, points=self.points, checkpoint=file)
+        train(run, get, own, self.evaluate, points=self.points, checkpoint=checkpoint)
         result = {
             "name": name,
             "entry": entry.name,
             "parameters": count_parameters(run.network),
             "settings": asdict(entry.settings),
+            "machine": machine(entry.settings.device),
             **{key: getattr(run, key) for key in ("steps", "seconds", "flops", "curve")},
             **self.measure(run),
         }
         self.results.append(result)
         print(f"  {result['parameters']:,} parameters, {result['value']:.4f}", flush=True)
-        self._write()
+        if file is not None:
+            with write_atomically(file.with_suffix(".json")) as scratch:
+                scratch.write_text(json.dumps(result, indent=2))
+            self.draw()
         return result
 
     def best(self, entries: Sequence[Entry]) -> Entry:
         """Of several entries the one with the lowest value, all of them run."""
         return min(entries, key=lambda entry: self.enter(entry)["value"])
 
-    def _write(self) -> None:
+    def draw(self) -> None:
+        """The curves of all results, as a picture in the folder."""
         if self.folder is None:
             return
-        with write_atomically(self.folder / "results.json") as scratch:
-            scratch.write_text(json.dumps({"machine": machine(), "results": self.results}, indent=2))
         curves = {
             result["name"]: ([point[0] for point in result["curve"]], [point[2] for point in result["curve"]])
             for result in self.results
@@ -126,9 +132,10 @@ class Race:
         write_curves(self.folder / "curves.png", curves, x="FLOPs of training", y="held-out loss")
 
 
-def machine() -> Result:
+def machine(device: str) -> Result:
     """Where this runs."""
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+    return {"processor": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
@@ -138,14 +145,18 @@ def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--points", type=int, default=10, help="of each curve")
     parser.add_argument("--float32", action="store_true", help="no bf16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     for name, value in trunk.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-
-
-SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
+    parser.set_defaults(trunk=tuple(trunk))
 
 
 def fit_of(arguments: argparse.Namespace, vocab_size: int) -> Callable[[], FITDecoder]:
     """The maker of the FIT decoder that the options describe."""
-    sizes = {name: getattr(arguments, name) for name in SIZES}
-    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **sizes)
+    options = {name: getattr(arguments, name) for name in arguments.trunk}
+    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **options)
+
+
+def settings_of(arguments: argparse.Namespace, lr: float, length: int, batch: int, seed: int, **own: Any) -> Settings:
+    """Settings of one training, with what the options say of all."""
+    return Settings(lr, length, batch, mixed=not arguments.float32, seed=seed, device=arguments.device, **own)

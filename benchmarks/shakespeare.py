@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from next_token import Budget, Result, Run, Settings, by_place, windows
-from race import Entry, Race, add_options, dense_decoder, fit_of
+from next_token import Budget, Result, Run, by_place, windows
+from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
 from torch import Tensor
 
 # Characters of the validation part that a curve is measured on.
@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens-per-group", type=int, default=64)
+    parser.add_argument("--average", type=float, default=0.0, help="decay of an average of the weights, 0 for none")
     sizes = {"layers": "(1)1(3)", "dim": 128, "latent_dim": 128, "heads": 4, "latent_heads": 4}
-    add_options(parser, **sizes, latents_per_group=8)
+    add_options(parser, **sizes, latents_per_group=8, drop_path=0.0, drop_units=0.0, drop_att=0.0)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -58,8 +59,7 @@ def main() -> None:
 
     def entry(name: str, seed: int) -> Entry:
         lr, make = (arguments.lr, fit) if name == "FIT" else (arguments.dense_lr, lambda: dense_decoder(fit))
-        mixed = not arguments.float32
-        settings = Settings(lr, arguments.length, arguments.batch, mixed=mixed, seed=seed)
+        settings = settings_of(arguments, lr, arguments.length, arguments.batch, seed, average=arguments.average)
         return Entry(name, make, settings, arguments.tokens_per_group)
 
     race = Race(
