@@ -263,9 +263,11 @@ def tests(scale: Scale) -> Iterator[Row]:
         if importlib.util.find_spec(package) is None:
             yield {"failed": f"package {package} is missing"}
             return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_streamed.py"]
+    files = (f"tests/test_{name}.py" for name in ("streamed", "any_length", "cached", "explain"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_a_gpu", *files]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    found = subprocess.run([*command, "-k", "on_a_gpu"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print("\n".join(found.stdout.splitlines()[-400:]), file=sys.stderr)
     lines = [line for line in (found.stdout + found.stderr).splitlines() if line.strip()]
     row = {"tests": "on_a_gpu", "result": lines[-1].strip("= ") if lines else "no output"}
     yield row if found.returncode == 0 else {**row, "failed": f"exit status {found.returncode}"}

@@ -298,3 +298,30 @@ def test_only_causal_trunks_have_a_cache():
     encoder = FITEncoder.from_preset("tiny", num_groups=2, tokens_per_group=4, in_channels=3).eval()
     with pytest.raises(InputError, match="not causal inside its groups"):
         cached.CachedTrunk(encoder.trunk)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cached_decoding_on_a_gpu_is_that_on_a_cpu(options, tmp_path):
+    decoder = build("(1)1(1)1(1)", **options).double()
+    inputs = inputs_of(decoder, 3)
+    wanted, drawn = whole(decoder, inputs), {"max_new_tokens": 12, "do_sample": True, "seed": 3}
+    prompts = [[1], [2] * 5, [4] * 8]
+    rows = decoder.generate(prompts, **drawn)
+    decoder.cuda()
+    for cuts in ([1] * 20, [20], [3, 9, 8]):
+        found = fed(decoder, inputs.cuda(), cuts)
+        torch.testing.assert_close(found.cpu(), wanted, atol=1e-9, rtol=1e-9)
+    assert [row.tolist() for row in decoder.generate(prompts, **drawn)] == [row.tolist() for row in rows]
+    reader = CachedDecoder(decoder)
+    state = reader.start(3)
+    reader.feed(state, inputs[:, :7].cuda())
+    state.save(tmp_path / "state.safetensors")
+    again = reader.feed(reader.load(tmp_path / "state.safetensors"), inputs[:, 7:].cuda())
+    assert torch.equal(again, reader.feed(state, inputs[:, 7:].cuda()))
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = fed(decoder.float(), inputs.cuda(), [1] * 20)
+    torch.testing.assert_close(mixed.float().cpu(), wanted.float(), atol=0.1, rtol=0.1)
