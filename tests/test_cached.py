@@ -322,6 +322,10 @@ def test_cached_decoding_on_a_gpu_is_that_on_a_cpu(options, tmp_path):
     state.save(tmp_path / "state.safetensors")
     again = reader.feed(reader.load(tmp_path / "state.safetensors"), inputs[:, 7:].cuda())
     assert torch.equal(again, reader.feed(state, inputs[:, 7:].cuda()))
+    state = reader.start(3)
+    by_token = torch.cat([reader.feed(state, column) for column in inputs.cuda().split(1, dim=1)], dim=1)
+    assert reader.trunk.graph.graph is not None
+    torch.testing.assert_close(by_token.cpu(), wanted, atol=1e-9, rtol=1e-9)
     with torch.autocast("cuda", torch.bfloat16):
         mixed = fed(decoder.float(), inputs.cuda(), [1] * 20)
     torch.testing.assert_close(mixed.float().cpu(), wanted.float(), atol=0.1, rtol=0.1)

@@ -4,6 +4,7 @@ A step of one token takes as long as its calls. So queries, keys and values are 
 functions stand in the place of modules.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ class Places:
         self.places, self.stop, self.mask, self.count = places, stop, mask, places.shape[-1]
         self._rotation: Tensor | None = None
         self.rows = None if places.ndim == 1 else torch.arange(len(places), device=places.device)
+
+    @classmethod
+    def of(cls, starts: Sequence[int], count: int, device: torch.device) -> "Places":
+        """Those of the next tokens of rows whose groups have so many: of one token, or of rows at one place."""
+        if min(starts) == max(starts):
+            return cls.together(starts[0], count, device)
+        assert count == 1, "rows at several places read one token at a time"
+        return cls.apart(torch.tensor(starts, device=device)[:, None], max(starts) + 1)
 
     @classmethod
     def together(cls, start: int, count: int, device: torch.device) -> "Places":

@@ -4,8 +4,8 @@ What later tokens can see of a finished group is its m latents. So decoding reme
 group's tokens in each local layer, those of all latents in each global layer, and nothing else: n + t * m tokens, where
 a dense transformer remembers t * n. A token costs the same wherever it stands, but for one global phase a group.
 
-Tokens inside a group go through local layers one by one (`CachedTrunk.run_tokens`); whole groups at a group's start run
-side by side through the blocks' own two phases (`CachedTrunk.run_groups`).
+Tokens inside a group go through local layers one by one (`CachedTrunk.run_tokens`), on a GPU as one graph; whole groups
+at a group's start run side by side through the blocks' own two phases (`CachedTrunk.run_groups`).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fitformer.errors import InputError
 from fitformer.execution._fused_layers import FusedLayer, FusedWrite, Places
+from fitformer.execution._token_graph import TokenGraph
 
 
 @dataclass
@@ -82,6 +83,7 @@ class CachedTrunk:
         self.n, self.m = trunk.tokens_per_group, trunk.latents_per_group
         self.last = len(trunk.blocks) - 1
         self.local = [[FusedLayer(layer) for layer in block.local_layers] for block in trunk.blocks]
+        self.graph = TokenGraph(self.n)
         self.writes = [None if block.write is None else FusedWrite(block.write) for block in trunk.blocks]
 
     def start(self, batch: int) -> Cache:
@@ -113,12 +115,10 @@ class CachedTrunk:
             data tokens `(b, k, c)` as they leave the trunk.
         """
         starts = [position % self.n for position in cache.position]
-        if min(starts) == max(starts):
-            at = Places.together(starts[0], x.shape[1], x.device)
+        if x.is_cuda and x.shape[1] == 1:
+            x = self.graph(self._through_blocks, cache.tensors, x, starts)
         else:
-            assert x.shape[1] == 1, "rows at several places read one token at a time"
-            at = Places.apart(torch.tensor(starts, device=x.device)[:, None], max(starts) + 1)
-        x = self._through_blocks(cache.tensors, x, at)
+            x = self._through_blocks(cache.tensors, x, Places.of(starts, x.shape[1], x.device))
         cache.position = [position + x.shape[1] for position in cache.position]
         self._finish_groups(cache)
         return x
