@@ -548,6 +548,7 @@ def test_what_is_learned_at_four_groups_holds_at_sixteen(options, one_thread):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_packed_documents_on_a_gpu_are_what_they_are_alone_and_nothing_waits_for_it(options, way):

@@ -308,10 +308,12 @@ def test_only_causal_trunks_have_a_cache():
 def test_cached_decoding_on_a_gpu_is_that_on_a_cpu(options, tmp_path):
     decoder = build("(1)1(1)1(1)", **options).double()
     inputs = inputs_of(decoder, 3)
-    wanted, drawn = whole(decoder, inputs), {"max_new_tokens": 12, "do_sample": True, "seed": 3}
+    on_cpu, drawn = whole(decoder, inputs), {"max_new_tokens": 12, "do_sample": True, "seed": 3}
     prompts = [[1], [2] * 5, [4] * 8]
     rows = decoder.generate(prompts, **drawn)
-    decoder.cuda()
+    wanted = whole(decoder.cuda(), inputs.cuda()).cpu()
+    # Codes of positions are computed in float32.
+    torch.testing.assert_close(wanted, on_cpu, atol=1e-6, rtol=1e-6)
     for cuts in ([1] * 20, [20], [3, 9, 8]):
         found = fed(decoder, inputs.cuda(), cuts)
         torch.testing.assert_close(found.cpu(), wanted, atol=1e-9, rtol=1e-9)
