@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=numbers(int), default=[512, 1024, 2048], help="of the dense transformer")
     parser.add_argument("--lrs", type=numbers(float), default=[3e-3], help="learning rates of FIT")
     parser.add_argument("--dense-lrs", type=numbers(float), default=[3e-3], help="of the dense transformer")
+    parser.add_argument("--short", type=int, default=0, help="context of the first part of a training, of both kinds")
+    parser.add_argument("--short-share", type=float, default=0.0, help="that part, as a share of the budget")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--tokens-per-group", type=int, default=256)
     parser.add_argument("--hold-out", type=float, default=0.1, help="share of the bytes")
@@ -93,7 +95,8 @@ def main() -> None:
     def entry(lr: float, context: int | None, seed: int) -> Entry:
         length = context or arguments.length
         batch = max(1, arguments.tokens_per_step // length)
-        settings = settings_of(arguments, lr, length, batch, seed)
+        short = {"short": arguments.short, "short_share": arguments.short_share}
+        settings = settings_of(arguments, lr, length, batch, seed, **short)
         # A dense transformer knows no groups.
         n = arguments.tokens_per_group if context is None else min(context, arguments.tokens_per_group)
         name = f"FIT, context {length}, rate {lr:g}" if context is None else f"dense, context {length}, rate {lr:g}"

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Settings:
         lr: peak of AdamW's learning rate. betas, weight_decay, clip: as usual.
         warmup: share of the budget with a rising learning rate; after it the rate falls on a line to `end` of the peak.
         length: tokens of an example. batch: examples of a step.
+        short: tokens of an example in the first `short_share` of the budget, of which a step takes as many more.
         mixed: bf16 autocast. seed: of weights and of the order of examples.
         average: decay of the weights' moving average, which is what is measured; 0 measures the weights themselves.
         device: `cpu` or `cuda`.
@@ -58,6 +59,14 @@ class Settings:
     seed: int = 0
     average: float = 0.0
     device: str = "cpu"
+    short: int = 0
+    short_share: float = 0.0
+
+    def at(self, share: float) -> "Settings":
+        """Those of a step after a share of the budget: of examples of the length that it has."""
+        if share >= self.short_share or not 0 < self.short < self.length:
+            return self
+        return replace(self, length=self.short, batch=self.batch * self.length // self.short)
 
 
 @dataclass(frozen=True)
@@ -171,15 +180,24 @@ class Run:
         self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(made.average))
         groups = parameter_groups(self.network, made.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=made.lr, betas=made.betas, fused=True)
-        self.span = made.length if isinstance(self.network, DenseDecoder) else self.tokens_per_group
-        self.a_step = training_flops(self.network, made.length, made.batch, self.tokens_per_group)
+        self.known_flops: dict[tuple[int, int], float] = {}
+
+    def step_flops(self, length: int, batch: int) -> float:
+        """Operations of a step on examples of a length."""
+        if (key := (length, batch)) not in self.known_flops:
+            self.known_flops[key] = training_flops(self.network, length, batch, self.tokens_per_group)
+        return self.known_flops[key]
+
+    def span(self, length: int) -> int:
+        """Tokens that attend to each other, of examples of a length."""
+        return length if isinstance(self.network, DenseDecoder) else self.tokens_per_group
 
     def step(self, tokens: Tensor, share: float) -> None:
         """One training step on tokens `(b, length)`."""
         start, made = time.perf_counter(), self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = made.lr * rate(share, made)
-        with autocast(made.mixed, self.span, made.device):
+        with autocast(made.mixed, self.span(tokens.shape[1]), made.device):
             loss = nats(self.network, tokens.to(made.device), self.tokens_per_group).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), made.clip)
@@ -189,7 +207,7 @@ class Run:
             self.averaged.update_parameters(self.network)
         if made.device == "cuda":
             torch.cuda.synchronize()
-        self.steps, self.flops = self.steps + 1, self.flops + self.a_step
+        self.steps, self.flops = self.steps + 1, self.flops + self.step_flops(tokens.shape[1], tokens.shape[0])
         self.seconds += time.perf_counter() - start
 
     def save(self, path: Path) -> None:
@@ -228,7 +246,7 @@ class Run:
             some = starts[first : first + batch]
             tokens = torch.stack([flat[start : start + length] for start in some]).long()
             device = self.settings.device
-            with autocast(self.settings.mixed, self.span, device):
+            with autocast(self.settings.mixed, self.span(length), device):
                 each = nats(network, tokens.to(device), self.tokens_per_group).double().cpu()
             for start, row in zip(some, each, strict=True):
                 parts.append(row[done - start :])
@@ -270,7 +288,7 @@ def by_place(each: Tensor, tokens_per_group: int) -> dict[str, float]:
 
 def train(
     run: Run,
-    batch: Callable[[int], Tensor],
+    batch: Callable[[Settings, int], Tensor],
     budget: Budget,
     evaluate: Callable[[Run], float],
     *,
@@ -282,7 +300,7 @@ def train(
 
     Args:
         run: the training.
-        batch: tokens `(b, length)` of a step.
+        batch: tokens `(b, length)` of a step, given settings and its number.
         budget: of the whole run.
         evaluate: the held-out measurement of the curve, made at `points` equal shares of the budget.
         points: of the curve.
@@ -292,7 +310,7 @@ def train(
         run.load(checkpoint)
     saved = run.seconds
     while (share := budget.share(run)) < 1:
-        run.step(batch(run.steps), share)
+        run.step(batch(run.settings.at(share), run.steps), share)
         after = budget.share(run)
         if after >= 1 or int(after * points) > int(share * points):
             run.curve.append((run.flops, run.seconds, evaluate(run)))

@@ -98,8 +98,7 @@ class Race:
         file = None if self.folder is None else self.folder / "".join(c if c.isalnum() else "-" for c in name)
         checkpoint = None if file is None else file.with_suffix(".pt")
         own = Budget(flops=self.results[0]["flops"]) if self.results and self.budget.flops is None else self.budget
-        get = lambda step: self.batch(entry.settings, step)  # noqa: E731
-        train(run, get, own, self.evaluate, points=self.points, checkpoint=checkpoint)
+        train(run, self.batch, own, self.evaluate, points=self.points, checkpoint=checkpoint)
         result = {
             "name": name,
             "entry": entry.name,

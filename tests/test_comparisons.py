@@ -67,7 +67,7 @@ def test_a_step_costs_three_passes_and_half_of_causal_attention(next_token, name
         cross = 2 * c**2 + 0.5 * 2 * c**2 + 2 * 2 * c
         back = 0.5 * (2 * c**2 + 2 * 4 * c) + 2 * c**2
         a_token = local + 0.5 * a_latent + cross + back + c * VOCABULARY
-    assert run.a_step == pytest.approx(3 * 2 * tokens * a_token)
+    assert run.step_flops(16, 2) == pytest.approx(3 * 2 * tokens * a_token)
 
 
 def test_held_out_counts_every_token_once_with_the_context_of_its_window(next_token):
@@ -98,10 +98,10 @@ def test_places_of_a_group_are_averaged_in_spans_that_double(next_token):
 def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_token, name, tmp_path):
     def trained(stops):
         for stop in stops:
-            run = entry(next_token, name).run()
-            budget = next_token.Budget(flops=10 * run.a_step)
+            run = entry(next_token, name, short=8, short_share=0.45).run()
+            budget = next_token.Budget(flops=5 * run.step_flops(8, 4) + 5 * run.step_flops(16, 2))
 
-            def batch(step, settings=run.settings):
+            def batch(settings, step):
                 return next_token.windows(DATA, settings, step)
 
             def evaluate(run, stop=stop):
@@ -122,6 +122,20 @@ def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_toke
     assert whole.steps == parts.steps == 10
     for ours, wanted in zip(parts.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_the_first_part_of_a_training_reads_more_and_shorter_examples(next_token):
+    run, seen = entry(next_token, short=8, short_share=0.5).run(), []
+
+    def batch(settings, step):
+        seen.append((settings.batch, settings.length))
+        return next_token.windows(DATA, settings, step)
+
+    half = 6 * run.step_flops(8, 4)
+    next_token.train(run, batch, next_token.Budget(flops=2 * half), lambda run: 0.0)
+    assert seen[:6] == [(4, 8)] * 6
+    assert set(seen[6:]) == {(2, 16)}
+    assert run.flops == pytest.approx(half + (len(seen) - 6) * run.step_flops(16, 2))
 
 
 def test_the_learning_rate_rises_and_falls_on_lines(next_token):
