@@ -227,6 +227,10 @@ class Run:
         for name, value in kept.items():
             setattr(self, name, value)
 
+    def measured(self) -> Any:
+        """The network that is measured: the averaged one, if there is one."""
+        return self.averaged.module if self.settings.average else self.network
+
     @torch.no_grad()
     def held_out(self, data: Tensor, overlap: float = 0.0, batch: int = 8) -> Tensor:
         """Nats of the tokens of a sequence, each once, in windows of the trained length, float64.
@@ -240,8 +244,7 @@ class Run:
         else:
             starts, length = self._starts(len(data), overlap)
         flat, parts, done = data.flatten(), [], 0
-        network = self.averaged.module if self.settings.average else self.network
-        network.eval()
+        network = self.measured().eval()
         for first in range(0, len(starts), batch):
             some = starts[first : first + batch]
             tokens = torch.stack([flat[start : start + length] for start in some]).long()

@@ -70,7 +70,8 @@ class Race:
         budget: of each; in seconds, it is what the first one gets, and the others get the FLOPs that it spent.
         batch: tokens of a step, given settings and its number.
         evaluate: of the curve. measure: of a finished run, plain data with `value`.
-        folder: for a checkpoint and a result in JSON of each, and `curves.png`; None keeps nothing.
+        folder: for a checkpoint and a result in JSON of each, models of the FITs that `from_pretrained` reads, and
+            `curves.png`; None keeps nothing.
         points: of a curve.
     """
 
@@ -111,6 +112,8 @@ class Race:
         self.results.append(result)
         print(f"  {result['parameters']:,} parameters, {result['value']:.4f}", flush=True)
         if file is not None:
+            if isinstance(run.network, FITDecoder):
+                run.measured().save_pretrained(file)
             with write_atomically(file.with_suffix(".json")) as scratch:
                 scratch.write_text(json.dumps(result, indent=2))
             self.draw()
