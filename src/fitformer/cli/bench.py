@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generating.add_argument("--repeats", type=positive, help="turns that medians are taken of (default: 3)")
     words = "compare a token's time with that of its matrix products alone, at the first position"
     generating.add_argument("--products", action="store_true", help=words)
+    generating.add_argument("--compile", action="store_true", help="compile what a token of FIT needs with its cache")
     generating.add_argument("--threads", type=positive, help="of torch (default: its own choice)")
     add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     return _scaling(arguments) if arguments.what == "scaling" else _step(arguments)
 
 
-_OF_GENERATE = ("positions", "repeats", "products", "threads")
+_OF_GENERATE = ("positions", "repeats", "products", "compile", "threads")
 _OF_IMAGES = ("sizes", "image", "image_size", "patch_size", "group_size", "channels", "length")
 _OF_STEPS = (*_OF_IMAGES, "keep", "kept_precision", "slice", "recompute", "memory")
 
@@ -173,6 +174,7 @@ def _generation_bench(arguments: argparse.Namespace) -> Any:
     bench = GenerationBench(
         batch=arguments.batch_size,
         device=arguments.device,
+        compile=arguments.compile,
         **{name: value for name, value in asked.items() if value is not None},
     )
     trunk = bench.trunk if arguments.preset is None else preset(arguments.preset, ends_local=True)

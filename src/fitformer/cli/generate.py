@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NOTHING = Prompt(b"\n", shown=False)
 LENGTH, SECONDS, IMAGES = 512, 1.0, 16
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "compile")
 # Which of the options that do not go with every run go with which.
 TEXT = {"prompts", "length", "window", "stream", "stop"}
 SOUND = {"prompts", "length", "seconds", "window"}
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     penalty = "divide the logits of tokens that were there before by this (default: 1, which changes nothing)"
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
     parser.add_argument("--seed", type=natural, default=0)
+    compiled = "on a CPU, compile what a token needs: up to half a minute at the start, then faster"
+    parser.add_argument("--compile", action="store_true", help=compiled)
     where = "file for text (default: none) or sound (default: RUN/samples/seed-SEED.wav), numbered if there are several"
     parser.add_argument("--output", type=Path, help=f"{where}; folder for images (default: RUN/samples/seed-SEED)")
     add_checkpoint(parser)

@@ -116,15 +116,18 @@ class CachedTrunk:
         """
         starts = [position % self.n for position in cache.position]
         if x.is_cuda and x.shape[1] == 1:
-            x = self.graph(self._through_blocks, cache.tensors, x, starts)
+            x = self.graph(self.through_blocks, cache.tensors, x, starts)
         else:
-            x = self._through_blocks(cache.tensors, x, Places.of(starts, x.shape[1], x.device))
+            x = self.through_blocks(cache.tensors, x, Places.of(starts, x.shape[1], x.device))
         cache.position = [position + x.shape[1] for position in cache.position]
         self._finish_groups(cache)
         return x
 
-    def _through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "Places") -> Tensor:
-        """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups."""
+    def through_blocks(self, tensors: dict[str, Tensor], x: Tensor, at: "Places") -> Tensor:
+        """Writes and local layers of all blocks on new tokens `(b, k, c)` of the current groups.
+
+        Nothing but tensors is read and written, so that it can be captured and compiled.
+        """
         for i, (write, local) in enumerate(zip(self.writes, self.local, strict=True)):
             x = x if write is None else write(x, tensors[f"{i}.write"])
             for j, layer in enumerate(local):

@@ -5,7 +5,7 @@ their positions when it runs on all of them. Inputs may come in pieces of any le
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from fitformer._support.checks import checked, whole
 from fitformer._support.json_text import parse_json
 from fitformer._support.system_memory import check_room
 from fitformer.errors import InputError
+from fitformer.execution._fused_layers import Places
 from fitformer.execution.cached import Cache, CachedTrunk
 from fitformer.execution.streamed import default_slice
+from fitformer.generation._compiled_token import kind_of, run_compiled
 from fitformer.patching.sequence import check_vocabulary
 
 # Of a class-conditional decoder, among the tensors of the cache: `(b, 1)`.
@@ -78,16 +80,21 @@ class CachedDecoder:
 
     Args:
         decoder: a `FITDecoder` in eval mode. Later changes of its weights are not seen.
+        compile: compile what a token needs on a CPU, at the first token, which takes up to half a minute.
 
     Raises:
-        InputError: the decoder is in training mode with dropout.
+        InputError: the decoder is in training mode with dropout, or on a GPU with `compile`.
     """
 
     @checked
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, *, compile: bool = False) -> None:
         self.decoder = decoder
         self.trunk = CachedTrunk(decoder.trunk)
         self.n: int = decoder.tokens_per_group
+        device = next(decoder.parameters()).device
+        if compile and device.type != "cpu":
+            raise InputError(f"compile is for a CPU, and the decoder is on {device}: leave it out")
+        self.kind = kind_of(decoder) if compile else None
 
     @torch.inference_mode()
     def start(self, batch: int = 1, labels: Tensor | None = None) -> DecodingState:
@@ -121,6 +128,8 @@ class CachedDecoder:
         self._check(state, inputs)
         if inputs.shape[1] > 1 and len(set(state.position)) > 1:
             return self._feed_apart(state, inputs, last)
+        if self.kind is not None and inputs.shape[1] == 1 and self._amid_group(state.position):
+            return self._feed_compiled(state.cache, inputs, self.kind)
         pieces, done = [], 0
         while done < inputs.shape[1]:
             x = self._read(state.cache, inputs[:, done:] if done else inputs)
@@ -128,6 +137,23 @@ class CachedDecoder:
             if done == inputs.shape[1] or not last:
                 pieces.append(self.decoder.head(x[:, -1:] if last else x))
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+    def _amid_group(self, position: list[int]) -> bool:
+        """Whether all rows stand at one place, neither the first nor the last of a group, which differ in shapes."""
+        return len(set(position)) == 1 and 0 < position[0] % self.n < self.n - 1
+
+    def _feed_compiled(self, cache: Cache, inputs: Tensor, kind: Hashable) -> Tensor:
+        # Latents, which grow, are none of a token's business amid its group.
+        tensors = {name: tensor for name, tensor in cache.tensors.items() if ".latents." not in name}
+        assert all(tensor.is_contiguous() for tensor in tensors.values())
+        logits = run_compiled(kind, CachedDecoder._token, self, tensors, inputs, cache.position[0] % self.n)
+        cache.position = [position + 1 for position in cache.position]
+        return logits
+
+    def _token(self, tensors: dict[str, Tensor], inputs: Tensor, place: int) -> Tensor:
+        """Logits `(b, 1, vocab)` of one input `(b, 1)` of each row amid its group: what is compiled."""
+        x = self.decoder.embed(inputs, place)
+        return self.decoder.head(self.trunk.through_blocks(tensors, x, Places.together(place, 1, x.device)))
 
     def _read(self, cache: Cache, inputs: Tensor) -> Tensor:
         """Data tokens `(b, k, c)` of the first inputs, as they leave the trunk: of whole groups, or of part of one."""

@@ -30,6 +30,8 @@ class GenerationConfig:
         seed, first: row k of the result is sample `first + k`. What it draws depends on (seed, first + k), on its own
             prompt and on nothing else.
         use_cache: decode with a cache; without one the decoder runs on the whole context for every token.
+        compile: on a CPU, run compiled code for a token's way through local layers, see `CachedDecoder`; the first
+            token takes up to half a minute more.
         window: groups of context at most, the current one included. It is needed to go past the number of groups that
             a decoder with a table of positions was built for, see `context_start`.
 
@@ -51,6 +53,7 @@ class GenerationConfig:
     seed: int = 0
     first: int = 0
     use_cache: bool = True
+    compile: bool = False
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +71,8 @@ class GenerationConfig:
             raise InputError(
                 f"{given[0]} is {getattr(self, given[0])}, but nothing is drawn without do_sample=True: give both"
             )
+        if self.compile and not self.use_cache:
+            raise InputError("compile is of generation with a cache, and use_cache is False: leave one of them out")
         for stop in self.stop_bytes:
             if not 0 < len(stop) <= self.max_new_tokens:
                 raise InputError(

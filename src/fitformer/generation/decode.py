@@ -133,7 +133,7 @@ class _Run:
             own[start : self.length] = row
         self.seed = config.seed if generator is None else _seed_from(generator)
         labels = _repeated(labels, len(prompts), config.num_return_sequences, step)
-        self.step = step or (Cached if config.use_cache else Uncached)(decoder, config.window, labels)
+        self.step = step or _step(decoder, config, labels)
         self.seen = self._seen(decoder.vocab_size) if config.repetition_penalty != 1 else None
 
     def so_far(self) -> Tensor:
@@ -231,6 +231,12 @@ def _as_tensor(row: Any) -> Tensor:
         raise InputError(f"a prompt is {row!r}; give integer tokens (length,), bytes or text")
     row = list(as_bytes("prompt", row) if isinstance(row, str) else row)
     return torch.tensor(row, dtype=None if row else torch.int64)
+
+
+def _step(decoder: Decoder, config: GenerationConfig, labels: Tensor | None) -> Step:
+    if config.use_cache:
+        return Cached(decoder, config.window, labels, compile=config.compile)
+    return Uncached(decoder, config.window, labels)
 
 
 def _repeated(labels: Tensor | None, prompts: int, times: int, step: Step | None) -> Tensor | None:

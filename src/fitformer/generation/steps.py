@@ -111,15 +111,18 @@ class Cached:
 
     Args:
         decoder: a `FITDecoder`. window: groups of context at most.
-        labels: classes `(b,)`, for a class-conditional decoder.
+        labels: classes `(b,)`, for a class-conditional decoder. compile: see `CachedDecoder`.
 
     Raises:
-        InputError: the decoder is in training mode with dropout.
+        InputError: the decoder is in training mode with dropout, or on a GPU with `compile`.
     """
 
     @checked
-    def __init__(self, decoder: Decoder, window: int | None = None, labels: Tensor | None = None) -> None:
-        self.decoder, self.groups, self.labels = CachedDecoder(decoder), group_limit(decoder, window), labels
+    def __init__(
+        self, decoder: Decoder, window: int | None = None, labels: Tensor | None = None, *, compile: bool = False
+    ) -> None:
+        self.decoder, self.groups = CachedDecoder(decoder, compile=compile), group_limit(decoder, window)
+        self.labels = labels
         self.state: DecodingState | None = None
         self.begins: list[int] = []
 

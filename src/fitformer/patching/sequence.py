@@ -27,6 +27,8 @@ from fitformer.patching.sizes import (
 )
 
 SEQUENCE = "b (t n) ... -> b t n ..."
+# Tokens that are looked at one by one.
+FEW = 32
 
 
 @checked
@@ -147,7 +149,9 @@ def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
         raise InputError(f"tokens are {tokens.dtype}; they are whole numbers below {vocab_size}")
     if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
         return
-    low, high = (int(end) for end in torch.aminmax(tokens))
+    # A token or two of a generation are looked at in less time than torch takes for a call.
+    ends = tokens.flatten().tolist() if tokens.numel() <= FEW else torch.aminmax(tokens)
+    low, high = int(min(ends)), int(max(ends))
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
         raise InputError(f"token {outside} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})")

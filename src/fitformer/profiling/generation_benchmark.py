@@ -8,7 +8,7 @@ that of one whole group, so the global phase at its end is included.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class GenerationBench:
         tokens_per_group: n.
         positions: tokens of context at which a token's time is measured.
         batch: rows generated at once. repeats: turns that medians are taken of. device: `cpu` or `cuda`.
+        compile: FIT with its caches runs compiled, see `CachedDecoder`; the others do not.
 
     Raises:
         InputError: no positions, or numbers below 1.
@@ -66,6 +67,7 @@ class GenerationBench:
     batch: int = 1
     repeats: int = 3
     device: str = "cpu"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +90,8 @@ class FITCached:
     """FIT with its caches; a measurement is one whole group, the one that holds the position."""
 
     def __init__(self, bench: GenerationBench, decoder: FITDecoder) -> None:
-        self.bench, self.tokens, self.cached = bench, bench.tokens_per_group, CachedDecoder(decoder)
+        self.bench, self.tokens = bench, bench.tokens_per_group
+        self.cached = CachedDecoder(decoder, compile=bench.compile)
         self.state = self.cached.start(bench.batch)
 
     def stand_at(self, position: int) -> bool:
@@ -264,6 +267,7 @@ def _sizes(bench: GenerationBench, decoder: FITDecoder, dense: DenseDecoder) -> 
         "parameters": {"fit": count_parameters(decoder), "dense": count_parameters(dense)},
         "batch": bench.batch,
         "device": bench.device,
+        "compile": bench.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -283,11 +287,12 @@ def measure_products(bench: GenerationBench) -> Result:
 
 
 def _against_products(bench: GenerationBench, make: Callable[[GenerationBench], Way]) -> Result:
-    """A way's loop against the products of the same loop, in turns."""
-    way = make(bench)
-    way.stand_at(bench.positions[0])
-    seconds_of(way.loop())
-    products, times = record_products(way.loop()), []
+    """A way's loop against the products of the same loop, as it runs without compiling, in turns."""
+    way, plain = make(bench), make(replace(bench, compile=False))
+    for each in (way, plain):
+        each.stand_at(bench.positions[0])
+        seconds_of(each.loop())
+    products, times = record_products(plain.loop()), []
     for _ in range(bench.repeats):
         times.append((seconds_of(way.loop()), seconds_of(lambda: replay(products))))
     loop, alone = (statistics.median(each) / way.tokens for each in zip(*times, strict=True))
