@@ -28,6 +28,8 @@ from fitformer.data.datasets.text import ByteBuffer, python_docs, python_sources
 BYTE_VALUES = 256
 # Of the held-out bytes, those that a curve is measured on.
 FEW = 2**16
+# The share of the bytes that is held out.
+HELD_OUT = 0.1
 
 
 def read(share: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--short-share", type=float, default=0.0, help="that part, as a share of the budget")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--tokens-per-group", type=int, default=256)
-    parser.add_argument("--hold-out", type=float, default=0.1, help="share of the bytes")
+    parser.add_argument("--hold-out", type=float, default=HELD_OUT, help="share of the bytes")
     parser.add_argument("--part", type=part_of, help="K/N: train the K-th of N shares of the first trainings only")
     parser.add_argument("--most-held-out", type=int, help="measure on the first so many held-out bytes")
     sizes = {"layers": "(1)1(1)1(3)", "dim": 192, "latent_dim": 192, "heads": 6, "latent_heads": 6}

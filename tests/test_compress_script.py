@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fitformer import FITDecoder
+from fitformer.models.config import TrunkConfig
 from helpers import untrained_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,10 +17,31 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compress.py"
 TINY = ["model.dim=16", "model.latent_dim=16", "model.heads=2", "model.latent_heads=2", "model.latents_per_group=2"]
 
 
-def test_the_page_of_a_small_run(tmp_path, monkeypatch, capsys):
+def test_the_page_of_a_model_folder_is_of_what_the_comparison_holds_out(tmp_path, monkeypatch, capsys):
+    script = loaded(monkeypatch)
+    options = {"rotary": True, "position": "none", "latent_position": "shared"}
+    decoder = FITDecoder(TrunkConfig("(1)1(1)", 16, 16, 2, 2, 2, **options), None, 8, 256)
+    decoder.save_pretrained(tmp_path / "FIT")
+    monkeypatch.setattr(script, "read", lambda share: (None, torch.arange(500).remainder(251).to(torch.uint8)))
+    monkeypatch.setattr(sys, "argv", ["compress.py", str(tmp_path / "FIT"), "--bytes", "400", "--window", "4"])
+    script.main()
+    page = capsys.readouterr().out
+    assert "FIT: " in page
+    assert "400 held-out bytes" in page
+    # Half of the window is context.
+    assert "the model's likelihood, windows of 16 + 16 bytes" in page
+
+
+def loaded(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("compress_script", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_page_of_a_small_run(tmp_path, monkeypatch, capsys):
+    script = loaded(monkeypatch)
     (tmp_path / "text").write_bytes(b"def main():\n    return 0\n" * 300)
     data = ["data.source=files", f"data.path={tmp_path / 'text'}", "data.length=32", "model.tokens_per_group=8"]
     run = untrained_run(tmp_path / "run", "python-bytes-demo", *TINY, *data)
