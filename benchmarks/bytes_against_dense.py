@@ -99,8 +99,8 @@ def main() -> None:
         batch = max(1, arguments.tokens_per_step // length)
         short = {"short": arguments.short, "short_share": arguments.short_share}
         settings = settings_of(arguments, lr, length, batch, seed, **short)
-        # A dense transformer knows no groups.
-        n = arguments.tokens_per_group if context is None else min(context, arguments.tokens_per_group)
+        # A dense transformer knows no groups, but windows begin at their starts: two of them overlap by half.
+        n = arguments.tokens_per_group if context is None else min(context // 2, arguments.tokens_per_group)
         name = f"FIT, context {length}, rate {lr:g}" if context is None else f"dense, context {length}, rate {lr:g}"
         return Entry(name, fit if context is None else (lambda: dense_decoder(fit)), settings, n)
 
