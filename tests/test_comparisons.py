@@ -197,7 +197,8 @@ def test_shakespeare_trains_fit_and_the_dense_one_to_the_flops_that_fit_spent(sc
     script("shakespeare", *words, *WORDS, "--output", tmp_path / "out")
     fit, dense = sorted(results(tmp_path / "out"), key=lambda each: each["entry"] != "FIT")
     assert fit["seconds"] >= 1
-    assert dense["flops"] == pytest.approx(fit["flops"], rel=0.2)
+    # Up to a step, whose size hangs on the machine.
+    assert 0 <= dense["flops"] - fit["flops"] < dense["flops"] / dense["steps"]
     assert fit["characters"] == 172 // 8 * 8
     assert fit["value"] > 0
     assert list(fit["by_place"]) == ["0", "1", "2 to 3", "4 to 7"]
