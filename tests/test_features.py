@@ -14,37 +14,7 @@ from fitformer.data.readers import open_image
 from fitformer.data.readers.features import Rows
 from fitformer.data.readers.levels import Placement
 from fitformer.errors import EmptyImageError, InputError
-
-TRIDENT = {"patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20}
-
-
-def write(path, features, coords, attributes=TRIDENT, **options):
-    """A feature file as TRIDENT writes it: HDF5, or a Zarr group."""
-    if path.suffix == ".zarr":
-        group = zarr.open_group(str(path), mode="w")
-        for name, array in (("features", features), ("coords", coords)):
-            chunks = options.get("chunks", array.shape) if name == "features" else array.shape
-            group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=chunks)[...] = array
-        group["coords"].attrs.update(attributes)
-        return path
-    with h5py.File(path, "w") as file:
-        file.create_dataset("features", data=features, **options)
-        file.create_dataset("coords", data=coords).attrs.update(attributes)
-    return path
-
-
-def slide(rows=9, columns=12, width=5, share=0.6, step=512, corner=(1024, 2048), seed=0, dtype="float32"):
-    """A picture (rows, columns, width) of features, NaN where there is no patch, and its file's arrays in any order."""
-    random = np.random.default_rng(seed)
-    there = random.random((rows, columns)) < share
-    # So that the picture is as large as the grid.
-    there[0, 0] = there[-1, -1] = True
-    down, across = random.permutation(np.argwhere(there)).T
-    features = random.normal(size=(len(down), width)).astype(dtype)
-    picture = np.full((rows, columns, width), np.nan, "float32")
-    picture[down, across] = features
-    return picture, features, np.stack([corner[0] + across * step, corner[1] + down * step], axis=1)
-
+from helpers import TRIDENT, slide_of_features, write_features
 
 FILES = {
     "a.h5": {},
@@ -57,8 +27,8 @@ FILES = {
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("name", FILES)
 def test_the_grid_of_patches_is_an_image(name, dtype, tmp_path):
-    picture, features, coords = slide(dtype=dtype)
-    path = write(tmp_path / name, features, coords, **FILES[name])
+    picture, features, coords = slide_of_features(dtype=dtype)
+    path = write_features(tmp_path / name, features, coords, **FILES[name])
     with open_image(path) as image:
         assert (image.shape, image.dtype) == (picture.shape, np.float32)
         assert np.isnan(image.nodata).all()
@@ -77,17 +47,17 @@ def test_the_grid_of_patches_is_an_image(name, dtype, tmp_path):
 
 
 def test_a_batch_of_one_is_read_as_its_slide(tmp_path):
-    picture, features, coords = slide()
-    with open_image(write(tmp_path / "a.h5", features[None], coords)) as image:
+    picture, features, coords = slide_of_features()
+    with open_image(write_features(tmp_path / "a.h5", features[None], coords)) as image:
         np.testing.assert_array_equal(image.window(0, 0, 9, 12), picture)
 
 
 def test_only_the_patches_of_a_window_are_read(tmp_path, monkeypatch):
-    _, features, coords = slide(rows=20, columns=20, share=1)
+    _, features, coords = slide_of_features(rows=20, columns=20, share=1)
     order = np.lexsort((coords[:, 1], coords[:, 0]))
     read, real = [], Rows.window
     monkeypatch.setattr(Rows, "window", lambda rows, *where: (read.append(where[2]), real(rows, *where))[1])
-    with open_image(write(tmp_path / "a.h5", features[order], coords[order])) as image:
+    with open_image(write_features(tmp_path / "a.h5", features[order], coords[order])) as image:
         assert read == []
         image.window(4, 8, 3, 5)
     # Columns of the slide, one after the other.
@@ -100,17 +70,17 @@ def test_the_order_of_patches_and_where_the_slide_begins_do_not_matter(seed, tmp
     random = np.random.default_rng(seed)
     rows, columns = random.integers(1, 12, 2).tolist()
     step, corner = int(random.integers(1, 900)), random.integers(0, 9000, 2).tolist()
-    picture, features, coords = slide(rows, columns, step=step, corner=corner, seed=seed)
-    path = write(tmp_path_factory.mktemp("slides") / "a.h5", features, coords, {"patch_size_level0": step})
+    picture, features, coords = slide_of_features(rows, columns, step=step, corner=corner, seed=seed)
+    path = write_features(tmp_path_factory.mktemp("slides") / "a.h5", features, coords, {"patch_size_level0": step})
     with open_image(path) as image:
         np.testing.assert_array_equal(image.window(0, 0, rows, columns), picture)
         assert image.placement == Placement(corner[1], corner[0], step)
 
 
 def test_overlapping_patches_are_a_finer_grid(tmp_path):
-    picture, features, coords = slide(step=256)
-    said = write(tmp_path / "said.h5", features, coords, {**TRIDENT, "overlap": 128})
-    seen = write(tmp_path / "seen.h5", features, coords)
+    picture, features, coords = slide_of_features(step=256)
+    said = write_features(tmp_path / "said.h5", features, coords, {**TRIDENT, "overlap": 128})
+    seen = write_features(tmp_path / "seen.h5", features, coords)
     for path in (said, seen):
         with open_image(path) as image:
             np.testing.assert_array_equal(image.window(0, 0, 9, 12), picture)
@@ -123,33 +93,33 @@ def test_the_first_row_and_column_of_tridents_overlap_stand_apart(tmp_path):
     places = np.array([0, 512, 832, 1152])
     coords = np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 2)
     features = np.arange(32, dtype="float32").reshape(16, 2)
-    with open_image(write(tmp_path / "a.h5", features, coords, {**TRIDENT, "overlap": 96})) as image:
+    with open_image(write_features(tmp_path / "a.h5", features, coords, {**TRIDENT, "overlap": 96})) as image:
         assert image.shape == (5, 5, 2)
         cells = np.array([0, 2, 3, 4])
         np.testing.assert_array_equal(image.window(0, 0, 5, 5)[cells[:, None], cells], features.reshape(4, 4, 2))
 
 
 def test_patches_beside_the_grid_take_the_nearest_cell(tmp_path):
-    picture, features, coords = slide(share=1)
+    picture, features, coords = slide_of_features(share=1)
     moves = np.random.default_rng(1).integers(-100, 100, coords.shape)
     moves[np.arange(len(coords)) % 9 != 0] = 0
-    with open_image(write(tmp_path / "a.h5", features, coords + moves)) as image:
+    with open_image(write_features(tmp_path / "a.h5", features, coords + moves)) as image:
         np.testing.assert_array_equal(image.window(0, 0, 9, 12), picture)
         assert image.placement == Placement(2048, 1024, 512)
 
 
 def test_without_attributes_the_smallest_spacing_is_the_step(tmp_path):
-    picture, features, coords = slide(step=300)
-    with open_image(write(tmp_path / "a.h5", features, coords, {})) as image:
+    picture, features, coords = slide_of_features(step=300)
+    with open_image(write_features(tmp_path / "a.h5", features, coords, {})) as image:
         np.testing.assert_array_equal(image.window(0, 0, 9, 12), picture)
         assert image.placement == Placement(2048, 1024, 300)
 
 
 def test_a_step_that_is_not_sure_is_told(tmp_path):
-    _, features, coords = slide(step=300, share=1)
+    _, features, coords = slide_of_features(step=300, share=1)
     coords[coords[:, 1] == coords[:, 1].max(), 0] += 40
     with pytest.warns(UserWarning, match=r"patch_size_level0.* 300 pixels.* 12 of 108 patches"):
-        image = open_image(write(tmp_path / "a.h5", features, coords, {}))
+        image = open_image(write_features(tmp_path / "a.h5", features, coords, {}))
     assert image.shape[:2] == (9, 12)
 
 
@@ -173,7 +143,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_is_no_slide_is_one_clear_error(fault, suffix, tmp_path):
     *arrays, message = FAULTS[fault]
-    path = write(tmp_path / f"a.{suffix}", *arrays)
+    path = write_features(tmp_path / f"a.{suffix}", *arrays)
     with pytest.raises(InputError, match=f"a.{suffix}.*{message}"):
         open_image(path)
 
@@ -181,8 +151,8 @@ def test_a_file_that_is_no_slide_is_one_clear_error(fault, suffix, tmp_path):
 @pytest.mark.parametrize("gone", ["features", "coords"])
 @pytest.mark.parametrize("suffix", ["h5", "zarr"])
 def test_a_file_without_one_of_its_arrays_is_one_clear_error(gone, suffix, tmp_path):
-    _, features, coords = slide()
-    path = write(tmp_path / f"a.{suffix}", features, coords)
+    _, features, coords = slide_of_features()
+    path = write_features(tmp_path / f"a.{suffix}", features, coords)
     if suffix == "h5":
         with h5py.File(path, "a") as file:
             del file[gone]
@@ -195,15 +165,15 @@ def test_a_file_without_one_of_its_arrays_is_one_clear_error(gone, suffix, tmp_p
 
 @pytest.mark.parametrize("shape", [(0, 7), (0,), (1, 0, 7)])
 def test_a_slide_without_patches_is_blank(shape, tmp_path):
-    path = write(tmp_path / "a.h5", np.zeros(shape, "f4"), np.zeros((0, 2), "i8"))
+    path = write_features(tmp_path / "a.h5", np.zeros(shape, "f4"), np.zeros((0, 2), "i8"))
     with pytest.raises(EmptyImageError, match="no patches"):
         open_image(path)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_a_truncated_file_is_one_clear_error(kept, tmp_path):
-    _, features, coords = slide()
-    path = write(tmp_path / "a.h5", features, coords)
+    _, features, coords = slide_of_features()
+    path = write_features(tmp_path / "a.h5", features, coords)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(InputError, match=r"a\.h5 cannot be read: .*trunc"):
@@ -211,10 +181,10 @@ def test_a_truncated_file_is_one_clear_error(kept, tmp_path):
 
 
 def test_features_that_are_no_numbers_are_named_with_their_patch(tmp_path):
-    _, features, coords = slide()
+    _, features, coords = slide_of_features()
     features[7, 2] = np.nan
     with (
-        open_image(write(tmp_path / "a.h5", features, coords)) as image,
+        open_image(write_features(tmp_path / "a.h5", features, coords)) as image,
         pytest.raises(InputError, match=rf"patch 7 \(x {coords[7, 0]}, y {coords[7, 1]}\) are NaN or infinite"),
     ):
         image.window(0, 0, 9, 12)

@@ -107,6 +107,10 @@ class Placement:
     step: float
 
 
+ITSELF = Placement(0, 0, 1)
+"""Of an image that is in no other."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenImage:
     """An open file.
