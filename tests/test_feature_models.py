@@ -8,14 +8,16 @@ import pytest
 import tifffile
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 from fitformer import FITImageEncoder
 from fitformer.cli import main
+from fitformer.config import load as config
 from fitformer.data import build_dataset
 from fitformer.data.dihedral import TransformedImage
 from fitformer.data.foreground import foreground_groups
 from fitformer.data.grouping import Grouping
-from fitformer.data.readers import open_image
+from fitformer.data.readers import LazyImage, open_image
 from fitformer.data.readers.features import PatchLevel
 from fitformer.data.settings import ImageData
 from fitformer.data.symmetry import DIHEDRAL
@@ -23,6 +25,8 @@ from fitformer.errors import EmptyImageError, InputError
 from fitformer.execution import Streamed
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray
+from fitformer.tasks import build_model
+from fitformer.training.memory_check import fit_to_memory
 from helpers import slide_of_features, write_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,3 +300,39 @@ def test_a_table_says_the_labels_of_slides(slides, tmp_path):
     table.write_text("path,label\n" + "".join(f"{file},{file.parent.name}\n" for file in files))
     dataset = build_dataset(ImageData(source="manifest", path=str(table), image_size=None, validation=0), "train")
     assert (dataset.channels, dataset.classes) == (WIDTH, ("marked", "plain"))
+
+
+def test_only_groups_with_patches_are_counted_as_memory(tmp_path, monkeypatch):
+    places = np.array([(0, 0), (0, 1), (1500, 1200), (1501, 1200)])
+    features = np.ones((4, WIDTH), dtype="float32")
+    for name in ("plain", "marked"):
+        (tmp_path / "slides" / name).mkdir(parents=True)
+        for k in range(5):
+            write_features(tmp_path / "slides" / name / f"{k}.h5", features + k + 10 * len(name), places * STEP)
+    (tmp_path / "slides.yaml").write_text(yaml.safe_dump(recipe_of(tmp_path / "slides")))
+    loaded = config.load(str(tmp_path / "slides.yaml"), ["--trainer.memory=1GB", "--trainer.accelerator=cpu"])
+    dataset = build_dataset(loaded.data, "train")
+    assert dataset.source[0][0].shape[:2] == (1201, 1502)
+    network = build_model(loaded, dataset)
+    assert fit_to_memory(loaded, network, dataset).memory == "1GB"
+    # All 113,000 groups of the grid would be too many.
+    monkeypatch.setattr(LazyImage, "presence", None)
+    with pytest.raises(InputError, match="a training step needs"):
+        fit_to_memory(loaded, network, dataset)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_read_the_same_slides(slides):
+    settings = ImageData(source="folder", path=str(slides[0]), image_size=None, validation=0)
+    dataset = build_dataset(settings, "train")
+    dataset.group_for(PatchGrid(None, GROUP, 1, WIDTH), 1, settings)
+    batches = []
+    for workers in (0, 2):
+        loader = DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=dataset.collate)
+        batches.append([image.read(slice(None)) for batch in loader for image in batch["image"]])
+    assert all(map(torch.equal, sum(batches[0], ()), sum(batches[1], ())))
+
+
+def test_a_folder_of_slides_is_told_how_to_be_read(slides):
+    with pytest.raises(InputError, match=r"no images.*\.(h5|zarr) is read with data\.image_size: null"):
+        build_dataset(ImageData(source="folder", path=str(slides[0] / "train" / "plain")), "train")

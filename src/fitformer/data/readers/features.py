@@ -31,7 +31,8 @@ def open_hdf5(path: str, options: OpenOptions) -> OpenImage:
     h5py = require("h5py", extra="features")
     with ExitStack() as stack, readable(path):
         file = stack.enter_context(h5py.File(path, "r"))
-        arrays = {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
+        # A link that leads nowhere is no array.
+        arrays = {name: array for name in file if isinstance(array := file.get(name), h5py.Dataset)}
         image = open_features(path, arrays, options, file.close)
         stack.pop_all()
     return image
