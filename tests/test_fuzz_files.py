@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import h5py
 import imagecodecs
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def seeds(folder):
     for codec, name in ((zarr.codecs.GzipCodec(), "gzip.zarr"), (zarr.codecs.BloscCodec(), "blosc.zarr")):
         array = zarr.create_array(str(folder / name), shape=(40, 50), chunks=(16, 16), dtype="u2", compressors=codec)
         array[:] = grey
+    places = np.argwhere(random.random((12, 14)) < 0.5)
+    patches = {"features": random.normal(size=(len(places), 8)).astype("f4"), "coords": places * 512}
+    with h5py.File(folder / "slide.h5", "w") as file:
+        for name, array in patches.items():
+            file.create_dataset(name, data=array, chunks=(16, array.shape[1]), compression="gzip")
+        file["coords"].attrs["patch_size_level0"] = 512
+    group = zarr.open_group(str(folder / "slide.zarr"), mode="w")
+    for name, array in patches.items():
+        group.create_array(name, shape=array.shape, chunks=(16, array.shape[1]), dtype=array.dtype)[:] = array
 
 
 def damaged(content, random):
@@ -147,7 +157,8 @@ def hash_of(text):
 KINDS = ["tiles.tif", "lzw.tif", "plain.tif", "jpeg.tif", "planes.tif", "palette.tif", "image.ome.tif", "pyramid.tif",
          "pyramid.svs", *(f"picture.{suffix}" for suffix in ("png", "jpg", "gif", "bmp", "webp", "ico", "tga", "pcx",
          "ppm", "icns", "dds", "sgi", "im")), "palette.png", "deep.png", "deep.jp2", "array.npy", "two.zarr",
-         "three.zarr", "gzip.zarr", "blosc.zarr"]  # fmt: skip
+         "three.zarr", "gzip.zarr", "blosc.zarr", "slide.h5",
+         "slide.zarr"]  # fmt: skip
 
 
 @pytest.mark.slow

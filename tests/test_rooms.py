@@ -32,7 +32,7 @@ ROOMS = (
     "cli",
 )
 PURE = ("patching", "diffusion", "execution", "generation", "models")
-FORBIDDEN = ("lightning", "torch.distributed", "tifffile", "zarr", "openslide")
+FORBIDDEN = ("lightning", "torch.distributed", "tifffile", "zarr", "openslide", "h5py")
 
 # (importing module, imported module): why it is still there. An entry whose import is gone fails the test: remove it.
 ALLOWED: dict[tuple[str, str], str] = {}

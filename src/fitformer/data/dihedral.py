@@ -41,6 +41,12 @@ class TransformedImage:
         return getattr(self.source, "nodata", None)
 
     @property
+    def presence(self) -> "TransformedImage | None":
+        """Where there are pixels, of an image that has them in some places only."""
+        presence = getattr(self.source, "presence", None)
+        return None if presence is None else TransformedImage(presence, self.symmetry)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Rows, columns, channels."""
         rows, columns, channels = self.source.shape

@@ -37,8 +37,9 @@ def foreground_groups(
     colour of pixels spread evenly over it, within its noise, at most `tolerance`. With a `mask`, an image of the same
     size or an even reduction of it, a pixel that is not zero there is foreground. A group counts if more than the share
     `min_foreground` of its pixels inside the image is foreground, by each of the two that is given; without either, all
-    groups count. Pixels that the file says have no data (of a GeoTIFF) are background whatever is given; in a mask they
-    are not drawn, nor are NaN, and a palette counts by its numbers, not its colours.
+    groups count. Pixels that the file says have no data (of a GeoTIFF), and absent patches of a slide's features, are
+    background whatever is given. In a mask they are not drawn, nor are NaN, and a palette counts by its numbers, not
+    its colours.
 
     All pixels are scanned, block by block: with `min_foreground` 0 not even a single one is missed. With `exact` off, a
     reduction that is stored in the file stands for them, where there is one with 16 pixels along a group's side:
@@ -86,8 +87,11 @@ def foreground_groups_transformed(
     size = image.shape[:2]
     edges = _edges(size, (rows, columns), symmetries)
     scans = []
-    nodata = getattr(image, "nodata", None)
-    if background is not None or nodata is not None:
+    nodata, presence = getattr(image, "nodata", None), getattr(image, "presence", None)
+    if background is None and presence is not None:
+        # What there is of its features need not be read.
+        scans.append(_scan(presence, _is_there, edges))
+    elif background is not None or nodata is not None:
         bounds = None
         if background is not None:
             bounds = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
@@ -113,6 +117,11 @@ def _differs(pixels: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None, n
             outside |= pixels[..., channel] < lowest
             outside |= pixels[..., channel] > highest
     return outside if nodata is None else outside & ~has_no_data(pixels, nodata)
+
+
+def _is_there(presence: np.ndarray) -> np.ndarray:
+    """Pixels (rows, columns) of an image's presence."""
+    return presence[..., 0]
 
 
 def open_mask(path: str | os.PathLike[str]) -> LazyImage:

@@ -63,7 +63,9 @@ class Grouping:
             return None
         turned = isinstance(source, TransformedImage)
         image, symmetry = (source.source, source.symmetry) if turned else (source, IDENTITY)
-        if settings.background == "none" and settings.masks is None and getattr(image, "nodata", None) is None:
+        # An image that says itself where it has pixels has its other groups skipped without a scan.
+        scanned = getattr(image, "nodata", None) is not None and getattr(image, "presence", None) is None
+        if settings.background == "none" and settings.masks is None and not scanned:
             return None
         if not isinstance(image, LazyImage):
             return self._scan(image, (symmetry,), None)[0]

@@ -23,7 +23,11 @@ from fitformer.patching.sizes import format_size
 
 @runtime_checkable
 class PixelSource(Protocol):
-    """An image that gives windows: `shape` is (rows, columns, channels), `dtype` numpy's uint8, uint16 or a float."""
+    """An image that gives windows: `shape` is (rows, columns, channels), `dtype` numpy's uint8, uint16 or a float.
+
+    An image that has pixels only in some places, such as features of the patches of a slide, says where by an attribute
+    `presence`, booleans (rows, columns, 1) with the same `window`.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,7 +130,8 @@ class GroupedImage:
     Args:
         source: the image.
         patch_grid: how it is cut.
-        occupied: booleans (rows, columns) of the grid of groups; the others are skipped. All by default.
+        occupied: booleans (rows, columns) of the grid of groups; the others are skipped. All by default. Groups without
+            any pixel, of a source that says where it has some, are skipped as well.
         glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
 
     Attributes:
@@ -154,10 +159,19 @@ class GroupedImage:
             raise InputError(
                 f"{_name(source)} has {format_size(self.grid)} groups, and `occupied` has {format_size(kept.shape)}"
             )
+        presence = getattr(source, "presence", None)
+        there = None if presence is None else presence.window(0, 0, *self.shape[:2])[..., 0]
+        held = None if there is None else _tokens_with_pixels(there, patch_grid)
+        if held is not None:
+            kept = kept & held.any(axis=-1)
         if not kept.any():
             raise EmptyImageError(f"{_name(source)} has {kept.size} groups, and none is occupied")
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.coords = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
+        self._held = None if held is None else torch.from_numpy(held[kept])
+        if there is not None and self._held is not None and glimpses:
+            seen = _tokens_with_pixels(_shrunk(there, *patch_grid.group_size), patch_grid).reshape(1, -1)  # type: ignore[misc]
+            self._held = torch.cat([torch.from_numpy(seen).expand(glimpses, -1), self._held])
         self._glimpse: np.ndarray | None = None
         self._pixels: Tensor | None = None
 
@@ -183,9 +197,9 @@ class GroupedImage:
     def read(self, groups: slice) -> tuple[Tensor, Tensor | None]:
         """Raw tokens `(1, s, n, token_dim)` of a slice of groups, of the image's dtype, and their mask `(1, s, n)`.
 
-        A patch that lies outside the image is false in the mask, and the mask None where there is none. What a patch
-        at the edge lacks is filled with the image's last row and column. Floats without data, if the source names such
-        a level (`nodata`), are 0, the middle of the range.
+        A patch that lies outside the image, or where the source has no pixels, is false in the mask, and the mask None
+        where there is none. What a patch at the edge lacks is filled with the image's last row and column. Floats
+        without data, if the source names such a level (`nodata`), are 0, the middle of the range, as is what is absent.
         """
         pixels = torch.from_numpy(self._groups(groups)) if self._pixels is None else self._pixels[groups]
         tokens = image_to_groups(pixels, self.patch_grid.group_size, self.patch_grid.patch_size)
@@ -193,6 +207,11 @@ class GroupedImage:
 
     def mask(self, groups: slice) -> Tensor | None:
         """Which tokens of a slice of groups hold pixels, booleans `(1, s, n)`; None if all do."""
+        mask = self._inside(groups) if self._held is None else self._held[groups][None]
+        return None if bool(mask.all()) else mask
+
+    def _inside(self, groups: slice) -> Tensor:
+        """Which tokens of a slice of groups begin inside the image, booleans `(1, s, n)`."""
         (rows, columns, _), (gh, gw), (ph, pw) = self.shape, self.patch_grid.group_size, self.patch_grid.patch_size  # type: ignore[misc]
         coords = self.coords[groups]
         high, wide = self.patch_grid.patches
@@ -203,8 +222,7 @@ class GroupedImage:
                 (coords[:, 1], gw, wide, pw, columns, coords[:, :1] < 0),
             )
         ]
-        mask = (inside[0][:, :, None] & inside[1][:, None]).flatten(1)[None]
-        return None if bool(mask.all()) else mask
+        return (inside[0][:, :, None] & inside[1][:, None]).flatten(1)[None]
 
     def count(self) -> int:
         """Tokens that hold pixels."""
@@ -212,11 +230,13 @@ class GroupedImage:
         return self.num_groups * self.patch_grid.tokens_per_group if mask is None else int(mask.sum())
 
     def map(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """Lay tokens `(t, n, c)` out as a map `(c, rows, columns)` of patches; `fill` where groups were skipped.
+        """Lay tokens `(t, n, c)` out as a map `(c, rows, columns)` of patches; `fill` where there were no pixels.
 
         Glimpses are left out, and so are patches beyond the image.
         """
         (high, wide), (rows, columns) = self.patch_grid.patches, self.grid
+        if (mask := self.mask(slice(None))) is not None:
+            x = x.masked_fill(~mask[0, ..., None].to(x.device), fill)
         cells = x.new_full((rows, columns, high, wide, x.shape[-1]), fill)
         own = self.coords[self.glimpses :].to(x.device)
         cells[own[:, 0], own[:, 1]] = x[self.glimpses :].unflatten(1, (high, wide))
@@ -238,6 +258,8 @@ class GroupedImage:
         top, left = row * gh, column * gw
         height, width = min(gh, self.shape[0] - top), min(gw, self.shape[1] - left)
         pixels = self._with_data(self.source.window(top, left, height, width))
+        if self._held is not None:
+            pixels = np.where(self.source.presence.window(top, left, height, width), pixels, pixels.dtype.type(0))  # type: ignore[attr-defined]
         if (height, width) != (gh, gw):
             pixels = np.pad(pixels, ((0, gh - height), (0, gw - width), (0, 0)), mode="edge")
         return pixels
@@ -247,6 +269,20 @@ class GroupedImage:
         if pixels.dtype.kind == "f" and getattr(self.source, "nodata", None) is not None:
             return np.where(np.isnan(pixels), pixels.dtype.type(0), pixels)
         return pixels
+
+
+def _tokens_with_pixels(there: np.ndarray, patch_grid: PatchGrid) -> np.ndarray:
+    """Which tokens have a pixel, booleans (rows of groups, columns of groups, n), from those of pixels (H, W)."""
+    (gh, gw), (ph, pw) = patch_grid.group_size, patch_grid.patch_size  # type: ignore[misc]
+    rows, columns = patch_grid.cover(*there.shape)
+    whole = np.pad(there, ((0, rows * gh - there.shape[0]), (0, columns * gw - there.shape[1])))
+    pixels = rearrange(whole, "(r h ph) (c w pw) -> r c (h w) (ph pw)", r=rows, c=columns, ph=ph, pw=pw)
+    return np.asarray(pixels.any(axis=-1))
+
+
+def _shrunk(there: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Which of (rows, columns) equal areas have a pixel."""
+    return F.adaptive_max_pool2d(torch.from_numpy(there)[None].float(), (rows, columns))[0].bool().numpy()
 
 
 def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """The memory check before the first step: whether a step fits, and how streaming uses the memory best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,12 +15,15 @@ from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer._support.system_memory import available_memory, total_memory
 from fitformer.config.schema import Recipe, Training
 from fitformer.data.datasets.lazy_source import sizes_of
+from fitformer.data.foreground import foreground_groups_transformed
 from fitformer.data.masks import Masks
 from fitformer.data.readers import LazyImage
 from fitformer.data.readers.levels import RETILE
 from fitformer.data.settings import ImageData
+from fitformer.data.symmetry import Symmetry
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.patching import PatchGrid
 from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
 
@@ -119,14 +122,24 @@ def _device(training: Training) -> Any:
 
 
 def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyImage], None]) -> int | None:
-    """Groups of the largest image, none of them skipped; None where the model knows them."""
+    """Groups of the largest image, none of them skipped but where it has no pixels; None where the model knows them."""
     if not isinstance(network, FITImageEncoder) or not network.patch_grid.any_size:
         return None
     if examples.image_size is not None:
-        sizes = [examples.image_size]
-    else:
-        sizes = sizes_of(examples.source, on_header) or [(1, 1)]
-        # Groups that are not square may be more, laid across by a quarter turn.
-        sizes = [symmetry.sides(*size) for size in sizes for symmetry in examples.symmetries]
-    counts = (rows * columns for rows, columns in (network.patch_grid.cover(*size) for size in sizes))
+        return network.glimpses + prod(network.patch_grid.cover(*examples.image_size))
+    counts = [1]
+
+    def count(image: LazyImage) -> None:
+        on_header(image)
+        counts.append(_groups_of(image, network.patch_grid, examples.symmetries))
+
+    sizes_of(examples.source, count)
     return network.glimpses + max(counts)
+
+
+def _groups_of(image: LazyImage, patch_grid: PatchGrid, symmetries: Sequence[Symmetry]) -> int:
+    """Groups of an image turned in any of these ways: ones that are not square may be more, laid across."""
+    if image.presence is None:
+        return max(prod(patch_grid.cover(*symmetry.sides(*image.shape[:2]))) for symmetry in symmetries)
+    found = foreground_groups_transformed(image, patch_grid.group_size, symmetries)
+    return max(int(groups.sum()) for groups in found.values())

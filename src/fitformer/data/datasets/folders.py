@@ -161,8 +161,11 @@ def _label_files(folder: Path, reading: Reading) -> Labelled:
         warnings.warn(beside, stacklevel=2)
     named = named or [(file, None) for file in loose]
     if not named:
+        lazily = image_files(folder, LAZY)
+        way = f"; {lazily[0]} is read with data.image_size: null" if lazily else ""
         raise InputError(
             f"the folder {folder} has no images: expected files such as .png or .jpg in it, or in a subfolder per class"
+            f"{way}"
         )
     return named
 

@@ -64,9 +64,11 @@ class LazySource:
 def _check_alike(image: LazyImage, other: LazyImage) -> None:
     """Raise InputError if two images differ in their channels, or in whether their pixels are whole numbers."""
     if image.shape[2] != other.shape[2]:
+        way = "set data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
+        if image.presence is not None and other.presence is not None:
+            way = "extract the features of all slides with one encoder"
         raise InputError(
-            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; set "
-            "data.channels (1 grey, 3 colour, 4 with alpha) to convert them all"
+            f"mixed channel counts: {image.path} has {image.shape[2]} and {other.path} has {other.shape[2]}; {way}"
         )
     if not scaled_alike(image.dtype, other.dtype):
         raise InputError(

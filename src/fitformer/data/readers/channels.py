@@ -1,5 +1,6 @@
 """Other numbers of channels: grey, colour, and colour with alpha, of pixels of any type."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,7 @@ def with_channels(image: OpenImage, channels: int, path: str) -> OpenImage:
     change = partial(_converted, channels=channels)
     levels = [ConvertedLevel(level, change, level.dtype, channels) for level in image.levels]
     nodata = None if image.nodata is None else change(image.nodata[None, None])[0, 0]
-    return OpenImage(levels, image.release, nodata)
+    return replace(image, levels=levels, nodata=nodata)
 
 
 def _converted(pixels: np.ndarray, channels: int) -> np.ndarray:

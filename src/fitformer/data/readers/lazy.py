@@ -10,7 +10,17 @@ import numpy as np
 from fitformer._support.suggest import suggest
 from fitformer.data.readers.area_resize import average
 from fitformer.data.readers.channels import with_channels
-from fitformer.data.readers.levels import WHOLE_BYTES, Level, OpenImage, OpenOptions, as_pixels, tile_bytes
+from fitformer.data.readers.features import open_hdf5, open_without_coordinates
+from fitformer.data.readers.levels import (
+    WHOLE_BYTES,
+    Level,
+    OpenImage,
+    OpenOptions,
+    Pixels,
+    Placement,
+    as_pixels,
+    tile_bytes,
+)
 from fitformer.data.readers.npy import open_npy
 from fitformer.data.readers.pictures import is_picture, open_picture
 from fitformer.data.readers.slides import open_slide
@@ -24,6 +34,8 @@ BACKENDS: dict[str, Backend] = {
     **dict.fromkeys((".tif", ".tiff", ".gtif", ".gtiff", ".btf", ".tf8", ".lsm", ".qptiff"), open_tiff),
     **dict.fromkeys((".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".czi", ".dcm"), open_slide),
     ".npy": open_npy,
+    **dict.fromkeys((".h5", ".hdf5"), open_hdf5),
+    ".pt": open_without_coordinates,
 }
 """The backend of each file name suffix; folders are Zarr, and Pillow opens every other file but TIFFs."""
 
@@ -78,6 +90,16 @@ class LazyImage:
         It is what a GeoTIFF says (GDAL's tag), in the numbers of the pixels handed out; NaN of floats.
         """
         return self._opened_here().nodata
+
+    @property
+    def presence(self) -> Pixels | None:
+        """Where there are pixels, (rows, columns, 1) booleans, of features of patches; None of other images."""
+        return self._opened_here().presence
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the pixels lie in a slide, of features of its patches; None of other images."""
+        return self._opened_here().placement
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
 from typing import Protocol
@@ -93,13 +93,41 @@ class OpenOptions:
         check_pixel_range(self.pixel_range)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where an image of patches lies in its slide: pixel (row, column) is the square of `step` pixels of the slide.
+
+    Attributes:
+        top, left: upper left corner of pixel (0, 0), in pixels of the slide's level 0.
+        step: the side of a pixel.
+    """
+
+    top: float
+    left: float
+    step: float
+
+
+ITSELF = Placement(0, 0, 1)
+"""Of an image that is in no other."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenImage:
-    """An open file: its levels, full size first, how to close it, and the level (channels,) that means no data."""
+    """An open file.
+
+    Attributes:
+        levels: full size first.
+        release: closes it.
+        nodata: the level (channels,) that means no data.
+        presence: where the image has pixels, (rows, columns, 1) booleans; None if everywhere.
+        placement: where it lies in a slide, of an image of patches.
+    """
 
     levels: Sequence[Level]
     release: Callable[[], None] = lambda: None
     nodata: np.ndarray | None = None
+    presence: Pixels | None = None
+    placement: Placement | None = None
 
     def close(self) -> None:
         """Close the file and drop its decoded pixels."""
@@ -291,7 +319,7 @@ def as_pixels(image: OpenImage, path: str, pixel_range: tuple[float, float] | No
         nodata = np.zeros_like(nodata, dtype=np.uint16)
     elif nodata is not None and levels[0].dtype.kind == "f":
         nodata = np.full_like(nodata, np.nan, dtype=np.float32)
-    return OpenImage(levels, image.release, nodata)
+    return replace(image, levels=levels, nodata=nodata)
 
 
 def _as_pixels(level: Level, path: str, pixel_range: tuple[float, float] | None, nodata: np.ndarray | None) -> Level:
@@ -345,8 +373,12 @@ def weigh_tiles(path: str, kind: str, needed: int, most_bytes: float) -> None:
 
 
 def blocks(level: Pixels, pixels: int = 2**20) -> Iterator[Window]:
-    """Windows of about so many pixels that cover an image, in whole tiles: every tile is decoded once."""
-    rows, columns, _ = level.shape
+    """Windows of about so many pixels that cover an image, in whole tiles: every tile is decoded once.
+
+    They are fewer of an image of more than four channels, as features of patches are.
+    """
+    rows, columns, channels = level.shape
+    pixels = max(1, pixels * 4 // max(4, channels))
     height, width = level.tile
     width = min(columns, width * max(1, 1024 // width))
     height = min(rows, height * max(1, pixels // (width * height)))

@@ -8,6 +8,7 @@ import numpy as np
 from fitformer._support.listed import listed
 from fitformer.data.readers.axes import guessed, named
 from fitformer.data.readers.errors import readable
+from fitformer.data.readers.features import holds_features, open_features
 from fitformer.data.readers.levels import OpenImage, OpenOptions, Tiles, weigh_tiles
 from fitformer.data.readers.zarr_store import open_store
 from fitformer.errors import InputError, require
@@ -15,6 +16,8 @@ from fitformer.errors import InputError, require
 
 def open_zarr(path: str, options: OpenOptions) -> OpenImage:
     """Open an array, the only array of a group that has rows and columns, or the pyramid of an OME-Zarr group.
+
+    A group of `features` and `coords` is an image of patches, see `features.open_features`.
 
     Its axes are those that it names; without names, the shorter of the first and the last one is the channels.
 
@@ -31,6 +34,10 @@ def open_zarr(path: str, options: OpenOptions) -> OpenImage:
                 f"{path} is a folder and no Zarr (it has no zarr.json, .zarray or .zgroup): give an image file, or the "
                 "folder of a Zarr array or group"
             ) from error
+        if not isinstance(node, zarr.Array) and holds_features(parts := dict(node.arrays())):
+            for array in parts.values():
+                store.bound(array)
+            return open_features(path, parts, options)
         arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
         for array in arrays:
             store.bound(array)

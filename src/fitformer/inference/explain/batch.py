@@ -36,6 +36,7 @@ from filelock import FileLock
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.json_text import parse_json
 from fitformer.data.readers import open_image
+from fitformer.data.readers.levels import ITSELF, Placement
 from fitformer.errors import EmptyImageError, InputError
 from fitformer.inference.explain.agreement import Agreement
 from fitformer.inference.explain.explanation import MAPS, SIGNED, Explanation, Method, explain
@@ -43,7 +44,7 @@ from fitformer.inference.explain.geojson import write_geojson
 from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.inference.explain.leave_out import Tell, log_odds
-from fitformer.inference.explain.overlay import thumbnail_size, write_overlay
+from fitformer.inference.explain.overlay import thumbnail_of, write_overlay
 from fitformer.inference.find import Slide, same_file
 from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
@@ -186,12 +187,12 @@ class Slides:
                 if not bool(seen.logits.isfinite().all()):
                     logits = seen.logits.tolist()
                     raise NonFiniteError(f"{slide.path} is answered with {logits}: it has NaN or infinite pixels")
-                small = image.thumbnail(*thumbnail_size(*image.shape[:2])) if seen.maps else None
-                own = getattr(image, "path", None)
+                small = thumbnail_of(image) if seen.maps else None
+                own, placement = getattr(image, "path", None), getattr(image, "placement", None)
         except (InputError, PermissionError) as error:
             self._note_broken(slide, Failure.by(error))
             return False
-        self._write(slide, seen, small, own, of)
+        self._write(slide, seen, small, own, of, placement)
         return True
 
     def _seen(self, image: Any, tell: Tell) -> Explanation:
@@ -243,9 +244,22 @@ class Slides:
         self.on_broken(file, broken.reason)
 
     def _write(
-        self, slide: Slide, seen: Explanation, thumbnail: np.ndarray | None, own: str | None, of: dict[str, Any]
+        self,
+        slide: Slide,
+        seen: Explanation,
+        thumbnail: np.ndarray | None,
+        own: str | None,
+        of: dict[str, Any],
+        placement: Placement | None,
     ) -> None:
-        """Write all outputs of an image; `own` is its file if that may have coordinates of its own."""
+        """Write all outputs of an image.
+
+        Args:
+            slide, seen, thumbnail: the image.
+            own: its file if that may have coordinates of its own.
+            of: the state of the files that the outputs depend on.
+            placement: where it lies in a slide, of an image of patches.
+        """
         (self.output / (slide.name + FAILED)).unlink(missing_ok=True)
         prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
         maps = {name: HeatMap.of(values, seen.image) for name, values in seen.maps.items()}
@@ -254,10 +268,10 @@ class Slides:
             write_overlay(
                 self._fresh(slide, f".{name}.png"), thumbnail, heatmap, "signed" if name in SIGNED else "heat"
             )
-            write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own)
+            write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own, placement or ITSELF)
         if maps:
             shapes = self._fresh(slide, ".geojson")
-            write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y)
+            write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y, placement or ITSELF)
         agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self._maps[-1])
         rows, columns = seen.image.shape[:2]
         record = {
@@ -269,6 +283,7 @@ class Slides:
             "groups": seen.image.num_groups - seen.image.glimpses,
             "groups_in_all": prod(seen.image.grid),
             **({} if agreement is None else {"agreement": agreement}),
+            **({} if placement is None else {"placement": asdict(placement)}),
             "of": of,
             "made_with": self._key,
         }

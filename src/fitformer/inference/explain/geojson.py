@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer.data.readers.levels import ITSELF, Placement
 from fitformer.inference.explain.explanation import SIGNED
 from fitformer.inference.explain.heatmap import HeatMap, Pair
 from fitformer.inference.explain.overlay import AGAINST, FOR
@@ -24,6 +26,7 @@ def write_geojson(
     label: str,
     probabilities: Mapping[str, float],
     y: Literal["down", "up"] = "down",
+    placement: Placement = ITSELF,
 ) -> None:
     """Write the maps of an image as one FeatureCollection.
 
@@ -39,25 +42,29 @@ def write_geojson(
         probabilities: of all classes.
         y: rows count `down` from 0, as in QuPath, or `up` from below 0: where GIS viewers show an image that has no
             coordinates of its own.
+        placement: where the image lies in the slide whose coordinates are written.
     """
     with write_atomically(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(maps, label, probabilities, y)):
+        for number, feature in enumerate(_features(maps, label, probabilities, y, placement)):
             file.write(("," if number else "") + "\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False))
         file.write("\n]}\n")
 
 
-def _features(maps: Mapping[str, HeatMap], label: str, probabilities: Mapping[str, float], y: str) -> Iterator[Feature]:
+def _features(
+    maps: Mapping[str, HeatMap], label: str, probabilities: Mapping[str, float], y: str, placement: Placement
+) -> Iterator[Feature]:
     name, like = list(maps.items())[-1]
-    sign, sides = 1 if y == "down" else -1, like.image_size
+    frame = _Frame(like.image_size, placement, 1 if y == "down" else -1)
     whole = {f"probability of {each}": round(share, 6) for each, share in probabilities.items()}
     about = {"name": f"{label} {probabilities[label]:.1%}", "classification": {"name": label}, "isLocked": True}
-    yield _rectangle((0, 0), sides, sides, sign, "annotation", whole, about)
+    yield _feature(frame.ring((0, 0), like.image_size), "annotation", whole, about)
     for corner, measured in _groups(maps):
-        yield _rectangle(corner, like.group_size, sides, sign, "tile", measured, _side(measured.get(name), label))
+        side = _side(measured.get(name), label)
+        yield _feature(frame.ring(corner, like.group_size), "tile", measured, side)
     for corner, measured in _patches(maps) if name != "leave-out" else ():
         side = _side(measured[name] if name in SIGNED else None, label)
-        yield _rectangle(corner, like.patch_size, sides, sign, "detection", measured, side)
+        yield _feature(frame.ring(corner, like.patch_size), "detection", measured, side)
 
 
 def _side(value: float | None, label: str) -> Feature:
@@ -108,12 +115,24 @@ def _number(value: float) -> float:
     return float(f"{float(value):.6g}")
 
 
-def _rectangle(
-    corner: Pair, size: Pair, within: Pair, sign: int, kind: str, measured: dict[str, float], about: Feature
-) -> Feature:
-    """A feature: the rectangle at `corner` (row, column), cut off at the image's edges, of QuPath's object type."""
-    (top, left), bottom, right = corner, min(corner[0] + size[0], within[0]), min(corner[1] + size[1], within[1])
-    ring = [[x, sign * y] for x, y in ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))]
+@dataclass(frozen=True)
+class _Frame:
+    """Where an image of `sides` (rows, columns) is drawn; `sign` is -1 where rows count up."""
+
+    sides: Pair
+    placement: Placement
+    sign: int
+
+    def ring(self, corner: Pair, size: Pair) -> list[list[float]]:
+        """The rectangle at `corner` (row, column) of `size`, cut off at the image's edges, as points (x, y)."""
+        ends = (min(first + length, side) for first, length, side in zip(corner, size, self.sides, strict=True))
+        (top, left), (bottom, right), at = corner, ends, self.placement
+        points = ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
+        return [[at.left + at.step * x, self.sign * (at.top + at.step * y)] for x, y in points]
+
+
+def _feature(ring: list[list[float]], kind: str, measured: dict[str, float], about: Feature) -> Feature:
+    """A feature of QuPath's object type."""
     return {
         "type": "Feature",
         "geometry": {"type": "Polygon", "coordinates": [ring]},

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer.data.readers.levels import ITSELF, Placement
 from fitformer.errors import require
 from fitformer.inference.explain.heatmap import HeatMap, Pair
 
@@ -25,7 +26,9 @@ _DOUBLE, _SHORT, _ASCII = 12, 3, 2
 Tag = tuple[int, int, int, Any, bool]
 
 
-def write_tiff(path: Path, heatmap: HeatMap, title: str, image: str | Path | None = None) -> None:
+def write_tiff(
+    path: Path, heatmap: HeatMap, title: str, image: str | Path | None = None, placement: Placement = ITSELF
+) -> None:
     """Write a map as float32, a value a patch, NaN where groups were skipped.
 
     Args:
@@ -33,6 +36,7 @@ def write_tiff(path: Path, heatmap: HeatMap, title: str, image: str | Path | Non
         heatmap: what to write.
         title: goes into the image description.
         image: the file of the image, whose coordinates are taken over if it is a GeoTIFF.
+        placement: where the image lies in the slide whose pixels are the coordinates, if it is none.
 
     Raises:
         MissingDependencyError: tifffile is not installed.
@@ -52,11 +56,11 @@ def write_tiff(path: Path, heatmap: HeatMap, title: str, image: str | Path | Non
             resolution=(1 / columns, 1 / rows),
             resolutionunit="NONE",
             metadata=None,
-            extratags=[*_georeference(image, heatmap.patch_size), (NO_DATA, _ASCII, 0, "nan", True)],
+            extratags=[*_georeference(image, heatmap.patch_size, placement), (NO_DATA, _ASCII, 0, "nan", True)],
         )
 
 
-def _georeference(image: str | Path | None, patch: Pair) -> list[Tag]:
+def _georeference(image: str | Path | None, patch: Pair, placement: Placement) -> list[Tag]:
     """Tags that place patches where the image's own tags place its pixels, or at the pixels themselves."""
     own = _by_areas(_geotiff_tags(image)) if image is not None else {}
     (rows, columns), keys = patch, list(_keys(own))
@@ -64,8 +68,9 @@ def _georeference(image: str | Path | None, patch: Pair) -> list[Tag]:
         matrix = np.array(own[MATRIX], dtype=float).reshape(4, 4) * (columns, rows, 1, 1)
         return [(MATRIX, _DOUBLE, 16, tuple(matrix.ravel()), True), *keys]
     # A tie point is (column, row, 0, x, y, z); only the first two are in pixels.
-    points = np.array(own.get(TIEPOINT, (0,) * 6), dtype=float).reshape(-1, 6) / (columns, rows, 1, 1, 1, 1)
-    across, down, *rest = own.get(SCALE, (1.0, 1.0, 0.0))
+    points = np.array(own.get(TIEPOINT, (0, 0, 0, placement.left, -placement.top, 0)), dtype=float).reshape(-1, 6)
+    points /= (columns, rows, 1, 1, 1, 1)
+    across, down, *rest = own.get(SCALE, (placement.step, placement.step, 0.0))
     return [
         (SCALE, _DOUBLE, 3, (across * columns, down * rows, *rest), True),
         (TIEPOINT, _DOUBLE, points.size, tuple(points.ravel()), True),

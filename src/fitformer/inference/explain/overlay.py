@@ -1,13 +1,14 @@
 """A small picture: the image in grey, under the heat of a map."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from fitformer._support.atomic_files import write_atomically
+from fitformer.data.readers.area_resize import average
 from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.viz import heat
 
@@ -22,6 +23,13 @@ def thumbnail_size(rows: int, columns: int, longest: int = LONGEST) -> tuple[int
     """Rows and columns of the picture of an image: its own, or shrunk until no side is longer than `longest`."""
     scale = min(1.0, longest / max(rows, columns))
     return max(1, round(rows * scale)), max(1, round(columns * scale))
+
+
+def thumbnail_of(image: Any) -> np.ndarray:
+    """An image shrunk to the size of its picture; of features of patches, where there are some."""
+    size = thumbnail_size(*image.shape[:2])
+    presence = getattr(image, "presence", None)
+    return image.thumbnail(*size) if presence is None else average(presence, *size)
 
 
 def grey(thumbnail: np.ndarray) -> np.ndarray:
