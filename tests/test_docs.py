@@ -56,8 +56,8 @@ def test_commands_parse(words):
         assert not unknown
 
 
-# What the examples of a page need, and only the slow tests install.
-NEEDED = {"transformers.md": "transformers"}
+# What the examples of a page need; they take long, or only the slow tests install it.
+NEEDED = {"transformers.md": "transformers", "export.md": "onnxruntime"}
 
 
 @pytest.mark.parametrize(

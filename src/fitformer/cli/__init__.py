@@ -23,6 +23,7 @@ VERBS = {
     "predict": "label image files with a classifier's run",
     "sample": "draw images from a diffusion run",
     "generate": "continue text, or draw images pixel by pixel, from an autoregressive run",
+    "export": "write a model as ONNX, or as a program of torch.export",
     "compress": "compress a file without loss by the model of a bytes run",
     "decompress": "get a compressed file back, bit for bit",
     "info": "parameters, FLOPs and group plan of a preset or a run",

@@ -66,6 +66,10 @@ def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, band: int 
     The queries are the last q of the k tokens, in whole blocks.
     """
     band = band if isinstance(band, Band) else Band(band)
+    tokens = key.shape[2]
+    if isinstance(tokens, torch.SymInt):
+        # A graph that is traced for any number of tokens: how many chunks would be that of the traced one.
+        return _attend(query, key, value, Chunk(0, tokens - query.shape[2], tokens), band, dropout)
     only, *more = _chunks_of(query, key, band)
     if not more and only.pairs * band.rows(query.shape[0]) <= MOST_MASK:
         return _attend(*_cut((query, key, value), only), only, band, dropout)

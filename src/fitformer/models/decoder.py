@@ -209,7 +209,7 @@ class FITDecoder(FITModel):
             )
         if labels is not None:
             check_classes(labels, self.num_classes)
-            if len(labels) != batch:
+            if labels.shape[0] != batch:
                 raise InputError(f"labels {tuple(labels.shape)} need one class for each of the {batch} examples")
 
     @property
