@@ -15,7 +15,7 @@ test: $(READY)
 # Ray takes 240 MB, transformers 150, which torchmetrics then imports in every process: only the slow tests install them.
 slow: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,transformers]'
-	$(VENV)/bin/python -m pytest --slow -m slow
+	$(VENV)/bin/python -m pytest --slow -m slow --durations 25
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -185,8 +185,11 @@ def test_a_file_gives_what_the_model_gives_and_says_what_it_takes(ending, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ending", export.FORMATS)
+@pytest.mark.parametrize(
+    ("ending", "name"),
+    # An ONNX file is made of the program that a .pt2 file holds.
+    [(".onnx", name) for name in MODELS] + [(".pt2", name) for name in MODELS if "larger" in name or "any" in name],
+)
 def test_every_role_at_two_sizes(ending, name, tmp_path):
     if ending == ".onnx":
         pytest.importorskip("onnxscript")
