@@ -279,7 +279,7 @@ def test_a_damaged_run_is_used_or_refused_in_one_line(part, runs, things, bounde
                 "evaluate": ["evaluate", target, "--no-baselines", "--checkpoint", pick(["last", "best"], random)],
                 "info": ["info", target],
                 "sample": ["sample", target, "--count", "1", "--steps", "1"],
-                "generate": ["generate", target],
+                "generate": ["generate", target, *(["--count", "1"] if name == "pixels" else ["--length", "16"])],
                 "train": ["train", target / "recipe.yaml", "--run-dir", target, *ONE_STEP],
             }[verb]  # fmt: skip
             check(words, capsys)
