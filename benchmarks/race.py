@@ -15,6 +15,7 @@ from fitformer import FITDecoder
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.device import processor_name
 from fitformer.models.config import TrunkConfig
+from fitformer.models.initialization import zero_branches
 from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
 from fitformer.profiling.flops import count_parameters
 from fitformer.viz import write_curves
@@ -43,13 +44,7 @@ def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDeco
     """
     options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
     network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
-    nn.init.normal_(network.embedding.weight, std=0.1)
-    for block in network.trunk.blocks:
-        for layer in [*block.local_layers, *block.global_layers]:
-            nn.init.zeros_(layer.attention.output.weight)
-            nn.init.zeros_(layer.ffn.outer.weight)
-        if block.write is not None:
-            nn.init.zeros_(block.write.attention.output.weight)
+    zero_branches(network)
     return network
 
 

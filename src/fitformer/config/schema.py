@@ -56,6 +56,9 @@ else:
     )
 
 
+Initialization = Literal["reference", "zero_branches"]
+
+
 @dataclass(frozen=True)
 class EncoderModel(Model):
     """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns).
@@ -80,20 +83,29 @@ class DenoiserModel(Model):
 
 @dataclass(frozen=True)
 class PixelDecoderModel(Model):
-    """A decoder of pixels: a group is one patch of `patch_size` pixels, its tokens the patch's pixel values."""
+    """A decoder of pixels: a group is one patch of `patch_size` pixels, its tokens the patch's pixel values.
+
+    `initialization` as `ByteDecoderModel` has it.
+    """
 
     patch_size: int | tuple[int, int] = 4
     shared_embedding: bool = True
     output_bias: bool = True
+    initialization: Initialization = "reference"
 
 
 @dataclass(frozen=True)
 class ByteDecoderModel(Model):
-    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups."""
+    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups.
+
+    `initialization` says which weights training starts from: the reference's, or `zero_branches`, with which short
+    trainings get further (`fitformer.models.initialization`).
+    """
 
     tokens_per_group: int = 64
     shared_embedding: bool = True
     output_bias: bool = True
+    initialization: Initialization = "reference"
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class ByteData:
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
         length: tokens of one example; what is missing to whole groups of the model is padding, which counts nowhere.
+        short_length: tokens of an example in the first `short_share` of the training, where each is cut into as many:
+            what is near is learned first, from more places of the data, and then what is far.
         documents: each file, or each piece of Python's own, is a document of its own: examples are documents packed
             into rows, and none sees another. One that is longer than a row is cut into several.
         separator: text that ends a document, such as a newline, so that a file holds many; only with `documents`.
@@ -130,6 +132,8 @@ class ByteData:
     path: str | None = None
     glob: str = "**/*"
     length: int = 1024
+    short_length: int | None = None
+    short_share: float = 0.8
     documents: bool = False
     separator: str | None = None
     holdout: float = 0.1
@@ -141,6 +145,10 @@ class ByteData:
         _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
         if self.length < 1:
             raise InputError(f"length is {self.length}; an example has at least 1 token")
+        if self.short_length is not None:
+            _check_short(self.short_length, self.length, self.documents)
+        if not 0 <= self.short_share <= 1:
+            raise InputError(f"short_share is {self.short_share}: a share from 0 to 1 of the training's steps")
         if self.separator is not None and not (self.documents and self.separator):
             raise InputError(
                 f"separator is {self.separator!r}; it is text of at least one character, beside documents: true"
@@ -198,6 +206,14 @@ def check_pixel_range(pixel_range: tuple[float, float] | None) -> None:
     if pixel_range is not None and not -inf < pixel_range[0] < pixel_range[1] < inf:
         low, high = pixel_range
         raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
+
+
+def _check_short(short: int, length: int, documents: bool) -> None:
+    """Raise InputError if examples of a length cannot be cut into ones of `short`."""
+    if documents:
+        raise InputError("short_length cuts examples of one text, and documents are packed in rows: remove one of them")
+    if not 1 <= short <= length or length % short:
+        raise InputError(f"short_length is {short}; it must divide length, {length}")
 
 
 def _check_shares(**shares: float | None) -> None:

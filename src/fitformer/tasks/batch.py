@@ -17,6 +17,7 @@ class Batch(TypedDict, total=False):
         label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the number of the example.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
         documents: int64 `(b, t)`, the number of each group's document, see `patching.pack_documents`.
+        done: the share of the training's steps that were made before this one; not there in evaluation.
     """
 
     image: Any
@@ -25,6 +26,7 @@ class Batch(TypedDict, total=False):
     tokens: Tensor
     mask: Tensor
     documents: Tensor
+    done: float
 
 
 def arguments(model: Model, *drop: str) -> dict[str, Any]:

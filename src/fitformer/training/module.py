@@ -49,7 +49,8 @@ class FITModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss on one micro-batch."""
-        loss, metrics = task_of(self.recipe).loss(self.network, batch, self.recipe)
+        done = self.global_step / self.recipe.trainer.steps
+        loss, metrics = task_of(self.recipe).loss(self.network, {**batch, "done": done}, self.recipe)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             self.recent[name] = self.recent[name] + value if name in self.recent else value
         self.recent_count += 1
