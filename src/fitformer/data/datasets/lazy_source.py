@@ -10,6 +10,7 @@ import numpy as np
 from fitformer.data.datasets.sources import Files
 from fitformer.data.decoding import UnreadableImageError, suffixes
 from fitformer.data.readers import LazyImage
+from fitformer.data.readers.features import open_without_coordinates
 from fitformer.data.readers.lazy import BACKENDS
 from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import InputError, MissingDependencyError
@@ -19,8 +20,12 @@ ZARR = ".zarr"
 
 
 def lazy_suffixes() -> frozenset[str]:
-    """The file name endings, lower case, that `open_image` is asked about; folders that end in .zarr are images too."""
-    return suffixes() | BACKENDS.keys() | {ZARR}
+    """The file name endings, lower case, of images in folders; folders that end in .zarr are images too.
+
+    Tensors that torch saved often lie beside the files of patch features that they were made of, and are no images.
+    """
+    readable = {ending for ending, backend in BACKENDS.items() if backend is not open_without_coordinates}
+    return suffixes() | readable | {ZARR}
 
 
 @dataclass(frozen=True, eq=False)
