@@ -124,3 +124,19 @@ def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
     for name, value in trunk.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.set_defaults(trunk=tuple(trunk))
+
+
+def numbers(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """A reader of `1e-3,2e-3`."""
+    return lambda text: [kind(each) for each in text.split(",")]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read `K/N`."""
+    try:
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no share; write 1/3 for the first of three")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,6 +225,42 @@ def test_fashion_pixels_are_compared(script, tmp_path, capsys):
     assert (fit["images"], dense["images"]) == (3, 3)
     assert 7 < fit["value"] < 9
     assert "bits per dimension" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("cifar10")
+
+
+def test_shifted_and_flipped_images_are_windows_of_padded_ones(cifar10, training):
+    images = torch.randint(1, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    settings = training.Settings(1.0, 8)
+    seen, labels = cifar10.batch_of((images, torch.arange(5)), settings, 3)
+    padded = torch.nn.functional.pad(images, (0, 0, 4, 4, 4, 4))
+    for image, label in zip(seen, labels.tolist(), strict=True):
+        windows = [padded[label, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+        assert any(torch.equal(image, each) or torch.equal(image, each.flip(1)) for each in windows)
+    again, _ = cifar10.batch_of((images, torch.arange(5)), settings, 3)
+    assert torch.equal(seen, again)
+
+
+def test_fit_and_vit_are_compared_at_equal_flops_on_images(script, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in map(str, range(10)):
+            (folder := tmp_path / part / name).mkdir(parents=True)
+            for k in range(10):
+                Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{part}{k}.png")
+    words = ["--data", tmp_path, "--budget", "5e8", "--seeds", 1, "--batch", 4, "--vit-dim", 16, "--vit-heads", 2]
+    script("cifar10", *words, *WORDS, "--output", tmp_path / "out")
+    fit, vit = results(tmp_path / "out")
+    assert fit["name"].startswith("FIT")
+    # As near as whole layers allow.
+    assert vit["image_flops"] == pytest.approx(fit["image_flops"], rel=0.3)
+    assert 0 <= fit["test_error"] <= 100
+    assert fit["test_images"] == 100
+    assert "percent of the test part" in capsys.readouterr().out
 
 
 @pytest.mark.slow
