@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fitformer.data.settings import AudioData, ByteData, ImageData
+from fitformer.data.settings import AudioData, ByteData, ImageData, SegmentData
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 
@@ -34,6 +34,13 @@ def _rate(**values: float) -> None:
 def _check_dropout(model: Any) -> None:
     rates = {name: getattr(model, name) for name in ("drop_path", "drop_units", "drop_att")}
     _share(**{name: rate for name, rate in rates.items() if rate is not None})
+
+
+def _check_class_weights(weights: Any) -> None:
+    if isinstance(weights, tuple):
+        _at_least(0, **{f"class_weights[{k}]": weight for k, weight in enumerate(weights)})
+        if not any(weights):
+            raise InputError(f"class_weights are {weights}: one at least must be above 0")
 
 
 if TYPE_CHECKING:
@@ -70,6 +77,13 @@ class EncoderModel(Model):
     patch_size: int | tuple[int, int] = 4
     mask: Literal["causal"] | None = None
     glimpses: int = 0
+
+
+@dataclass(frozen=True)
+class SegmenterModel(EncoderModel):
+    """A segmenter of images; `refinement` are the numbers of a pixel that two convolutions work on, 0 for none."""
+
+    refinement: int = 16
 
 
 @dataclass(frozen=True)
@@ -121,10 +135,28 @@ class ClassifyObjective:
 
     def __post_init__(self) -> None:
         _rate(label_smoothing=self.label_smoothing)
-        if isinstance(self.class_weights, tuple):
-            _at_least(0, **{f"class_weights[{k}]": weight for k, weight in enumerate(self.class_weights)})
-            if not any(self.class_weights):
-                raise InputError(f"class_weights are {self.class_weights}: one at least must be above 0")
+        _check_class_weights(self.class_weights)
+
+
+@dataclass(frozen=True)
+class SegmentObjective:
+    """Cross-entropy of the class of a pixel, and Dice loss, each an image's own, averaged over images.
+
+    Attributes:
+        cross_entropy, dice: by how much each counts.
+        class_weights: of the pixels of a class in the cross-entropy: `balanced`, inverse to how many there are, or a
+            number for each class in their order; their mean over the labelled training pixels is made 1.
+    """
+
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+
+    def __post_init__(self) -> None:
+        _at_least(0, cross_entropy=self.cross_entropy, dice=self.dice)
+        if not self.cross_entropy + self.dice:
+            raise InputError("cross_entropy and dice are both 0: there is nothing to learn from")
+        _check_class_weights(self.class_weights)
 
 
 @dataclass(frozen=True)
@@ -323,6 +355,16 @@ class ClassifyRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class SegmentRecipe(Recipe):
+    """Predict the class of every pixel of an image."""
+
+    task: Literal["segment"] = "segment"
+    model: SegmenterModel = field(default_factory=SegmenterModel)
+    data: SegmentData = field(default_factory=SegmentData)
+    objective: SegmentObjective = field(default_factory=SegmentObjective)
+
+
+@dataclass(frozen=True)
 class DiffuseRecipe(Recipe):
     """Denoise images, to sample them."""
 
@@ -363,6 +405,6 @@ class AudioRecipe(Recipe):
 
 
 PACKAGED_RECIPES: dict[str, type[Recipe]] = {
-    kind.task: kind for kind in (ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe)
+    kind.task: kind for kind in (ClassifyRecipe, SegmentRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe)
 }
 """Recipe classes by task of the tasks whose modules import torch; other tasks declare theirs in their own module."""

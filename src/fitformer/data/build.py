@@ -13,7 +13,7 @@ from fitformer.data.copies import contents
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.audio import AudioDataset, sound_pieces
 from fitformer.data.datasets.documents import DocumentsDataset, document_ends, end_at_separator
-from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
+from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_label_files, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import LazySource
@@ -28,9 +28,10 @@ from fitformer.data.datasets.text import (
     python_sources,
     split_pieces,
 )
+from fitformer.data.labels import Labels, check_classes
 from fitformer.data.order import hold_out
 from fitformer.data.readers.levels import OpenOptions
-from fitformer.data.settings import READ_BY, AudioData, ByteData, ImageData
+from fitformer.data.settings import READ_BY, AudioData, ByteData, ImageData, SegmentData
 from fitformer.errors import InputError
 
 Split = Literal["train", "val", "test"]
@@ -90,7 +91,8 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
     if channels not in (None, 1, 3, 4) and not lazy:
         raise InputError(f"channels is {channels}: images have 1 (grey), 3 (colour) or 4 (colour and alpha)")
     reading = (LAZY if lazy else DECODED).in_range(settings.pixel_range)
-    columns = Columns(settings.image_column, settings.label_column, settings.split_column)
+    columns, labelled = _columns(settings), not isinstance(settings, SegmentData)
+    classes = classes if labelled else ()
     match settings.source:
         case "digits":
             return read_digits(channels)
@@ -100,10 +102,10 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_arrays(path, classes, channels)
         case "folder":
             asked = (settings.train_part, settings.val_part, settings.test_part)
-            return read_folder(path, classes, channels, [part for part in asked if part], reading)
+            return read_folder(path, classes, channels, [part for part in asked if part], reading, labelled)
         case "manifest":
             most = settings.max_unreadable
-            return read_manifest(path, columns, classes, channels, most, reading)
+            return read_manifest(path, columns, classes, channels, most, reading, labelled)
         case "huggingface":
             return read_huggingface(path, settings.subset, columns, classes, channels, settings.pixel_range)
         case "megapixel-mnist":
@@ -237,8 +239,11 @@ def _alike(train: Source, part: Source | None) -> Source | None:
 
 def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
     _check_skipping(settings)
+    labels = _labels_of(settings) if isinstance(settings, SegmentData) else None
     part = choose_part(read_parts(settings), settings, split)
     source = part.source
+    if labels is not None:
+        labels.check(source)
     if isinstance(settings.background, tuple) and len(settings.background) not in (1, source.channels):
         raise InputError(
             f"data.background has {len(settings.background)} levels, and {source.title} has {source.channels} channels"
@@ -254,7 +259,28 @@ def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
         note=part.note,
         held_out=split != "train",
         is_test=part.is_test,
+        labels=labels,
     )
+
+
+def _columns(settings: ImageData) -> Columns:
+    return Columns(settings.image_column, settings.label_column, settings.split_column)
+
+
+def _labels_of(settings: SegmentData) -> Labels:
+    """The label images of a recipe.
+
+    Raises:
+        InputError: classes, colours, or where they are, are not told.
+    """
+    check_classes(settings)
+    if settings.source not in ("folder", "manifest"):
+        raise InputError(f"data.source is {settings.source!r}; masks of classes go with a folder or a manifest")
+    if settings.labels is not None:
+        return Labels.in_folder(settings)
+    if settings.source == "folder":
+        raise InputError("data.labels is null: give the folder of masks, which are named as the images")
+    return Labels.in_table(settings, read_label_files(settings.path, _columns(settings)))
 
 
 def _check_skipping(settings: ImageData) -> None:

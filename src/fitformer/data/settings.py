@@ -106,6 +106,51 @@ class ImageData:
         return (0.0 if published else 0.1) if self.validation is None else self.validation
 
 
+# Label images hold classes as bytes, of which one means that there is none.
+MOST_CLASSES = 255
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class SegmentData(ImageData):
+    """Images of a `folder` or a `manifest`, each with a label image of its own size that gives every pixel a class.
+
+    Subfolders of a folder are places, not classes; parts (train, val, test) are read as ever. Augmentation moves both.
+
+    Attributes:
+        labels: folder of label images, named as the images but for their endings, in the images' subfolders or in none.
+            None, of a `manifest`, takes the files that its column `label` (or `mask`) names.
+        classes: names in the order of their numbers in the label images, at most 255.
+        colours: the colour of each class in the label images, as [red, green, blue]. Empty: pixels are class numbers,
+            grey values as they are stored or numbers in a palette.
+        ignore_index: the number in the label images that means no label, such as 255; None if all have one.
+        ignore_colour: the same where `colours` are given.
+    """
+
+    source: ImageSource = "folder"
+    labels: str | None = None
+    colours: tuple[Colour, ...] = ()
+    ignore_index: int | None = None
+    ignore_colour: Colour | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.classes) > MOST_CLASSES:
+            raise InputError(f"classes has {len(self.classes)} names; label images have at most {MOST_CLASSES}")
+        for colour in (*self.colours, *([self.ignore_colour] if self.ignore_colour else [])):
+            if not all(0 <= level <= 255 for level in colour):
+                raise InputError(f"the colour {list(colour)}: red, green and blue are 0 to 255")
+        if len(set(self.colours)) < len(self.colours):
+            raise InputError(f"colours has one colour twice: {[list(colour) for colour in self.colours]}")
+        if self.colours and self.ignore_index is not None:
+            raise InputError(f"ignore_index is {self.ignore_index}; with colours, give ignore_colour instead")
+        if self.ignore_colour and not self.colours:
+            raise InputError(f"ignore_colour is {list(self.ignore_colour)}; without colours, give ignore_index instead")
+        if self.levels is not None or self.sampling != "uniform":
+            name = "levels" if self.levels is not None else "sampling"
+            raise InputError(f"{name} is {getattr(self, name)!r}; label images have no use for it: leave it out")
+
+
 @dataclass(frozen=True)
 class ByteData:
     """Bytes: text or anything else, 256 tokens.

@@ -44,8 +44,8 @@ def evaluate(
 
     Yields:
         the metrics of `classification` for a classifier; for other tasks the number of examples or tokens, the
-        held-out means of the task, and its baselines. After these `left_out`, the number of images that could not be
-        read, if there were any: no measure counts them.
+        held-out means of the task or what it concludes from them, and its baselines. After these `left_out`, the number
+        of images that could not be read, if there were any: no measure counts them.
 
     Raises:
         InputError: no model was exported yet, there is no such part, or the data are missing or have changed.
@@ -59,7 +59,7 @@ def evaluate(
     if task.logits is not None:
         yield from classification(_logits(network, examples, recipe), dataset.classes)
     else:
-        yield from mean_metrics(network, examples, recipe)
+        yield from mean_metrics(network, examples, recipe, getattr(dataset, "classes", ()))
     if left_out := len(getattr(dataset, "unreadable", ())):
         yield "left_out", left_out
     if baselines and task.baselines is not None:

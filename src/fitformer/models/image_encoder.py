@@ -17,7 +17,7 @@ from fitformer.models.layers import MOST_SIZE, linear
 from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, stacked, to_signal
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, alike, stacked, to_signal
 from fitformer.patching.glimpse import MOST_GLIMPSES
 from fitformer.patching.sizes import Size
 
@@ -199,15 +199,12 @@ class FITImageEncoder(FITModel):
         Its score is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
         """
 
-        def read(groups: slice) -> tuple[Tensor, Tensor | None]:
-            return self._on_device(*stacked(images, groups))
-
         def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
             x = self.encoder.head(x)
             return (x if mask is None else x * mask[..., None]).sum(dim=(1, 2))
 
         return Inputs(
-            tokens=read,
+            tokens=lambda groups: self.read(images, groups),
             latents=self.latents(images),
             embed=lambda groups, tokens: self._embed(tokens),
             score=None if self.ends_in_latents else added,
@@ -226,11 +223,8 @@ class FITImageEncoder(FITModel):
 
     def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
         """Means `(b, num_features)` over latents, or over the tokens that hold pixels."""
-        alike: dict[int, list[int]] = {}
-        for k, image in enumerate(images):
-            alike.setdefault(image.num_groups, []).append(k)
         pooled: dict[int, Tensor] = {}
-        for where in alike.values():
+        for where in alike(images):
             together = [images[k] for k in where]
             pooled.update(zip(where, self.pool(together, self.inputs(together)), strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
@@ -239,8 +233,9 @@ class FITImageEncoder(FITModel):
         """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""
         return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
 
-    def _on_device(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens and mask on the encoder's device."""
+    def read(self, images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Raw tokens of a slice of groups of images with the same number of them, and their mask, on the device."""
+        tokens, mask = stacked(images, groups)
         device = self.encoder.norm.weight.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()

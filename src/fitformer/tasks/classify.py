@@ -12,7 +12,7 @@ from fitformer.config.schema import ClassifyRecipe
 from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
+from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels, scaled_weights, size_of_model
 from fitformer.tasks.registry import TaskSpec
 
 
@@ -23,27 +23,13 @@ def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
         InputError: data without classes, sizes that do not divide, images of any size for an encoder of one.
     """
     need_no_levels(recipe)
-    any_size = recipe.model.latent_position == "row_column"
-    if any_size and recipe.data.masks is not None and recipe.data.image_size is not None:
-        raise InputError("data.masks are those of image files of any size; set data.image_size to null")
-    if not any_size:
-        _need_one_size(recipe)
     return FITImageEncoder.from_preset(
         recipe.model.preset,
-        image_size=None if any_size else recipe.data.image_size,
+        image_size=size_of_model(recipe),
         channels=dataset.channels,
         num_classes=need_classes(dataset, "classification"),
         **arguments(recipe.model),
     )
-
-
-def _need_one_size(recipe: ClassifyRecipe) -> None:
-    data = recipe.data
-    asked = {"image_size: null": data.image_size is None, "background": data.background != "none", "masks": data.masks}
-    if named := [name for name, is_asked in asked.items() if is_asked]:
-        raise InputError(
-            f"data.{named[0]} is for models of images of any size; set model.latent_position to row_column"
-        )
 
 
 def prepare(recipe: ClassifyRecipe, dataset: Any) -> ClassifyRecipe:
@@ -58,13 +44,7 @@ def prepare(recipe: ClassifyRecipe, dataset: Any) -> ClassifyRecipe:
     if weights == "none":
         return recipe
     counts = np.bincount(labels, minlength=len(dataset.classes))
-    if weights != "balanced" and len(weights) != len(counts):
-        raise InputError(f"objective.class_weights has {len(weights)} numbers, and there are {len(counts)} classes")
-    if weights == "balanced" and not counts.all():
-        names = [name for name, count in zip(dataset.classes, counts) if not count]
-        raise InputError(f"objective.class_weights is balanced, and there are no images to train on of {names}")
-    raw = 1 / counts if weights == "balanced" else np.array(weights)
-    scaled = tuple((raw * counts.sum() / (raw * counts).sum()).tolist())
+    scaled = scaled_weights(weights, counts, dataset.classes, "images")
     return replace(recipe, objective=replace(recipe.objective, class_weights=scaled))
 
 

@@ -1,6 +1,6 @@
 """What the rest of the library knows of a task: one `TaskSpec`, named `TASK`, in each task's module."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,8 @@ class TaskSpec:
             means to log, detached.
         measure: `(model, batch, recipe) -> means, count`: held-out means over the batch, and the number of examples
             or tokens that each is a mean over.
+        conclude: `(means, classes) -> (name, value), ...`: what the means of `measure` over all batches, there tensors
+            of any shape, amount to: numbers, of which `monitor` is one, and numbers by class; None where they are it.
         monitor: the held-out metric that selects the best checkpoint, such as `val/loss`, and `min` or `max`.
         preview: `(model, recipe, count) -> Preview`: samples that depend on the weights alone; None without samples.
         counted: what `measure` counts: `examples` or `tokens`.
@@ -56,6 +58,7 @@ class TaskSpec:
     loss: "Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]"
     measure: "Callable[[Any, Batch, Any], tuple[dict[str, Tensor], int]]"
     monitor: tuple[str, Literal["min", "max"]]
+    conclude: "Callable[[dict[str, Tensor], Sequence[str]], Iterable[tuple[str, Any]]] | None" = None
     preview: "Callable[[Any, Any, int], Preview] | None" = None
     counted: str = "examples"
     logits: "Callable[[Any, Batch, Any], tuple[Tensor, Tensor]] | None" = None

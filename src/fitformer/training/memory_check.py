@@ -23,6 +23,7 @@ from fitformer.data.settings import ImageData
 from fitformer.data.symmetry import Symmetry
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching import PatchGrid
 from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
@@ -123,7 +124,7 @@ def _device(training: Training) -> Any:
 
 def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyImage], None]) -> int | None:
     """Groups of the largest image, none of them skipped but where it has no pixels; None where the model knows them."""
-    if not isinstance(network, FITImageEncoder) or not network.patch_grid.any_size:
+    if not isinstance(network, FITImageEncoder | FITImageSegmenter) or not network.patch_grid.any_size:
         return None
     if examples.image_size is not None:
         return network.glimpses + prod(network.patch_grid.cover(*examples.image_size))

@@ -12,6 +12,7 @@ from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches, spread_part
 from fitformer.models.base import FITModel
 from fitformer.tasks import optimizers, set_execution, task_of
+from fitformer.tasks._means import Means, joined
 from fitformer.tasks.batch import Batch
 
 
@@ -33,6 +34,7 @@ class FITModule(pl.LightningModule):
         self.recipe = recipe
         self.recent: dict[str, Tensor] = {}
         self.recent_count = 0
+        self._held_out = Means()
 
     def on_fit_start(self) -> None:
         """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
@@ -67,9 +69,24 @@ class FITModule(pl.LightningModule):
         if not batch:
             # None of its images could be read.
             return
-        metrics, weight = task_of(self.recipe).measure(self.network, batch, self.recipe)
+        task = task_of(self.recipe)
+        metrics, weight = task.measure(self.network, batch, self.recipe)
+        if task.conclude is not None:
+            self._held_out.add(metrics, weight)
+            return
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """What the held-out means of all ranks amount to, of a task whose measures are no means themselves."""
+        conclude = task_of(self.recipe).conclude
+        if conclude is None:
+            return
+        means, self._held_out = joined(self._held_out).means(), Means()
+        if means:
+            classes = self.trainer.datamodule.held_out.classes  # type: ignore[attr-defined]
+            found = {f"val/{name}": value for name, value in conclude(means, classes) if isinstance(value, float)}
+            self.log_dict(found, on_epoch=True, logger=False)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

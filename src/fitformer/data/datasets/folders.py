@@ -93,10 +93,12 @@ def read_folder(
     channels: int | None,
     part_names: Sequence[str] = (),
     reading: Reading = DECODED,
+    labelled: bool = True,
 ) -> dict[str, Source]:
     """A folder of images: a class per subfolder, or flat and without classes; either in part folders, train and so on.
 
-    Names of parts are read whatever their case. One class alone gives a warning.
+    Names of parts are read whatever their case. One class alone gives a warning. With `labelled` off, subfolders are no
+    classes.
 
     Raises:
         InputError: it is missing, empty, has a folder for a class that is not in `classes`, or parts and other folders
@@ -106,7 +108,8 @@ def read_folder(
     if not root.is_dir():
         raise InputError(f"data source 'folder' needs a folder of images: {root} is a file")
     folders = _part_folders(root, classes, part_names)
-    named = {part: _label_files(folder, reading) for part, folder in folders.items()}
+    list_files = _label_files if labelled else _unlabelled_files
+    named = {part: list_files(folder, reading) for part, folder in folders.items()}
     labels = {label for part in named.values() for _, label in part if label is not None}
     if len(labels) == 1 and not classes:
         warnings.warn(
@@ -161,13 +164,22 @@ def _label_files(folder: Path, reading: Reading) -> Labelled:
         warnings.warn(beside, stacklevel=2)
     named = named or [(file, None) for file in loose]
     if not named:
-        lazily = image_files(folder, LAZY)
-        way = f"; {lazily[0]} is read with data.image_size: null" if lazily else ""
-        raise InputError(
-            f"the folder {folder} has no images: expected files such as .png or .jpg in it, or in a subfolder per class"
-            f"{way}"
-        )
+        raise InputError(_without_images(folder, "in it, or in a subfolder per class"))
     return named
+
+
+def _unlabelled_files(folder: Path, reading: Reading) -> Labelled:
+    """Every image below a part's folder."""
+    files = image_files(folder, reading)
+    if not files:
+        raise InputError(_without_images(folder, "in it or in its subfolders"))
+    return [(file, None) for file in files]
+
+
+def _without_images(folder: Path, where: str) -> str:
+    lazily = image_files(folder, LAZY)
+    way = f"; {lazily[0]} is read with data.image_size: null" if lazily else ""
+    return f"the folder {folder} has no images: expected files such as .png or .jpg {where}{way}"
 
 
 def number_parts(
@@ -207,7 +219,7 @@ class Columns:
 
 _USUAL = {
     "image": ("path", "file", "filename", "file_name", "filepath", "image"),
-    "label": ("label", "class", "category", "target"),
+    "label": ("label", "class", "category", "target", "mask"),
     "split": ("split", "part", "fold"),
 }
 
@@ -219,8 +231,11 @@ def read_manifest(
     channels: int | None,
     most_missing: int = 10,
     reading: Reading = DECODED,
+    labelled: bool = True,
 ) -> dict[str, Source]:
     """A CSV, TSV or Parquet table with a row per image: its path (absolute or from the table's folder), label, split.
+
+    With `labelled` off, the label is not that of a class, and is not read.
 
     Raises:
         InputError: a missing table or column (with the nearest), no rows, an unknown or empty label, or more than
@@ -241,7 +256,9 @@ def read_manifest(
             f"{len(missing)} of the {len(paths)} files in {file} do not exist (at most {most_missing} may be missing): "
             f"{listed(missing, 3)}; relative paths count from {file.parent}"
         )
-    names: Sequence[str | None] = table[found["label"]] if found["label"] else [None] * len(paths)
+    names: Sequence[str | None] = [None] * len(paths)
+    if found["label"] and labelled:
+        names = table[found["label"]]
     split = table[found["split"]] if found["split"] else ["train"] * len(paths)
     if lacking := [paths[k] for k, part in enumerate(split) if not part]:
         raise InputError(
@@ -252,6 +269,24 @@ def read_manifest(
         part: [(p, n or None) for p, n, s in zip(paths, names, split) if s == part] for part in dict.fromkeys(split)
     }
     return number_parts(str(file), parts, classes, channels, reading)
+
+
+def read_label_files(path: str | None, columns: Columns) -> dict[str, str]:
+    """The label image of each image of a table, both as paths; empty where a row names none.
+
+    Raises:
+        InputError: a missing table or column.
+    """
+    file = existing(path, "manifest", "a CSV or Parquet table")
+    table = _read_table(file)
+    image, label = (_column(what, getattr(columns, what), table, file) for what in ("image", "label"))
+    if image is None or label is None:
+        raise InputError(
+            f"{file} has no column for the {'masks' if image else 'images'}; set data."
+            f"{'label' if image else 'image'}_column to one of {listed(list(table))}, or masks by data.labels, a folder"
+        )
+    pairs = zip(table[image], table[label], strict=True)
+    return {str(file.parent / name): str(file.parent / mask) if mask else "" for name, mask in pairs}
 
 
 def _column(what: str, asked: str | None, table: dict[str, list[str]], file: Path) -> str | None:
