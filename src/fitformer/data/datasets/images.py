@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from fitformer._support.listed import listed
+from fitformer.data.datasets.patients import members
 from fitformer.data.datasets.sources import Source
 from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.dihedral import SYMMETRIES, TransformedImage, drawn
@@ -17,7 +18,7 @@ from fitformer.data.grouping import Grouping
 from fitformer.data.order import example_generator
 from fitformer.data.pixels import fit, jitter, random_crop, shift
 from fitformer.data.readers import LazyImage
-from fitformer.data.settings import Augmentation, ImageData, Resize
+from fitformer.data.settings import Augmentation, ImageData, NumberColumns, Resize
 from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.patching import PatchGrid
@@ -85,8 +86,9 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
-    classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
-    image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
+    classes) or, of a source of numbers (`columns`), float32 (k,), and `index`, that of the image handed out. Without an
+    `image_size`, `image` is what the source has: an image that is read lazily, or such an image `Turned` (`collate`
+    puts them in a list, not in a tensor); of a patient a tuple of them. The
     randomness of augmentation is a function of (seed, epoch, index).
 
     A file that cannot be read is logged once by name. In training the next readable image stands in for it; of
@@ -111,6 +113,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         note: str = "",
         held_out: bool = False,
         is_test: bool = False,
+        columns: NumberColumns | None = None,
     ):
         if augmentation != "none" and augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
@@ -118,6 +121,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
             raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
         self.source, self.seed, self.note = source, seed, note
         self.held_out, self.is_test = held_out, is_test
+        self.columns = columns
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
@@ -177,9 +181,13 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         """One line: what, how many, how large."""
         size = "any size" if self.image_size is None else " x ".join(map(str, self.image_size))
         kinds = f"{len(self.classes)} classes" if self.classes else "no classes"
+        if self.columns is not None:
+            kinds = listed(self.columns.names)
         values = f", {self.levels} levels" if self.levels else ""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.source.title}: {len(self):,} images, {size} x {self.channels}{values}, {kinds}{note}"
+        patients = members(self.source)
+        count = f"{len(self):,} images" if patients is None else f"{len(self):,} patients, {sum(patients):,} images"
+        return f"{self.source.title}: {count}, {size} x {self.channels}{values}, {kinds}{note}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -194,7 +202,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         pixels, label, found = read
         augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
         if self.image_size is None:
-            image = pixels if augment is None else TransformedImage(pixels, drawn(self.augmentation, random))
+            image = self._turned(pixels, random) if augment else pixels
             return {"image": self._grouped(image), "label": torch.tensor(label), "index": found}
         if augment is None:
             pixels = fit(pixels, self.image_size, self.resize)
@@ -204,6 +212,12 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
             pixels = quantize(pixels, self.levels)
         # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
         return {"image": self._grouped(torch.tensor(pixels.copy())), "label": torch.tensor(label), "index": found}
+
+    def _turned(self, image: Any, random: np.random.Generator) -> Any:
+        """An image of any size, or each of a patient's, turned at random."""
+        if isinstance(image, tuple):
+            return tuple(self._turned(each, random) for each in image)
+        return TransformedImage(image, drawn(self.augmentation, random))
 
     def _grouped(self, image: Any) -> Any:
         return image if self._grouping is None else self._grouping(image)
