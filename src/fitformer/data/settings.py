@@ -20,6 +20,18 @@ Background = Literal["none", "white", "black", "auto"] | float | tuple[float, ..
 
 
 @dataclass(frozen=True)
+class NumberColumns:
+    """Columns of a table whose numbers are learned.
+
+    Attributes:
+        names: of the columns. kind: any numbers, labels (0 or 1), or `survival`: a time and an event (0 or 1).
+    """
+
+    names: tuple[str, ...]
+    kind: Literal["number", "label", "survival"]
+
+
+@dataclass(frozen=True)
 class ImageData:
     """Images, with or without classes.
 
@@ -45,6 +57,7 @@ class ImageData:
             digits' own values exactly (at image_size 8).
         classes: names in the order of their numbers; a label outside them is an error. Empty takes what is there.
         image_column, label_column, split_column: of a manifest or Hub dataset; None finds them by name or type.
+        patient: column of a manifest that names the patient of each image; all images of a patient are one example.
         train_part, val_part, test_part: the source's own parts, where it has them.
         holdout: share of the examples held out as the test part, where a source has none of its own.
         validation: share of the training part set aside for validation, where a source has no such part; at 0
@@ -79,6 +92,7 @@ class ImageData:
     image_column: str | None = None
     label_column: str | None = None
     split_column: str | None = None
+    patient: str | None = None
     train_part: str = "train"
     val_part: str | None = None
     test_part: str | None = None
@@ -104,6 +118,73 @@ class ImageData:
         """Of the training part, where a source has no validation part."""
         published = self.source in ("digits", "idx", "megapixel-mnist")
         return (0.0 if published else 0.1) if self.validation is None else self.validation
+
+    @property
+    def number_columns(self) -> NumberColumns | None:
+        """The columns of a table to learn; None where it is a class."""
+        return None
+
+
+@dataclass(frozen=True)
+class RegressData(ImageData):
+    """Images with numbers, of a `manifest`.
+
+    Attributes:
+        targets: columns of numbers, one or several.
+    """
+
+    source: ImageSource = "manifest"
+    targets: tuple[str, ...] | str = ()
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """The targets."""
+        return NumberColumns(_column_names(self.targets), "number")
+
+
+@dataclass(frozen=True)
+class MultilabelData(ImageData):
+    """Images with any number of labels, of a `manifest`.
+
+    Attributes:
+        targets: columns of 0 and 1, a label each.
+    """
+
+    source: ImageSource = "manifest"
+    targets: tuple[str, ...] | str = ()
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """The labels."""
+        return NumberColumns(_column_names(self.targets), "label")
+
+
+@dataclass(frozen=True)
+class SurvivalData(ImageData):
+    """Images with a time and whether the event happened then, of a `manifest`.
+
+    Attributes:
+        time: column of the time to the event or to the end of the observation, in any unit.
+        event: column of 1 where the event happened at that time, 0 where it had not happened yet.
+    """
+
+    source: ImageSource = "manifest"
+    time: str = "time"
+    event: str = "event"
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """Time and event."""
+        return NumberColumns((self.time, self.event), "survival")
+
+
+def _column_names(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+    names = (targets,) if isinstance(targets, str) else targets
+    if not names or not all(names):
+        raise InputError("data.targets is empty; name one or several columns of the table, such as [age]")
+    if len(set(names)) < len(names):
+        raise InputError(f"data.targets names a column twice: {', '.join(names)}")
+    return names
 
 
 # Label images hold classes as bytes, of which one means that there is none.

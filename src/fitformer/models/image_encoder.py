@@ -19,9 +19,11 @@ from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, alike, stacked, to_signal
 from fitformer.patching.glimpse import MOST_GLIMPSES
+from fitformer.patching.joined_images import JoinedImages
 from fitformer.patching.sizes import Size
 
-Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
+Image = Tensor | PixelSource | GroupedImage
+Images = Tensor | Sequence[Image | Sequence[Image]]
 
 
 class FITImageEncoder(FITModel):
@@ -107,7 +109,8 @@ class FITImageEncoder(FITModel):
         Args:
             images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor
                 `(H, W, channels)`, a `PixelSource` (read slice by slice where the model runs `Streamed`) or a
-                `GroupedImage`. Images with the same number of groups run as a batch.
+                `GroupedImage`, or a tuple or list of such, which is one example. Examples with the same number of
+                groups run as a batch.
 
         Raises:
             InputError: no images, or images of another size or number of channels.
@@ -161,13 +164,15 @@ class FITImageEncoder(FITModel):
     def _features(self, inputs: Inputs) -> list[Tensor]:
         return [self.encoder.head(x) for x in self.encoder.execute(inputs).tokens]
 
-    def grouped(self, image: Tensor | PixelSource | GroupedImage) -> GroupedImage:
-        """An image as groups of this encoder.
+    def grouped(self, image: Image | Sequence[Image]) -> GroupedImage:
+        """An image as groups of this encoder; several images, as of one patient, as `JoinedImages`.
 
         Raises:
             InputError: no such image, another number of channels, other groups than the encoder's, or another size
                 where the encoder has a table of positions.
         """
+        if isinstance(image, tuple | list):
+            return JoinedImages([self.grouped(each) for each in image])
         if not isinstance(image, GroupedImage):
             source = PixelArray(image) if isinstance(image, Tensor) else image
             if not isinstance(source, PixelSource):
@@ -176,7 +181,7 @@ class FITImageEncoder(FITModel):
                     "fitformer.patching.any_size.PixelArray(...), open a file by fitformer.data.readers.open_image(...)"
                 )
             image = GroupedImage(source, self.patch_grid, glimpses=self.glimpses)
-        if image.patch_grid != self.patch_grid or image.glimpses != self.glimpses:
+        if image.patch_grid != self.patch_grid or image.glimpses != self.glimpses * image.images:
             raise InputError(
                 f"an image cut as {image.patch_grid} with {image.glimpses} glimpses, given to an encoder of "
                 f"{self.patch_grid} with {self.glimpses}"

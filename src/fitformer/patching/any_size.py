@@ -135,12 +135,15 @@ class GroupedImage:
         glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
 
     Attributes:
-        places: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
+        coords: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
+        images: how many images it is, 1; of `JoinedImages` more.
 
     Raises:
         InputError: another number of channels, another size than that of the grid, a grid of another size, no
             occupied group.
     """
+
+    images = 1
 
     def __init__(
         self, source: PixelSource, patch_grid: PatchGrid, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
@@ -184,6 +187,11 @@ class GroupedImage:
     def nbytes(self) -> int:
         """Bytes of the pixels of all groups that are read."""
         return self.num_groups * prod(self.patch_grid.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
+
+    @property
+    def groups_in_all(self) -> int:
+        """Groups that the image is cut into, those that are skipped counted, glimpses not."""
+        return prod(self.grid)
 
     def read_ahead(self) -> None:
         """Read the pixels of all groups now: `read` takes them from memory, in whatever process."""

@@ -4,14 +4,15 @@ import csv
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fitformer._support.listed import listed
 from fitformer._support.suggest import suggest
-from fitformer.data.datasets.lazy_source import is_image_folder, lazy_source, lazy_suffixes
+from fitformer.data.datasets.lazy_source import LazySource, is_image_folder, lazy_source, lazy_suffixes
+from fitformer.data.datasets.patients import by_patient, check_patients
 from fitformer.data.datasets.sources import (
     Source,
     existing,
@@ -20,7 +21,9 @@ from fitformer.data.datasets.sources import (
     number_labels,
     unlabelled,
 )
+from fitformer.data.datasets.targets import read_numbers
 from fitformer.data.decoding import suffixes
+from fitformer.data.settings import NumberColumns
 from fitformer.errors import InputError, require
 
 PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
@@ -198,7 +201,7 @@ def number_parts(
     classes = classes or in_order(names) if names else ()
     sources: dict[str, Source] = {}
     for part, named in parts.items():
-        where = f"{title} {part}" if len(parts) > 1 else title
+        where = _title(title, part, parts)
         known = [name for _, name in named if name is not None]
         if len(known) != len(named) and names:
             lacking = [file for file, name in named if name is None]
@@ -208,13 +211,19 @@ def number_parts(
     return sources
 
 
+def _title(title: str, part: str, parts: Collection[str]) -> str:
+    return f"{title} {part}" if len(parts) > 1 else title
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a table is what; None finds it by one of the usual names."""
+    """Which column of a table is what; None finds it by one of the usual names, and takes none for the last two."""
 
     image: str | None = None
     label: str | None = None
     split: str | None = None
+    patient: str | None = None
+    numbers: NumberColumns | None = None
 
 
 _USUAL = {
@@ -235,16 +244,17 @@ def read_manifest(
 ) -> dict[str, Source]:
     """A CSV, TSV or Parquet table with a row per image: its path (absolute or from the table's folder), label, split.
 
-    With `labelled` off, the label is not that of a class, and is not read.
+    With `labelled` off, the label is not that of a class, and is not read. In place of a label it may have numbers, and
+    rows of one patient may be one example.
 
     Raises:
-        InputError: a missing table or column (with the nearest), no rows, an unknown or empty label, or more than
-            `most_missing` files that do not exist.
+        InputError: a missing table or column (with the nearest), no rows, an unknown or empty label, more than
+            `most_missing` files that do not exist, or what `read_numbers`, `check_patients` and `by_patient` refuse.
         MissingDependencyError: Parquet without pyarrow.
     """
     file = existing(path, "manifest", "a CSV or Parquet table")
     table = _read_table(file)
-    found = {what: _column(what, getattr(columns, what), table, file) for what in _USUAL}
+    found = {what: _column(what, getattr(columns, what), table, file) for what in (*_USUAL, "patient")}
     if found["image"] is None:
         raise InputError(f"{file} has no column for the images; set data.image_column to one of {listed(list(table))}")
     paths = [str(file.parent / row) for row in table[found["image"]]]
@@ -256,19 +266,41 @@ def read_manifest(
             f"{len(missing)} of the {len(paths)} files in {file} do not exist (at most {most_missing} may be missing): "
             f"{listed(missing, 3)}; relative paths count from {file.parent}"
         )
-    names: Sequence[str | None] = [None] * len(paths)
-    if found["label"] and labelled:
-        names = table[found["label"]]
     split = table[found["split"]] if found["split"] else ["train"] * len(paths)
     if lacking := [paths[k] for k, part in enumerate(split) if not part]:
         raise InputError(
             f"{file}: {len(lacking)} of {len(paths)} rows have nothing in the column {found['split']!r}, which says "
             f"their part: {listed(lacking, 3)}"
         )
-    parts = {
-        part: [(p, n or None) for p, n, s in zip(paths, names, split) if s == part] for part in dict.fromkeys(split)
-    }
-    return number_parts(str(file), parts, classes, channels, reading)
+    members = {part: [row for row, name in enumerate(split) if name == part] for part in dict.fromkeys(split)}
+    if columns.numbers is None:
+        names: Sequence[str | None] = [None] * len(paths)
+        if found["label"] and labelled:
+            names = table[found["label"]]
+        parts = {part: [(paths[row], names[row] or None) for row in rows] for part, rows in members.items()}
+        sources = number_parts(str(file), parts, classes, channels, reading)
+    else:
+        numbers = read_numbers(table, columns.numbers, str(file), first_row=1 if _is_parquet(file) else 2)
+        sources = {
+            part: reading.source(
+                _title(str(file), part, members), [paths[row] for row in rows], numbers[rows], (), channels
+            )
+            for part, rows in members.items()
+        }
+    if found["patient"] is None:
+        return sources
+    patients = table[found["patient"]]
+    check_patients(patients, paths, split, str(file), found["patient"])
+    return {part: _patients(source, [patients[row] for row in members[part]]) for part, source in sources.items()}
+
+
+def _patients(source: Source, patients: Sequence[str]) -> Source:
+    if not isinstance(source, LazySource):
+        raise InputError(
+            "data.patient makes one example of several images, side by side, so it is for images of any size: set "
+            "data.image_size to null, and model.latent_position to row_column"
+        )
+    return by_patient(source, patients)
 
 
 def read_label_files(path: str | None, columns: Columns) -> dict[str, str]:
@@ -291,15 +323,19 @@ def read_label_files(path: str | None, columns: Columns) -> dict[str, str]:
 
 def _column(what: str, asked: str | None, table: dict[str, list[str]], file: Path) -> str | None:
     if asked is None:
-        return next((name for name in _USUAL[what] if name in table), None)
+        return next((name for name in _USUAL.get(what, ()) if name in table), None)
     if asked not in table:
         raise InputError(f"{file} has no column {asked!r}{suggest(asked, list(table))} (it has {listed(list(table))})")
     return asked
 
 
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() in (".parquet", ".pq")
+
+
 def _read_table(file: Path) -> dict[str, list[str]]:
     """Columns of a table as text, an empty text where there is nothing."""
-    if file.suffix.lower() in (".parquet", ".pq"):
+    if _is_parquet(file):
         parquet = require("pyarrow.parquet", extra="train")
         arrow = require("pyarrow", extra="train")
         try:

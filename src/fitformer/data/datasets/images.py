@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from fitformer._support.listed import listed
+from fitformer.data.datasets.patients import members
 from fitformer.data.datasets.sources import Source
 from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.dihedral import SYMMETRIES, TransformedImage, drawn
@@ -19,7 +20,7 @@ from fitformer.data.labels import UNLABELLED, LabelImage, Labels, check_size
 from fitformer.data.order import example_generator
 from fitformer.data.pixels import PICTURE, Sampling, fit, jitter, random_crop, shift
 from fitformer.data.readers import LazyImage
-from fitformer.data.settings import Augmentation, ImageData, Resize
+from fitformer.data.settings import Augmentation, ImageData, NumberColumns, Resize
 from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.patching import PatchGrid
@@ -104,8 +105,9 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
-    classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
-    image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
+    classes) or, of a source of numbers (`columns`), float32 (k,), and `index`, that of the image handed out. Without an
+    `image_size`, `image` is what the source has: an image that is read lazily, or such an image `Turned` (`collate`
+    puts them in a list, not in a tensor); of a patient a tuple of them. The
     randomness of augmentation is a function of (seed, epoch, index).
 
     A file that cannot be read is logged once by name. In training the next readable image stands in for it; of
@@ -131,13 +133,14 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         held_out: bool = False,
         is_test: bool = False,
         labels: Labels | None = None,
+        columns: NumberColumns | None = None,
     ):
         if augmentation != "none" and augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
         if levels is not None and not 2 <= levels <= 256:
             raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
         self.source, self.seed, self.note = source, seed, note
-        self.held_out, self.is_test, self.labels = held_out, is_test, labels
+        self.held_out, self.is_test, self.labels, self.columns = held_out, is_test, labels, columns
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
@@ -198,9 +201,13 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         size = "any size" if self.image_size is None else " x ".join(map(str, self.image_size))
         of = "" if self.labels is None else " of pixels"
         kinds = f"{len(self.classes)} classes{of}" if self.classes else "no classes"
+        if self.columns is not None:
+            kinds = listed(self.columns.names)
         values = f", {self.levels} levels" if self.levels else ""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.source.title}: {len(self):,} images, {size} x {self.channels}{values}, {kinds}{note}"
+        patients = members(self.source)
+        count = f"{len(self):,} images" if patients is None else f"{len(self):,} patients, {sum(patients):,} images"
+        return f"{self.source.title}: {count}, {size} x {self.channels}{values}, {kinds}{note}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -220,11 +227,11 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
 
         rest = {"label": torch.tensor(label), "index": found}
         if self.image_size is None:
-            turned = [pixels, *([] if self.labels is None else [self._labels_of(found, pixels)])]
+            images = [pixels, *([] if self.labels is None else [self._labels_of(found, pixels)])]
             if self.augmentation != "none":
-                turned = [TransformedImage(each, drawn(self.augmentation, random())) for each in turned]
-            labels = {} if self.labels is None else {"labels": turned[1]}
-            return {"image": self._grouped(turned[0]), **labels, **rest}
+                images = [self._turned(each, random()) for each in images]
+            labels = {} if self.labels is None else {"labels": images[1]}
+            return {"image": self._grouped(images[0]), **labels, **rest}
         image = self._fitted(pixels, random(), PICTURE)
         if self.levels is not None:
             image = quantize(image, self.levels)
@@ -255,6 +262,12 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         """Those of all images, as they are in their files."""
         assert self.labels is not None
         yield from self.labels.all_of(self.source)
+
+    def _turned(self, image: Any, random: np.random.Generator) -> Any:
+        """An image of any size, or each of a patient's, turned at random."""
+        if isinstance(image, tuple):
+            return tuple(self._turned(each, random) for each in image)
+        return TransformedImage(image, drawn(self.augmentation, random))
 
     def _grouped(self, image: Any) -> Any:
         return image if self._grouping is None else self._grouping(image)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from glob import escape
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,7 +280,7 @@ class Slides:
             "rows": rows,
             "columns": columns,
             "groups": seen.image.num_groups - seen.image.glimpses,
-            "groups_in_all": prod(seen.image.grid),
+            "groups_in_all": seen.image.groups_in_all,
             **({} if agreement is None else {"agreement": agreement}),
             **({} if placement is None else {"placement": asdict(placement)}),
             "of": of,
