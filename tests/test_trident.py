@@ -40,7 +40,8 @@ class BaseSlideEncoder(nn.Module):
 def trident(request, monkeypatch):
     """A stand-in for TRIDENT's module of slide encoders, or nothing."""
     if request.param == "not installed":
-        monkeypatch.setattr("fitformer.inference.trident.find_spec", lambda name: None)
+        # A name that leads nowhere.
+        monkeypatch.setitem(sys.modules, "trident", None)
         return None
     load = types.ModuleType("trident.slide_encoder_models.load")
     load.BaseSlideEncoder, load.slide_to_patch_encoder_name = BaseSlideEncoder, {"titan": "conch_v15"}
@@ -48,7 +49,6 @@ def trident(request, monkeypatch):
     package.slide_encoder_models, models.load = models, load
     for module in (package, models, load):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("fitformer.inference.trident.find_spec", lambda name: name == "trident")
     return load
 
 

@@ -4,8 +4,8 @@ Its pipeline calls an encoder with a batch of one slide, features (1, N, D), coo
 the coordinates, and a device, and writes the embedding that it gives.
 """
 
+import importlib
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,23 @@ def slide_encoder(
     Raises:
         InputError: neither of them, another role, or a model of images of one size.
     """
-    installed = find_spec("trident") is not None
-    if installed:
-        from trident.slide_encoder_models import load
-
-        if patch_encoder is not None:
-            load.slide_to_patch_encoder_name[name] = patch_encoder
-    base = load.BaseSlideEncoder if installed else _Base
+    installed = _installed()
+    if installed is not None and patch_encoder is not None:
+        installed.slide_to_patch_encoder_name[name] = patch_encoder
+    base = _Base if installed is None else installed.BaseSlideEncoder
     kind = type("FITSlideEncoder", (_Embedding, base), {})
     return kind(source=source, name=name, checkpoint=checkpoint)
+
+
+def _installed() -> Any:
+    """TRIDENT's module of slide encoders; None without TRIDENT."""
+    try:
+        return importlib.import_module("trident.slide_encoder_models.load")
+    except ModuleNotFoundError as error:
+        # Another package has its name, too. An installed TRIDENT whose own imports fail is not missing.
+        if error.name is None or error.name.split(".")[0] != "trident":
+            raise
+        return None
 
 
 class _Base(nn.Module):

@@ -102,9 +102,13 @@ class PatchEncoder:
             InputError: another number of channels, or floats in place of whole numbers.
         """
         check_channels(image, self.channels)
-        trained = self.trained if self.normalization is None else np.dtype(np.uint8)
-        if trained is not None:
-            check_pixels(image.path, image.dtype, trained)
+        if self.trained is not None:
+            check_pixels(image.path, image.dtype, self.trained)
+        if self.normalization is not None and image.dtype.kind == "f":
+            raise InputError(
+                f"{image.path} has {image.dtype} pixels, whose range the file does not tell: say which numbers are "
+                "black and white (pixel_range), or convert it to uint8 or uint16"
+            )
 
     def features(self, pixels: np.ndarray, patch_size: int) -> np.ndarray:
         """Features float32 (b, D) of patches (b, H, W, channels) of any scale, brought to `patch_size` or its own size.
@@ -136,8 +140,9 @@ class PatchEncoder:
         """
         try:
             return self.features(np.zeros((1, patch_size, patch_size, self.channels), np.float32), patch_size).shape[1]
-        except (RuntimeError, ValueError, AssertionError) as error:
-            if isinstance(error, InputError) or "out of memory" in str(error):
+        except Exception as error:
+            # Whatever runs the encoder has errors of its own kinds.
+            if isinstance(error, InputError | MemoryError | torch.OutOfMemoryError):
                 raise
             raise InputError(
                 f"{self.name} does not take patches of {patch_size} x {patch_size} pixels and {self.channels} "

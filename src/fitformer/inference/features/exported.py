@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from fitformer._support.json_text import parse_json
 from fitformer.data.pixels import MODES
@@ -97,7 +98,10 @@ def _pt2(path: str, device: torch.device) -> Program:
         raise InputError(f"{path} takes {len(names)} inputs, and an encoder of patches takes one")
     value = next(node.meta["val"] for node in program.graph.nodes if node.name == names[0])
     keywords = list(program.example_inputs[1])
-    module = program.module().to(device)
+    if device.type != "cpu":
+        # Tensors that the program makes are on the device that it was traced on.
+        program = move_to_device_pass(program, device)
+    module = program.module()
 
     def run(pixels: Tensor) -> Any:
         found = module(**{keywords[0]: pixels}) if keywords else module(pixels)

@@ -11,6 +11,7 @@ A file appears when it is whole. It says what it was made of, in an attribute of
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -123,18 +124,11 @@ class Extraction:
         if not batches:
             return
         # A thread reads the next batch while the encoder is at work.
-        read = prefetch(lambda which: (patches.read(which),), batches, torch.device("cpu"))
-        for which, (pixels,) in zip(batches, read, strict=True):
-            found = self.encoder.features(pixels, self.cut.patch_size)
-            whole = np.isfinite(found).all(axis=1)
-            if not whole.all():
-                x, y = patches.coords[which][~whole][0].tolist()
-                raise InputError(
-                    f"{patches.image.path}: the features of the patch at x {x}, y {y} are NaN or infinite: has it such "
-                    "pixels? Leave it out by a mask"
-                )
-            features[which] = found
-            tell(min(which.stop, len(patches)) / len(patches))
+        with closing(prefetch(lambda which: (patches.read(which),), batches, torch.device("cpu"))) as read:
+            for which, (pixels,) in zip(batches, read, strict=True):
+                features[which] = found = self.encoder.features(pixels, self.cut.patch_size)
+                _check(found, patches, which)
+                tell(min(which.stop, len(patches)) / len(patches))
 
     def _attributes(self, slide: Slide, patches: Patches) -> dict[str, dict[str, Any]]:
         """The attributes of the arrays as TRIDENT writes them; magnifications are left out where they are not known."""
@@ -221,6 +215,17 @@ class Extraction:
             text = json.dumps({"file": file, "reason": reason}, indent=2, ensure_ascii=False)
             scratch.write_text(text + "\n", encoding="utf-8")
         self.on_broken(file, reason)
+
+
+def _check(features: np.ndarray, patches: Patches, which: slice) -> None:
+    """Raise InputError if features (k, D) of some patches are NaN or infinite."""
+    whole = np.isfinite(features).all(axis=1)
+    if not whole.all():
+        x, y = patches.coords[which][~whole][0].tolist()
+        raise InputError(
+            f"{patches.image.path}: the features of the patch at x {x}, y {y} are NaN or infinite: has it such pixels? "
+            "Leave it out by a mask"
+        )
 
 
 def _plain(value: float) -> int | float:
