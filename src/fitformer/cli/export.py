@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.options import add_checkpoint, open_run
-from fitformer.errors import InputError
+from fitformer.cli.options import add_checkpoint
 
 if TYPE_CHECKING:
     from fitformer.models.base import FITModel
@@ -45,17 +44,12 @@ def load(folder: Path, checkpoint: str = "last") -> "tuple[FITModel, dict[str, A
     """The model of a run or of a model folder, and what the run says of its data.
 
     Raises:
-        InputError: neither of them; a checkpoint that is not there.
+        InputError: as `open_model`.
     """
-    from fitformer.models.auto import from_pretrained
+    from fitformer.training.run_dir import open_model
 
-    if (folder / "config.json").is_file():
-        if checkpoint != "last":
-            raise InputError(f"--checkpoint is for a run, and {folder} is a saved model; leave it out")
-        return from_pretrained(folder), {}
-    run = open_run(str(folder))
-    model = run.model(checkpoint)
-    return model, _about(run, model)
+    model, run = open_model(folder, checkpoint)
+    return model, {} if run is None else _about(run, model)
 
 
 def _about(run: "Run", model: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Arguments that several verbs share, and their evaluation."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,14 @@ def size(text: str) -> int | tuple[int, int]:
         return sides[0] if len(sides) == 1 else (sides[0], *sides[1:])  # type: ignore[return-value]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 64, or 64x128 for rows x columns") from None
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Read `2/8`: part 2 of 8."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole; write 1/8 to 8/8 for the eight parts of 8")
+    return int(found[1]), int(found[2])
 
 
 def add_trunk(parser: argparse.ArgumentParser) -> None:

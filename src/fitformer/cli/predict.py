@@ -15,14 +15,13 @@ fitformer predict RUN slides/ --output seen/ --explain none --shard 2/8
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitformer._support.atomic_files import write_atomically
-from fitformer.cli.options import add_checkpoint, add_device, device_of, open_run, positive, progress
+from fitformer.cli.options import add_checkpoint, add_device, device_of, open_run, positive, progress, shard
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the maps in the folder of --output show (default: gradient); none writes labels alone into it",
     )  # fmt: skip
     parser.add_argument(
-        "--shard", type=_shard, metavar="I/N",
+        "--shard", type=shard, metavar="I/N",
         help="label part I of N of the images into the folder of --output, beside other processes or machines that do "
         "the other parts; the tables are whole when all have ended",
     )  # fmt: skip
@@ -85,14 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         return (_label if labels_only else _explain)(arguments, labeller)
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """Read `2/8`: part 2 of 8."""
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole; write 1/8 to 8/8 for the eight parts of 8")
-    return int(found[1]), int(found[2])
 
 
 def _labels_only(arguments: argparse.Namespace, labeller: "Labeller") -> bool:

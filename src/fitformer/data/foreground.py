@@ -80,12 +80,80 @@ def foreground_groups_transformed(
     Raises:
         InputError: as `foreground_groups`.
     """
-    for name, share in (("min_foreground", min_foreground), ("tolerance", tolerance)):
-        if not 0 <= share < 1:
-            raise InputError(f"{name} is {share}: a share from 0 to below 1")
+    _check_shares(min_foreground=min_foreground, tolerance=tolerance)
     rows, columns = to_sides(group_size, "hw")
     size = image.shape[:2]
-    edges = _edges(size, (rows, columns), symmetries)
+    narrowest = [min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries))]
+    scans = _scans(
+        image,
+        _edges(size, (rows, columns), symmetries),
+        narrowest=(narrowest[0], narrowest[1]),
+        background=background,
+        tolerance=tolerance,
+        mask=mask,
+        exact=exact,
+    )
+    return {each: _occupied(scans, each, size, (rows, columns), min_foreground) for each in symmetries}
+
+
+def foreground_windows(
+    image: LazyImage,
+    tops: np.ndarray,
+    lefts: np.ndarray,
+    side: int,
+    *,
+    background: Background | None = None,
+    tolerance: float = 0.1,
+    mask: str | os.PathLike[str] | None = None,
+    min_foreground: float = 0.0,
+    exact: bool = True,
+) -> np.ndarray:
+    """The square windows with foreground, bool (tops, lefts), as `foreground_groups` finds groups; they may overlap.
+
+    Args:
+        image: the image.
+        tops, lefts: rows and columns where windows begin, ascending, inside the image. side: of a window, in pixels;
+            what of it lies beyond the image does not count.
+        background, tolerance, mask, min_foreground, exact: as of `foreground_groups`.
+
+    Raises:
+        InputError: as `foreground_groups`.
+    """
+    _check_shares(min_foreground=min_foreground, tolerance=tolerance)
+    starts, size = (tops, lefts), image.shape[:2]
+    spans = [(start, np.minimum(start + side, length)) for start, length in zip(starts, size)]
+    down, across = (np.unique([0, length, *start, *end]) for (start, end), length in zip(spans, size))
+    found = np.ones((len(tops), len(lefts)), dtype=bool)
+    for scan in _scans(
+        image,
+        (down, across),
+        narrowest=(side, side),
+        background=background,
+        tolerance=tolerance,
+        mask=mask,
+        exact=exact,
+    ):
+        found &= scan.window_shares(spans) > min_foreground
+    return found
+
+
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise InputError(f"{name} is {share}: a share from 0 to below 1")
+
+
+def _scans(
+    image: LazyImage,
+    edges: tuple[np.ndarray, np.ndarray],
+    *,
+    narrowest: tuple[int, int],
+    background: Background | None,
+    tolerance: float,
+    mask: str | os.PathLike[str] | None,
+    exact: bool,
+) -> "list[_Scan]":
+    """A scan of the image and one of its mask, where they are asked for; `narrowest` are the sides to be resolved."""
     scans = []
     nodata, presence = getattr(image, "nodata", None), getattr(image, "presence", None)
     if background is None and presence is not None:
@@ -95,7 +163,6 @@ def foreground_groups_transformed(
         bounds = None
         if background is not None:
             bounds = band_of(image, background, tolerance, str(getattr(image, "path", "the image")))
-        narrowest = (min(sides) for sides in zip(*(each.sides(rows, columns) for each in symmetries)))
         scans.append(
             _scan(
                 image if exact else _reduced(image, *narrowest), partial(_differs, bounds=bounds, nodata=nodata), edges
@@ -105,7 +172,7 @@ def foreground_groups_transformed(
         with open_mask(mask) as drawn:
             check_mask(drawn, image)
             scans.append(_scan(drawn, partial(_drawn, nodata=drawn.nodata), edges))
-    return {each: _occupied(scans, each, size, (rows, columns), min_foreground) for each in symmetries}
+    return scans
 
 
 def _differs(pixels: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None, nodata: np.ndarray | None) -> np.ndarray:
@@ -157,6 +224,18 @@ class _Scan:
     def shares(self, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
         """The share of foreground in each group of the turned image."""
         return np.asarray(self._by_groups(self.found, symmetry, group) / self._by_groups(self.whole, symmetry, group))
+
+    def window_shares(self, spans: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The share of foreground in windows that begin and end at these edges, of rows and of columns."""
+        return np.asarray(self._by_windows(self.found, spans) / self._by_windows(self.whole, spans))
+
+    def _by_windows(self, cells: np.ndarray, spans: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        for axis, (edges, span) in enumerate(zip(self.edges, spans)):
+            # Sums from each start to its end, in turn with what follows; the last end is beyond the cells.
+            places = np.searchsorted(edges, np.stack(span, axis=1)).ravel()
+            padded = np.pad(cells, [(0, int(k == axis)) for k in range(2)])
+            cells = np.add.reduceat(padded, places, axis).take(np.arange(0, len(places), 2), axis)
+        return cells
 
     def _by_groups(self, cells: np.ndarray, symmetry: Symmetry, group: tuple[int, int]) -> np.ndarray:
         added = symmetry.turn(cells)

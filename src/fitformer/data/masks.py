@@ -59,8 +59,8 @@ class Masks:
                     f"{path} needs one mask, and there are {len(found)} with its name: {', '.join(map(str, found))}"
                 )
         raise InputError(
-            f"{path} needs a mask, {_stem(image.name)}.* in {self.folder} or in the image's subfolder of it, and there "
-            "is none: add it, or leave the image out"
+            f"{path} needs a mask, {stem_of(image.name)}.* in {self.folder} or in the image's subfolder of it, and "
+            "there is none: add it, or leave the image out"
         )
 
     def check(self, image: LazyImage) -> tuple[str, int]:
@@ -135,13 +135,13 @@ class _Names:
         self._by_stem: dict[str, list[Path]] = {}
         self._by_beginning: dict[str, list[Path]] = {}
         for file in files:
-            self._by_stem.setdefault(_stem(file.name), []).append(file)
+            self._by_stem.setdefault(stem_of(file.name), []).append(file)
             for beginning in _beginnings(file.name):
                 self._by_beginning.setdefault(beginning, []).append(file)
 
     def of(self, image: Path) -> list[Path]:
         """The files of an image's name but for the ending, else those whose name goes on after it or stops before."""
-        stem = _stem(image.name)
+        stem = stem_of(image.name)
         if exactly := [file for file in self._by_stem.get(stem, ()) if file != image]:
             return exactly
         longer = self._by_beginning.get(stem, [])
@@ -154,7 +154,7 @@ def _beginnings(name: str) -> list[str]:
     return [name[:place] for place, letter in enumerate(name) if letter == "."]
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """A file's name without its ending, of which `.ome.tif` is one."""
     stem, ending = os.path.splitext(name)
     if ending.lower() in OME and stem.lower().endswith(".ome"):

@@ -1,6 +1,6 @@
 """Prefetching: another thread fetches the next slice while the caller computes on this one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +10,9 @@ from torch import Tensor
 Fetched = TypeVar("Fetched", bound=tuple)
 
 
-def prefetch(fetch: Callable[[slice], Fetched], slices: Sequence[slice], device: torch.device) -> Iterator[Fetched]:
+def prefetch(
+    fetch: Callable[[slice], Fetched], slices: Sequence[slice], device: torch.device
+) -> Generator[Fetched, None, None]:
     """Yield `fetch(slice)` for each slice, one slice ahead of the caller; closing waits for the fetch in progress.
 
     On a CUDA device the copies of a fetch run on a stream of their own, beside the caller's kernels.

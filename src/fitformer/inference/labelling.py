@@ -17,9 +17,10 @@ from fitformer.data.readers import LazyImage
 from fitformer.errors import InputError
 from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
-from fitformer.inference.explain.batch import Slides, identity
+from fitformer.inference.explain.batch import Slides
 from fitformer.inference.explain.explanation import Method
 from fitformer.inference.find import Shard, Slide, find
+from fitformer.inference.identity import identity
 from fitformer.inference.predict import Prediction, expand, predict, predict_readable
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import PixelArray

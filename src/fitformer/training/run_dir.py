@@ -33,6 +33,8 @@ from fitformer.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from fitformer.models.base import FITModel
+
 LOCK = ".lock"
 _PACKAGES = ("fitformer", "torch", "lightning", "numpy")
 
@@ -188,6 +190,26 @@ class Run:
         from fitformer import data
 
         return data.build_dataset(self.recipe.data, split, seed=self.recipe.trainer.seed)
+
+
+def open_model(folder: str | Path, checkpoint: str | Path = "last") -> "tuple[FITModel, Run | None]":
+    """The model of a run directory, and the run, or of a folder of a saved model alone; in eval mode.
+
+    Args:
+        folder: the run directory or the folder. checkpoint: as of `Run.model`.
+
+    Raises:
+        InputError: neither of them; a checkpoint that is not there, or of a saved model.
+    """
+    from fitformer.models.auto import from_pretrained
+
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        if checkpoint != "last":
+            raise InputError(f"--checkpoint is for a run, and {folder} is a saved model; leave it out")
+        return from_pretrained(folder), None
+    run = Run.open(folder)
+    return run.model(checkpoint), run
 
 
 def check_run(path: str | Path, recipe: Recipe) -> None:

@@ -102,6 +102,11 @@ class LazyImage:
         return self._opened_here().placement
 
     @property
+    def microns_per_pixel(self) -> float | None:
+        """The side of a pixel, of slides and microscope images that say it; None of others."""
+        return self._opened_here().microns_per_pixel
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns that are read and decoded at once, at the least."""
         return self._levels()[0].tile

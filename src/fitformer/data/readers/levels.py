@@ -122,6 +122,7 @@ class OpenImage:
         nodata: the level (channels,) that means no data.
         presence: where the image has pixels, (rows, columns, 1) booleans; None if everywhere.
         placement: where it lies in a slide, of an image of patches.
+        microns_per_pixel: the side of a pixel, if the file says it.
     """
 
     levels: Sequence[Level]
@@ -129,6 +130,7 @@ class OpenImage:
     nodata: np.ndarray | None = None
     presence: Pixels | None = None
     placement: Placement | None = None
+    microns_per_pixel: float | None = None
 
     def close(self) -> None:
         """Close the file and drop its decoded pixels."""

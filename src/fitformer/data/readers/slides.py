@@ -8,6 +8,7 @@ import numpy as np
 
 from fitformer.data.readers.errors import readable
 from fitformer.data.readers.levels import OpenImage, OpenOptions
+from fitformer.data.readers.resolution import of_openslide
 from fitformer.data.readers.tiff import is_tiff, open_tiff, stores_rgb_bytes
 from fitformer.errors import require
 
@@ -31,7 +32,7 @@ def open_slide(path: str, options: OpenOptions) -> OpenImage:
             _Region(file, number, (rows, columns, 3), _tile(slide, number), float(slide.level_downsamples[number]))
             for number, (columns, rows) in enumerate(slide.level_dimensions)
         ]
-    return OpenImage(levels, file.close)
+    return OpenImage(levels, file.close, microns_per_pixel=of_openslide(slide.properties))
 
 
 def _tile(slide: Any, level: int) -> tuple[int, int]:

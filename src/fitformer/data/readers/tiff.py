@@ -27,6 +27,7 @@ from fitformer.data.readers.levels import (
     weigh_tiles,
 )
 from fitformer.data.readers.pictures import cmyk_to_rgb, open_picture
+from fitformer.data.readers.resolution import of_tiff
 from fitformer.errors import InputError, require
 
 # Values of the tags Compression, PhotometricInterpretation, and ExtraSamples.
@@ -89,7 +90,7 @@ def open_tiff(path: str, options: OpenOptions) -> OpenImage:
                     raise
                 continue
             levels.append(upright(level, int(first.tags.valueof(_ORIENTATION, 1))))
-        return OpenImage(levels, nodata=_nodata(first, levels[0]))
+        return OpenImage(levels, nodata=_nodata(first, levels[0]), microns_per_pixel=of_tiff(file, first))
 
 
 def _open_old_jpeg(path: str, options: OpenOptions) -> OpenImage:

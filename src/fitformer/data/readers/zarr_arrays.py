@@ -10,6 +10,7 @@ from fitformer.data.readers.axes import guessed, named
 from fitformer.data.readers.errors import readable
 from fitformer.data.readers.features import holds_features, open_features
 from fitformer.data.readers.levels import OpenImage, OpenOptions, Tiles, weigh_tiles
+from fitformer.data.readers.resolution import of_ome_zarr
 from fitformer.data.readers.zarr_store import open_store
 from fitformer.errors import InputError, require
 
@@ -38,14 +39,15 @@ def open_zarr(path: str, options: OpenOptions) -> OpenImage:
             for array in parts.values():
                 store.bound(array)
             return open_features(path, parts, options)
-        arrays, axes = ([node], None) if isinstance(node, zarr.Array) else _arrays(node, path)
+        arrays, axes, microns = ([node], None, None) if isinstance(node, zarr.Array) else _arrays(node, path)
         for array in arrays:
             store.bound(array)
-        return OpenImage([_level(path, array, axes, options.most_bytes) for array in arrays])
+        levels = [_level(path, array, axes, options.most_bytes) for array in arrays]
+        return OpenImage(levels, microns_per_pixel=microns)
 
 
-def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:
-    """The levels of a group's image, and the names of its axes if it has them."""
+def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None, float | None]:
+    """The levels of a group's image, the names of its axes if it has them, and microns of a pixel if it says them."""
     said = group.attrs.get("ome", group.attrs)
     if "bioformats2raw.layout" in said:
         # A collection of images, of which the first is called 0.
@@ -54,16 +56,17 @@ def _arrays(group: Any, path: str) -> tuple[list[Any], list[str] | None]:
         image = said["multiscales"][0]
         axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image.get("axes", ())]
         first, *reductions = (each["path"] for each in image["datasets"])
-        return [
+        levels = [
             _part(group, first, "level 0, its full size", path),
             *(group[name] for name in reductions if name in group),
-        ], axes or None
+        ]
+        return levels, axes or None, of_ome_zarr(image, axes)
     # Arrays of one axis or none beside it say where its rows and columns lie, as xarray writes them.
     names = sorted(name for name, array in group.arrays() if array.ndim > 1) or sorted(group.array_keys())
     if len(names) != 1:
         has = listed(names) if names else "none"
         raise InputError(f"{path} is a Zarr group of {len(names)} arrays ({has}); give the path of the one to read")
-    return [group[names[0]]], None
+    return [group[names[0]]], None, None
 
 
 def _part(group: Any, name: str, what: str, path: str) -> Any:

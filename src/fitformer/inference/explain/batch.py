@@ -16,7 +16,6 @@ from what stands in the folder, by one process at a time, so that whoever ends l
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -45,6 +44,7 @@ from fitformer.inference.explain.heatmap import HeatMap
 from fitformer.inference.explain.leave_out import Tell, log_odds
 from fitformer.inference.explain.overlay import thumbnail_of, write_overlay
 from fitformer.inference.find import Slide, same_file
+from fitformer.inference.identity import file_state
 from fitformer.inference.predict import Group, Prediction, as_text, decided
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage
@@ -80,15 +80,6 @@ class Failure:
             else "unreadable"
         )
         return cls(what, str(error))
-
-
-def identity(network: FITImageEncoder) -> str:
-    """A digest of a model, its numbers and its weights."""
-    digest = hashlib.sha256(json.dumps(network.config, sort_keys=True, default=str).encode())
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -176,7 +167,7 @@ class Slides:
 
     def _one(self, slide: Slide, tell: Tell) -> bool:
         """Whether the image was made now."""
-        of = {**_state_of(slide.path), **(self.beside(slide.path) if self.beside else {})}
+        of = {**file_state(slide.path), **(self.beside(slide.path) if self.beside else {})}
         if self._is_complete(slide, of):
             self._rename(slide)
             return False
@@ -221,7 +212,7 @@ class Slides:
                 "give another output folder, or delete what is there"
             )
         earlier = Path(record["path"])
-        was_moved = not earlier.exists() and record["of"].items() >= _state_of(slide.path).items()
+        was_moved = not earlier.exists() and record["of"].items() >= file_state(slide.path).items()
         if not (same_file(earlier, slide.path) or was_moved):
             raise InputError(
                 f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
@@ -398,11 +389,3 @@ def _as_json(record: Mapping[str, Any]) -> str:
 def _write_text(path: Path, text: str) -> None:
     with write_atomically(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-
-
-def _state_of(path: Path) -> dict[str, int]:
-    """Size and time of the last change, which tell one state of a file from another; nothing of an absent one."""
-    if not path.exists():
-        return {}
-    about = path.stat()
-    return {"bytes": about.st_size, "modified_ns": about.st_mtime_ns}
