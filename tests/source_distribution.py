@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def tests_of(package, scratch):
+def source_of_tests(package, scratch):
     """A folder, ignored by git and kept between runs, whose `tests` is that of a package's source distribution."""
     version = importlib.metadata.version(package)
     name = f"{package}-{version}"
@@ -32,5 +32,6 @@ def _download(package, version, scratch):
     pip += ["--no-binary", package, f"{package}=={version}", "--dest", str(scratch)]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"the source distribution of {package} {version} cannot be had: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip().splitlines()[-1]
+        pytest.skip(f"the source distribution of {package} {version} cannot be had: {reason}")
     return scratch / f"{package}-{version}.tar.gz"

@@ -105,6 +105,7 @@ def test_what_torch_script_makes_holds_for_any_batch_and_every_size(size, tmp_pa
         torch.testing.assert_close(scripted(given), answer)
 
 
+@pytest.mark.slow
 def test_torch_export_takes_levels_at_any_size():
     class Maps(nn.Module):
         def __init__(self):

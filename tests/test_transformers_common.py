@@ -9,7 +9,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from source_distribution import tests_of
+
+from source_distribution import source_of_tests
 
 pytest.importorskip("transformers")
 pytest.importorskip("parameterized")
@@ -23,7 +24,7 @@ INI = "[pytest]\naddopts = --import-mode=importlib\nfilterwarnings = ignore::pyt
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A folder whose `tests` is that of the source distribution."""
-    return tests_of("transformers", tmp_path_factory.mktemp("sdist"))
+    return source_of_tests("transformers", tmp_path_factory.mktemp("sdist"))
 
 
 def explained():

@@ -1,7 +1,7 @@
 """A pytest plugin that lets torchvision be imported where its compiled part does not load.
 
 Package indexes hold torchvision as it is compiled for a torch with CUDA. Beside a torch for the CPU that part does not
-load, and the import ends where two of its operators are described. It is enough to declare them: nothing here calls them.
+load, and the import ends where two of its operators are described. Declaring them is enough: nothing here calls them.
 """
 
 import torch
