@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
+from fitformer.interop._cut import cut
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
@@ -233,9 +234,8 @@ class _AnySize(nn.Module):
 
     def _cut(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Tokens `(b, t, n, token_dim)` of images in `rows` x `columns` whole groups."""
-        (high, wide), (ph, pw) = self.encoder.patch_grid.patches, self.encoder.patch_grid.patch_size  # type: ignore[misc]
-        cells = images.unflatten(2, (columns, wide, pw)).unflatten(1, (rows, high, ph))
-        return cells.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5).flatten(3, 4).flatten(1, 2)
+        grid = self.encoder.patch_grid
+        return cut(images, (rows, columns), grid.patches, grid.patch_size)  # type: ignore[arg-type]
 
     def _answer(self, tokens: Tensor, mask: Tensor, coords: Tensor) -> Tensor:
         model = self.encoder
