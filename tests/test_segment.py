@@ -75,8 +75,10 @@ def summed(network, images, labels, way):
     return [torch.cat(sums).detach()], {name: p.grad for name, p in network.named_parameters()}
 
 
-@pytest.mark.parametrize("way", [checkpointed, Streamed(1), Streamed(4, keep="disk", recompute="selective")], ids=str)
-@pytest.mark.parametrize("refinement", [0, 4])
+WAYS = [(checkpointed, 4), (Streamed(2), 0), (Streamed(1), 4), (Streamed(4, keep="disk", recompute="selective"), 4)]
+
+
+@pytest.mark.parametrize(("way", "refinement"), WAYS, ids=str)
 def test_the_loss_of_slices_is_that_of_the_plain_run_and_so_are_gradients(way, refinement):
     network = model(refinement=refinement, glimpses=1, **DROPS)
     scenes = [scene(0), scene(1), scene(2, 20, 50)]
@@ -296,8 +298,10 @@ def test_grey_of_few_bits_is_taken_as_it_is_stored(tmp_path):
         assert np.array_equal(LabelImage(str(tmp_path / name), Coding(("a", "b"))).window(0, 0, 2, 4)[..., 0], bits)
 
 
-@pytest.mark.parametrize("augmentation", ["none", *AUGMENTATIONS])
-@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+MOVES = [*((name, "crop") for name in AUGMENTATIONS), *(("none", way) for way in ("crop", "stretch", "pad"))]
+
+
+@pytest.mark.parametrize(("augmentation", "resize"), MOVES)
 def test_a_mask_moves_as_its_image_does_and_is_never_mixed(tmp_path, augmentation, resize):
     settings = replace(folder(tmp_path), image_size=(24, 40), augmentation=augmentation, resize=resize)
     dataset = data.build_dataset(settings, "train")

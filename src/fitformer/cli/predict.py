@@ -1,4 +1,4 @@
-"""Label images with a classifier's run: the likeliest class, and the probability of each.
+"""Label images with a classifier's run, with the probability of each class; or their pixels, with a segmenter's.
 
 fitformer predict runs/digits-classify photos/ one.png --format json --output labels.json
 
@@ -12,11 +12,15 @@ fitformer predict RUN slides/ --output seen/ --explain leave-out
 Several processes or machines share the work, each with its part.
 
 fitformer predict RUN slides/ --output seen/ --explain none --shard 2/8
+
+A run of a segment recipe writes the class of every pixel into a folder: TIFF, GeoJSON, and a picture.
+
+fitformer predict SEGMENTER slides/ --output seen/
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +29,16 @@ from fitformer.cli.options import add_checkpoint, add_device, device_of, open_ru
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
-    from fitformer.inference.explain.batch import Failure
     from fitformer.inference.explain.explanation import Method
+    from fitformer.inference.folder_work import Failure, FolderWork
+    from fitformer.inference.image_run import ImageRun
     from fitformer.inference.labelling import Labeller
+    from fitformer.inference.segmentation.segmenting import Segmenter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer predict`."""
-    parser.add_argument("run", help="run directory of a classify recipe")
+    parser.add_argument("run", help="run directory of a classify or segment recipe")
     parser.add_argument("files", nargs="+", help="image files, and folders of them")
     parser.add_argument("--format", choices=("csv", "json"), help="default: by the ending of --output, else csv")
     parser.add_argument(
@@ -54,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=64, help="of images of one size")
     add_checkpoint(parser)
     add_device(parser)
+    pixels = parser.add_argument_group("of a run of a segment recipe")
+    pixels.add_argument("--probabilities", action="store_true", help="also write those of all classes, as TIFF")
+    pixels.add_argument("--no-polygons", action="store_true", help="write no GeoJSON, which needs rasterio")
     large = parser.add_argument_group("of a run that takes images of any size")
     large.add_argument(
         "--keep", choices=("memory", "host", "disk"),
@@ -64,24 +73,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Label and print, or write maps into a folder."""
-    from fitformer.execution.token_store import ScratchError
     from fitformer.inference.labelling import Labeller
+    from fitformer.inference.segmentation.segmenting import Segmenter
+    from fitformer.tasks import task_of
 
     run = open_run(arguments.run, "predict")
-    labeller = Labeller(run, run.model(arguments.checkpoint).to(device_of(arguments)))
-    if labeller.takes_any_size:
-        labeller.stream(arguments.keep, arguments.scratch)
-    elif arguments.keep or arguments.scratch:
-        raise InputError(
-            f"--keep and --scratch are for a run that takes images of any size; {arguments.run} takes one size"
-        )
+    network = run.model(arguments.checkpoint).to(device_of(arguments))
+    if task_of(run.recipe).logits is None:
+        segmenter = Segmenter(run, network)
+        return _streamed(arguments, segmenter, lambda: _segment(arguments, segmenter))
+    for name in ("probabilities", "no_polygons"):
+        if getattr(arguments, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for a run that labels pixels; {arguments.run} labels images"
+            )
+    labeller = Labeller(run, network)
     labels_only = _labels_only(arguments, labeller)
     if labels_only and (arguments.explain or arguments.shard or arguments.y != "down"):
         option = f"--explain {arguments.explain}" if arguments.explain else "--shard" if arguments.shard else "--y up"
         given = "there is no --output" if arguments.output is None else f"--output is {arguments.output}"
         raise InputError(f"{option} is for a folder, and {given}; give --output FOLDER")
+    return _streamed(arguments, labeller, lambda: (_label if labels_only else _explain)(arguments, labeller))
+
+
+def _streamed(arguments: argparse.Namespace, used: "ImageRun", work: Callable[[], int]) -> int:
+    """Do some work with a run that reads images piece by piece, if it takes those of any size."""
+    from fitformer.execution.token_store import ScratchError
+
+    if used.takes_any_size:
+        used.stream(arguments.keep, arguments.scratch)
+    elif arguments.keep or arguments.scratch:
+        raise InputError(
+            f"--keep and --scratch are for a run that takes images of any size; {arguments.run} takes one size"
+        )
     try:
-        return (_label if labels_only else _explain)(arguments, labeller)
+        return work()
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
 
@@ -130,15 +156,49 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
             None if arguments.shard is None else Shard(*arguments.shard),
             y=arguments.y,
             show=lambda done, total: show(round(1000 * done), 1000 * total),
-            on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
+            on_broken=_skipped,
         )
-    kept = count - made - len(work.broken)
-    there = f", {kept} were there already" if kept else ""
-    part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
-    print(f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}")
+    print(_summary(arguments, work, count, made))
     if method is not None and (said := _agreement(*work.agreement(), method)):
         print(said, file=sys.stderr)
     return 0
+
+
+def _segment(arguments: argparse.Namespace, segmenter: "Segmenter") -> int:
+    from fitformer.inference.find import Shard
+
+    for name in ("format", "explain"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} is for a run that labels images; {arguments.run} labels pixels")
+    output = arguments.output
+    if output is None or output.is_file() or output.suffix.lower() in (".csv", ".json"):
+        raise InputError(f"label maps need a folder, and --output is {output or 'not given'}; give --output FOLDER")
+    with progress("segment") as show:
+        work, count, made = segmenter.segment(
+            arguments.files,
+            output,
+            None if arguments.shard is None else Shard(*arguments.shard),
+            probabilities=arguments.probabilities,
+            polygons=not arguments.no_polygons,
+            scratch=arguments.scratch,
+            y=arguments.y,
+            show=lambda done, total: show(round(1000 * done), 1000 * total),
+            on_broken=_skipped,
+        )
+    print(_summary(arguments, work, count, made))
+    return 0
+
+
+def _skipped(file: str, reason: str) -> None:
+    print(f"fitformer: skipped {file} ({reason})", file=sys.stderr)
+
+
+def _summary(arguments: argparse.Namespace, work: "FolderWork", count: int, made: int) -> str:
+    """How many images were done, were there, and failed."""
+    kept = count - made - len(work.broken)
+    there = f", {kept} were there already" if kept else ""
+    part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
+    return f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}"
 
 
 def _agreement(images: int, means: Mapping[str, float], method: str) -> str:

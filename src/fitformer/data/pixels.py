@@ -87,6 +87,29 @@ def fit(
     raise InputError(f"resize is {resize!r}: choose crop, stretch or pad")
 
 
+def unfit(
+    values: np.ndarray, size: tuple[int, int], resize: Literal["crop", "stretch", "pad"], beyond: int
+) -> np.ndarray:
+    """Values (H, W) of the pixels that `fit` made, where they came from: (rows, columns) of the `size` before it.
+
+    Each pixel takes the value of the nearest; `beyond` stands where `fit` cut pixels off.
+    """
+    scales = [after / before for after, before in zip(values.shape, size, strict=True)]
+    lengths = [float(length) for length in values.shape]
+    if resize == "crop":
+        lengths = [before * max(scales) for before in size]
+    elif resize == "pad":
+        lengths = [max(1, round(before * min(scales))) for before in size]
+    found = []
+    for after, before, length in zip(values.shape, size, lengths, strict=True):
+        first = (after - length) // 2 if resize == "pad" else (after - length) / 2
+        place = np.floor((np.arange(before) + 0.5) * (length / before) + first).astype(np.int64)
+        found.append((place.clip(0, after - 1), (place >= 0) & (place < after)))
+    (rows, seen_rows), (columns, seen_columns) = found
+    there = seen_rows[:, None] & seen_columns
+    return np.where(there, values[np.ix_(rows, columns)], beyond).astype(values.dtype)
+
+
 def cut(
     pixels: np.ndarray,
     size: tuple[int, int],

@@ -55,7 +55,7 @@ class Predictor:
         self.keep, self.scratch = keep, scratch
         self._labeller: Labeller | None = None
         opened = Run.open(run)
-        if task_of(opened.recipe).verb != "predict":
+        if task_of(opened.recipe).logits is None:
             raise InputError(
                 f"{run} is a run of the task {opened.recipe.task}: Predictor labels images, and takes a run of classify"
             )

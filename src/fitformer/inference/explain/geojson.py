@@ -1,7 +1,7 @@
 """Maps as GeoJSON: rectangles in pixels of the full image, with measurements, as QuPath imports them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +44,14 @@ def write_geojson(
             coordinates of its own.
         placement: where the image lies in the slide whose coordinates are written.
     """
+    write_features(path, _features(maps, label, probabilities, y, placement))
+
+
+def write_features(path: Path, features: Iterable[Feature]) -> None:
+    """Write features as one FeatureCollection, a line each, none of them kept."""
     with write_atomically(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(maps, label, probabilities, y, placement)):
+        for number, feature in enumerate(features):
             file.write(("," if number else "") + "\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False))
         file.write("\n]}\n")
 
