@@ -50,6 +50,7 @@ def mean_metrics(network: Any, examples: Iterator[Batch], recipe: Recipe) -> Ite
     task, sums, total = task_of(recipe), dict[str, float](), 0
     with torch.inference_mode():
         for batch in examples:
+            assert task.measure is not None
             means, weight = task.measure(network, batch, recipe)
             total += weight
             for name, value in means.items():

@@ -33,6 +33,7 @@ class FITModule(pl.LightningModule):
         self.recipe = recipe
         self.recent: dict[str, Tensor] = {}
         self.recent_count = 0
+        self._held_out: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self) -> None:
         """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
@@ -62,13 +63,38 @@ class FITModule(pl.LightningModule):
         return means
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The task's held-out metrics, weighted over batches and ranks by what they are means over."""
+        """The task's held-out metrics, weighted over batches and ranks by what they are means over.
+
+        Of a task whose metrics are of all examples at once, the outputs are kept for the end.
+        """
         if not batch:
             # None of its images could be read.
             return
-        metrics, weight = task_of(self.recipe).measure(self.network, batch, self.recipe)
+        task = task_of(self.recipe)
+        if task.outputs is not None:
+            outputs, labels = task.outputs(self.network, batch, self.recipe)
+            self._held_out.append((outputs.cpu(), labels.cpu()))
+            return
+        assert task.measure is not None
+        metrics, weight = task.measure(self.network, batch, self.recipe)
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outputs of a validation that an error ended."""
+        self._held_out = []
+
+    def on_validation_epoch_end(self) -> None:
+        """The metrics of all held-out examples at once, of all ranks."""
+        task = task_of(self.recipe)
+        if task.scores is None:
+            return
+        held_out = _of_all_ranks(self._held_out)
+        self._held_out = []
+        if held_out:
+            outputs, labels = (torch.cat(each).to(self.device) for each in zip(*held_out, strict=True))
+            scores = task.scores(self.network, outputs, labels, self.recipe)
+            self.log_dict({f"val/{name}": value for name, value in scores if isinstance(value, float)}, logger=False)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -88,6 +114,15 @@ class FITModule(pl.LightningModule):
         """AdamW and its schedule, stepped with the optimizer."""
         adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _of_all_ranks(own: list[Any]) -> list[Any]:
+    """The items of all processes that train together; they need not have equally many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return [item for items in found for item in items]
 
 
 class StepLoader(DataLoader):
