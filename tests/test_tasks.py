@@ -15,6 +15,7 @@ from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
 from fitformer.patching import PatchGrid
 from fitformer.tasks import build_model, bytes, classify, diffuse, optimizers, pixels, task_of
+from fitformer.tasks.image_outputs import outputs_of
 from fitformer.tasks.preview import Preview, grid, save
 
 
@@ -332,6 +333,6 @@ def test_pixels_go_to_the_network_between_minus_one_and_one():
         def __call__(self, images):
             seen.append(images)
 
-    classify.logits(Network(), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
+    outputs_of(Network(), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
     assert seen[0].flatten().tolist() == [-1, 1]
     assert diffusion.signal_to_pixels(seen[0]).flatten().tolist() == [0, 255]

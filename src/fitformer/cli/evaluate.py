@@ -1,4 +1,4 @@
-"""Evaluate a run on held-out data: accuracy and confusion, denoising error, or bits per pixel or byte and baselines.
+"""Evaluate a run on held-out data: accuracy and confusion, errors of numbers, concordance, or bits and baselines.
 
 With --file, the bits that an autoregressive run's model needs for files of your own, beside gzip, xz and zstd.
 
@@ -10,6 +10,7 @@ fitformer evaluate runs/digits-diffuse --classifier runs/digits-classify --count
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from fitformer.cli.options import (
@@ -79,10 +80,18 @@ def run(arguments: argparse.Namespace) -> int:
         count = arguments.count or 500
         metrics += recognition(run, classifier, count, seed=arguments.seed, **sampling, **hardware)
     if arguments.json:
-        print(json.dumps({"run": str(run.path), "split": arguments.split, **dict(metrics)}, ensure_ascii=False))
+        found = {"run": str(run.path), "split": arguments.split, **dict(metrics)}
+        print(json.dumps(_defined(found), ensure_ascii=False, allow_nan=False))
     else:
         _print(metrics, run.classes, f"{run.path}, {arguments.split}")
     return 0
+
+
+def _defined(value: Any) -> Any:
+    """What JSON can hold: null for a metric that is not defined."""
+    if isinstance(value, dict):
+        return {name: _defined(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _files(run: "Run", device: "torch.device", arguments: argparse.Namespace) -> int:

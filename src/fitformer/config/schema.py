@@ -7,7 +7,15 @@ import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fitformer.data.settings import AudioData, ByteData, ImageData, SegmentData
+from fitformer.data.settings import (
+    AudioData,
+    ByteData,
+    ImageData,
+    MultilabelData,
+    RegressData,
+    SegmentData,
+    SurvivalData,
+)
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 
@@ -157,6 +165,48 @@ class SegmentObjective:
         if not self.cross_entropy + self.dice:
             raise InputError("cross_entropy and dice are both 0: there is nothing to learn from")
         _check_class_weights(self.class_weights)
+
+
+@dataclass(frozen=True)
+class RegressObjective:
+    """The error of numbers, each in standard deviations of the training part: squared (`mse`) or absolute (`l1`)."""
+
+    loss: Literal["mse", "l1"] = "mse"
+
+
+@dataclass(frozen=True)
+class MultilabelObjective:
+    """Binary cross-entropy of each label, a mean over labels.
+
+    `positive_weights` weigh the examples that have a label in its training loss: `balanced`, the number of those that
+    have it not over the number of those that have it, or a number for each label in their order.
+    """
+
+    positive_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positive_weights, tuple):
+            named = {f"positive_weights[{k}]": weight for k, weight in enumerate(self.positive_weights)}
+            _at_least(0, **named)
+
+
+@dataclass(frozen=True)
+class SurvivalObjective:
+    """The likelihood of when an event happens, of observations that may end before it.
+
+    Attributes:
+        loss: `hazard`, of the interval of time in which it happens (discrete-time survival), which is a mean over
+            examples; or `cox`, the partial likelihood of Cox, which compares the examples of a batch with each other:
+            `trainer.batch_size` is then how many.
+        intervals: of `hazard`, that time is cut into, with as many events of the training part in each.
+    """
+
+    loss: Literal["hazard", "cox"] = "hazard"
+    intervals: int = 4
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.intervals <= 1000:
+            raise InputError(f"intervals is {self.intervals}; time is cut into 2 to 1000 intervals")
 
 
 @dataclass(frozen=True)
@@ -365,6 +415,36 @@ class SegmentRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class RegressRecipe(Recipe):
+    """Predict numbers of an image."""
+
+    task: Literal["regress"] = "regress"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: RegressData = field(default_factory=RegressData)
+    objective: RegressObjective = field(default_factory=RegressObjective)
+
+
+@dataclass(frozen=True)
+class MultilabelRecipe(Recipe):
+    """Predict which of several labels an image has, each by itself."""
+
+    task: Literal["multilabel"] = "multilabel"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: MultilabelData = field(default_factory=MultilabelData)
+    objective: MultilabelObjective = field(default_factory=MultilabelObjective)
+
+
+@dataclass(frozen=True)
+class SurvivalRecipe(Recipe):
+    """Predict when an event happens."""
+
+    task: Literal["survival"] = "survival"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: SurvivalData = field(default_factory=SurvivalData)
+    objective: SurvivalObjective = field(default_factory=SurvivalObjective)
+
+
+@dataclass(frozen=True)
 class DiffuseRecipe(Recipe):
     """Denoise images, to sample them."""
 
@@ -405,6 +485,10 @@ class AudioRecipe(Recipe):
 
 
 PACKAGED_RECIPES: dict[str, type[Recipe]] = {
-    kind.task: kind for kind in (ClassifyRecipe, SegmentRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe)
+    kind.task: kind
+    for kind in (
+        *(ClassifyRecipe, RegressRecipe, MultilabelRecipe, SurvivalRecipe, SegmentRecipe),
+        *(DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe),
+    )
 }
 """Recipe classes by task of the tasks whose modules import torch; other tasks declare theirs in their own module."""

@@ -54,6 +54,7 @@ def mean_metrics(
     task, found = task_of(recipe), Means()
     with torch.inference_mode():
         for batch in examples:
+            assert task.measure is not None
             found.add(*task.measure(network, batch, recipe))
     yield task.counted, found.weight
     means = found.means()

@@ -1,4 +1,4 @@
-"""What a classifier's run is used for: labels of image files, and explanations of them."""
+"""What a run of images is used for: labels or numbers of image files, and explanations of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from fitformer.data.build import open_options
+from fitformer.data.datasets.folders import read_patients
+from fitformer.data.datasets.patients import opened_together
 from fitformer.data.decoding import UnreadableImageError, decode, suffixes
 from fitformer.data.pixels import fit
 from fitformer.errors import InputError
@@ -16,20 +18,32 @@ from fitformer.inference.explain.explanation import Method
 from fitformer.inference.find import Shard, Slide, find
 from fitformer.inference.identity import identity
 from fitformer.inference.image_run import ImageRun, Made, Ways, as_json
-from fitformer.inference.predict import Prediction, expand, predict, predict_readable
+from fitformer.inference.predict import expand, finite, predict, predict_readable
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import PixelArray
+from fitformer.tasks import task_of
+from fitformer.tasks.answers import Answer, Answers
+from fitformer.training.run_dir import Run
 
 
 class Labeller(ImageRun):
-    """A run of a classifier and its model."""
+    """A run that answers on images, and its model, on the device where the model is.
+
+    Args:
+        run: its recipe says how images are brought to one size, or which groups of images of any size are empty.
+        network: the exported model of the run.
+    """
 
     network: FITImageEncoder
 
+    def __init__(self, run: Run, network: FITImageEncoder) -> None:
+        super().__init__(run, network)
+        self.answers = answers_of(run, network)
+
     def label(
         self, paths: Iterable[str | Path], batch_size: int, on_unreadable: Callable[[UnreadableImageError], None]
-    ) -> list[Prediction]:
-        """The labels of image files, and of all image files below folders; see `predict`.
+    ) -> list[Answer]:
+        """The answers on image files, and of all image files below folders; see `predict`.
 
         Raises:
             InputError: no image file, none that can be read, or masks that do not go with them.
@@ -37,10 +51,10 @@ class Labeller(ImageRun):
         files = [slide.path for slide in find(paths)] if self.takes_any_size else expand(paths)
         self._masks(files)
         reading = self._reading(batch_size)
-        return list(predict(self.network, files, self.run.classes, **reading, on_unreadable=on_unreadable))
+        return list(predict(self.network, files, self.answers, **reading, on_unreadable=on_unreadable))
 
-    def label_each(self, files: Sequence[Path], batch_size: int) -> dict[str, Prediction | UnreadableImageError]:
-        """The label of each file, or why there is none.
+    def label_each(self, files: Sequence[Path], batch_size: int) -> dict[str, Answer | UnreadableImageError]:
+        """The answer on each file, or why there is none.
 
         Raises:
             InputError: masks that do not go with the images.
@@ -48,9 +62,37 @@ class Labeller(ImageRun):
         self._masks(files)
         faults: list[UnreadableImageError] = []
         reading = self._reading(batch_size)
-        found = predict_readable(self.network, files, self.run.classes, **reading, on_unreadable=faults.append)
-        answers: dict[str, Prediction | UnreadableImageError] = {each.file: each for each in found}
+        found = predict_readable(self.network, files, self.answers, **reading, on_unreadable=faults.append)
+        answers: dict[str, Answer | UnreadableImageError] = {each.file: each for each in found}
         return {**answers, **{fault.name: fault for fault in faults}}
+
+    def label_patients(self, table: Path, on_unreadable: Callable[[UnreadableImageError], None]) -> list[Answer]:
+        """The answers on the patients of a table, each of whose images are one example; `file` is the patient's name.
+
+        A patient of whose images one cannot be read is left out; `on_unreadable` is told of it.
+
+        Raises:
+            InputError: a run without `data.patient`, a table that `read_patients` refuses, or no patient to answer on.
+        """
+        data, options = self.recipe.data, open_options(self.recipe.data)
+        if data.patient is None:
+            raise InputError(
+                f"{table} is a table, which says what images are of one patient, and {self.run.path} learned from "
+                "single images (its recipe has no data.patient); give the images themselves"
+            )
+        patients, group, found = read_patients(table, data.image_column, data.patient), self._grouping(), []
+        self._masks([path for paths in patients.values() for path in paths])
+        for name, paths in patients.items():
+            try:
+                images = opened_together([str(path) for path in paths], options)
+                found.append(self.answers.answer(name, finite(self.network, group(images))))
+                for image in images:
+                    image.close()
+            except (InputError, UnreadableImageError, PermissionError) as error:
+                on_unreadable(UnreadableImageError(f"patient {name}", str(error)))
+        if not found:
+            raise InputError(f"none of the {len(patients)} patients of {table} can be answered on")
+        return found
 
     def _reading(self, batch_size: int) -> dict[str, Any]:
         """How the run's images are read."""
@@ -63,6 +105,7 @@ class Labeller(ImageRun):
         output: Path,
         method: Method | None = "gradient",
         shard: Shard | None = None,
+        target: str | None = None,
         **options: Any,
     ) -> tuple[Slides, int, int]:
         """Label images and write their maps into a folder; goes on where it was stopped.
@@ -70,6 +113,7 @@ class Labeller(ImageRun):
         Args:
             paths: files and folders. output: the folder. method: see `explanation.explain`; None for labels alone.
             shard: the part of the images that is this process's; all by default.
+            target: the name of the class, number or label that the maps explain; see `Answers`.
             options: `y`, `show` and `on_broken` of `Slides`.
 
         Returns:
@@ -77,8 +121,10 @@ class Labeller(ImageRun):
 
         Raises:
             InputError: as `Slides.run`, masks that do not go with the images, or groups to be left out of a model of
-                one.
+                one, or a target that is none of the run's, or missing where there are several numbers.
         """
+        if method is not None:
+            self.answers.check(target)
         grid = self.network.patch_grid
         if method == "leave-out" and grid.num_groups == 1:
             raise InputError(
@@ -90,7 +136,7 @@ class Labeller(ImageRun):
         slides = slides if shard is None else shard.of(slides)
         made_with = {"model": identity(self.network), **made_with}
         ways |= {"alone": shard is None, **options}
-        work = Slides(self.network, self.run.classes, output, made_with, method, **ways)
+        work = Slides(self.network, self.answers, output, made_with, method, target, **ways)
         return work, len(slides), work.run(slides)
 
     def _of_one_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
@@ -114,3 +160,15 @@ class Labeller(ImageRun):
         rows, columns = grid.image_size  # type: ignore[misc]
         # A copy: Pillow's own pixels cannot be written to, of which torch warns.
         yield PixelArray(np.array(fit(pixels, (rows, columns), self.recipe.data.resize)))
+
+
+def answers_of(run: Run, network: FITImageEncoder) -> Answers:
+    """What the outputs of a run's model mean.
+
+    Raises:
+        InputError: a run of a task that answers on no images.
+    """
+    answers = task_of(run.recipe).answers
+    if answers is None:
+        raise InputError(f"{run.path} is a run of the task {run.recipe.task}, which answers on no images")
+    return answers(network, run.recipe, run.classes)

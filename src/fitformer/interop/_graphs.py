@@ -91,15 +91,17 @@ def _image_encoder(model: FITImageEncoder) -> Graph:
         ]
     else:
         sides = grid.image_size  # type: ignore[assignment]
-    what = "logits of the classes" if model.num_classes else "pooled features, of a model without a head"
+    name = model.outputs if model.num_classes else "features"
+    what = {
+        "logits": "logits of the classes",
+        "numbers": "numbers, in the units of what was learned from",
+        "hazards": "logits of the hazards of intervals of time",
+        "features": "pooled features, of a model without a head",
+    }[name]
     return Graph(
         _AnySize(model) if grid.any_size else model,
         {"images": _floats((BATCH, *sides, grid.channels), PIXELS)},
-        {
-            "logits" if model.num_classes else "features": _floats(
-                (BATCH, model.num_classes or model.num_features), what
-            )
-        },
+        {name: _floats((BATCH, model.num_classes or model.num_features), what)},
     )
 
 

@@ -13,7 +13,8 @@ from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import FITEncoder
-from fitformer.models.layers import MOST_SIZE, linear
+from fitformer.models.heads import Meaning, make_head
+from fitformer.models.layers import MOST_SIZE
 from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
@@ -34,8 +35,9 @@ class FITImageEncoder(FITModel):
         image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
             `image_size=None` takes images of any size, with `latent_position="row_column"`.
         channels: of the images.
-        num_classes: classes of the head; 0 for none. The head is one linear map of the mean over latents if the
-            layer string ends in global layers, over data tokens if not.
+        num_classes: classes, or other outputs, of the head; 0 for none. The head is one linear map of the mean over
+            latents if the layer string ends in global layers, over data tokens if not.
+        outputs: what those of the head mean, see `heads`: logits, numbers or hazards.
         glimpses: copies of the whole image, averaged down to one group, that stand before its groups; only for images
             of any size.
         mask: as in `FITEncoder`.
@@ -60,6 +62,7 @@ class FITImageEncoder(FITModel):
         num_classes: int = 0,
         glimpses: int = 0,
         mask: str | None = None,
+        outputs: Meaning = "logits",
     ) -> None:
         super().__init__()
         grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
@@ -74,8 +77,10 @@ class FITImageEncoder(FITModel):
         self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
         whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is no head
-        self.num_classes = num_classes
-        self.head = linear(self.num_features, num_classes) if num_classes else None
+        self.num_classes, self.outputs = num_classes, outputs
+        if outputs == "hazards" and num_classes == 1:
+            raise InputError("num_classes is 1; hazards are those of at least 2 intervals of time")
+        self.head = make_head(outputs, self.num_features, num_classes) if num_classes else None
 
     @property
     def trunk(self) -> Trunk:  # type: ignore[override]
@@ -95,7 +100,7 @@ class FITImageEncoder(FITModel):
         whole("num_classes", num_classes, 0, MOST_SIZE)
         like = self.encoder.norm.weight
         self.num_classes = num_classes
-        self.head = linear(self.num_features, num_classes).to(like) if num_classes else None
+        self.head = make_head(self.outputs, self.num_features, num_classes).to(like) if num_classes else None
         self._hub_mixin_config = {**self._hub_mixin_config, "num_classes": num_classes}  # type: ignore[dict-item]
 
     @property
@@ -104,7 +109,7 @@ class FITImageEncoder(FITModel):
         return self.trunk.config.latent_dim if self.ends_in_latents else self.trunk.config.dim
 
     def forward(self, images: Images) -> Tensor:
-        """Logits `(b, num_classes)` of images, or without a head the pooled features.
+        """Outputs `(b, num_classes)` of the head, of images; without a head the pooled features.
 
         Args:
             images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor

@@ -17,7 +17,8 @@ class Batch(TypedDict, total=False):
     Attributes:
         image: uint8 `(b, H, W, ch)`, or a list of images that are read on demand.
         labels: classes of pixels, uint8 `(b, H, W)`, or a list of label images that are read on demand.
-        label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the number of the example.
+        label: int64 `(b,)`, -1 where unknown; or float32 `(b, k)`, the numbers of a table.
+        index: int64 `(b,)`, the number of the example.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
         documents: int64 `(b, t)`, the number of each group's document, see `patching.pack_documents`.
         done: the share of the training's steps that were made before this one; not there in evaluation.

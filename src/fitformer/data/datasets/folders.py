@@ -294,6 +294,30 @@ def read_manifest(
     return {part: _patients(source, [patients[row] for row in members[part]]) for part, source in sources.items()}
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table by its name, which `read_manifest` reads."""
+    return path.suffix.lower() in (".csv", ".tsv") or _is_parquet(path)
+
+
+def read_patients(path: Path, image_column: str | None, patient_column: str) -> dict[str, list[Path]]:
+    """The images of each patient of a table, in its order; other columns are not read.
+
+    Raises:
+        InputError: a missing table or column, no rows, or what `check_patients` refuses.
+    """
+    file = existing(path, "manifest", "a CSV or Parquet table")
+    table = _read_table(file)
+    image, patient = _column("image", image_column, table, file), _column("patient", patient_column, table, file)
+    if image is None or patient is None or not table[image]:
+        raise InputError(f"{file} has no rows, or no column of images such as path (it has {listed(list(table))})")
+    paths = [str(file.parent / row) for row in table[image]]
+    check_patients(table[patient], paths, [""] * len(paths), str(file), patient)
+    found: dict[str, list[Path]] = {}
+    for name, row in zip(table[patient], paths, strict=True):
+        found.setdefault(name, []).append(Path(row))
+    return found
+
+
 def _patients(source: Source, patients: Sequence[str]) -> Source:
     if not isinstance(source, LazySource):
         raise InputError(

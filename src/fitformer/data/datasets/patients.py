@@ -1,16 +1,18 @@
 """Several images of one patient as one example."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fitformer._support.listed import listed
-from fitformer.data.datasets.lazy_source import LazySource
+from fitformer.data.datasets.lazy_source import LazySource, opened
 from fitformer.data.datasets.sources import Subset
 from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.readers import LazyImage
+from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import EmptyImageError, InputError
 
 
@@ -54,17 +56,12 @@ class PatientSource:
 
     def __getitem__(self, index: int) -> tuple[tuple[LazyImage, ...], Any]:
         """The images of a patient, without those that say themselves that they are empty, and its label."""
-        images, empty = [], []
-        for k in self.members[index].tolist():
-            try:
-                images.append(self.images[k][0])
-            except UnreadableImageError as broken:
-                if not isinstance(broken.__cause__, EmptyImageError):
-                    raise
-                empty.append(broken)
-        if not images:
-            raise empty[0]
-        return tuple(images), self.labels[index]
+        members = self.members[index].tolist()
+        return _without_empty([partial(self._image, k) for k in members]), self.labels[index]
+
+    def _image(self, k: int) -> LazyImage:
+        image: LazyImage = self.images[k][0]
+        return image
 
     def name(self, index: int) -> str:
         """The patient and the files."""
@@ -85,6 +82,29 @@ def members(source: Any) -> list[int] | None:
         counts = members(source.whole)
         return None if counts is None else [counts[int(k)] for k in source.indices]
     return [len(each) for each in source.members] if isinstance(source, PatientSource) else None
+
+
+def opened_together(paths: Sequence[str], options: OpenOptions) -> tuple[LazyImage, ...]:
+    """The images of a patient by their headers, without those that say themselves that they are empty.
+
+    Raises:
+        UnreadableImageError: one is missing or broken, or all are empty.
+    """
+    return _without_empty([partial(opened, path, options) for path in paths])
+
+
+def _without_empty(opens: Sequence[Callable[[], LazyImage]]) -> tuple[LazyImage, ...]:
+    images, empty = [], []
+    for each in opens:
+        try:
+            images.append(each())
+        except UnreadableImageError as broken:
+            if not isinstance(broken.__cause__, EmptyImageError):
+                raise
+            empty.append(broken)
+    if not images:
+        raise empty[0]
+    return tuple(images)
 
 
 def check_patients(

@@ -14,14 +14,15 @@ and beside them
 and the folder `results.csv`, a line an image, see `folder_work`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitformer.data.readers import open_image
 from fitformer.data.readers.levels import ITSELF, Placement
@@ -31,13 +32,13 @@ from fitformer.inference.explain.explanation import MAPS, SIGNED, Explanation, M
 from fitformer.inference.explain.geojson import write_geojson
 from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
-from fitformer.inference.explain.leave_out import log_odds
 from fitformer.inference.explain.overlay import thumbnail_of, write_overlay
 from fitformer.inference.find import Slide
 from fitformer.inference.folder_work import RECORD, Failure, Finish, FolderWork, NonFiniteError, Tell
-from fitformer.inference.predict import Group, Prediction, as_text, decided
+from fitformer.inference.predict import Group, as_text
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage
+from fitformer.tasks.answers import Answer, Answers, Prediction
 
 # Version of the outputs: those of an earlier version are made again.
 VERSIONS = {"relevance": "log-odds, against the average patch, faded", "leave-out": "log-odds"}
@@ -49,10 +50,11 @@ class Slides(FolderWork):
 
     Attributes:
         classifier: in eval mode.
-        classes: names, as many as its classes.
+        answers: what its outputs mean.
         output: the folder to write to.
-        method: how decisions are explained; None labels only.
         made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
+        method: how decisions are explained; None labels only.
+        target: the name of what maps explain; None for the default of `answers`.
         open: an image's file as a source of pixels, which has a `path` if it is the file pixel by pixel.
         group: cuts an image into groups, without those to be skipped; by default none is.
         beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
@@ -62,14 +64,15 @@ class Slides(FolderWork):
         on_broken: is told of every image that could not be labelled, and why.
 
     Raises:
-        InputError: another number of classes.
+        InputError: answers of another number of outputs.
     """
 
     classifier: FITImageEncoder
-    classes: Sequence[str]
+    answers: Answers
     output: Path
     made_with: Mapping[str, Any]
     method: Method | None = "gradient"
+    target: str | None = None
     open: Callable[[Path], AbstractContextManager[Any]] = open_image
     group: Group | None = None
     beside: Callable[[Path], Mapping[str, Any]] | None = None
@@ -77,14 +80,12 @@ class Slides(FolderWork):
     alone: bool = True
     show: Callable[[float, int], None] = lambda done, of: None
     on_broken: Callable[[str, str], None] = lambda file, reason: None
-    predictions: dict[str, Prediction] = field(default_factory=dict, init=False)
+    found: dict[str, Answer] = field(default_factory=dict, init=False)
     broken: dict[str, Failure] = field(default_factory=dict, init=False)
     agreements: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.classifier.num_classes != len(self.classes):
-            known = self.classifier.num_classes
-            raise InputError(f"{len(self.classes)} class names given to a classifier of {known} classes")
+        self.answers.check_outputs(self.classifier.num_classes)
 
     def _look(self, slide: Slide, image: Any, tell: Tell) -> Finish:
         seen = self._seen(image, tell)
@@ -98,7 +99,7 @@ class Slides(FolderWork):
     def _seen(self, image: Any, tell: Tell) -> Explanation:
         grouped = self._grouped(image)
         if self.method is not None:
-            return explain(self.classifier, grouped, self.method, tell)
+            return explain(self.classifier, grouped, self.method, tell, self.answers.decide(self.target))
         with torch.inference_mode():
             return Explanation(self.classifier([grouped])[0].float().cpu(), {}, grouped)
 
@@ -122,7 +123,7 @@ class Slides(FolderWork):
             of: the state of the files that the outputs depend on.
             placement: where it lies in a slide, of an image of patches.
         """
-        prediction = decided(slide.path, seen.logits.softmax(-1), self.classes)
+        said = self.answers.said(seen.logits, self.target)
         maps = {name: HeatMap.of(values, seen.image) for name, values in seen.maps.items()}
         for name, heatmap in maps.items():
             assert thumbnail is not None
@@ -132,12 +133,12 @@ class Slides(FolderWork):
             write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own, placement or ITSELF)
         if maps:
             shapes = self._fresh(slide, ".geojson")
-            write_geojson(shapes, maps, prediction.label, prediction.probabilities, self.y, placement or ITSELF)
+            write_geojson(shapes, maps, said, self.y, placement or ITSELF)
         agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self._maps[-1])
         rows, columns = seen.image.shape[:2]
         record = {
-            **asdict(prediction),
-            "log_odds": float(log_odds(seen.logits.double(), int(seen.logits.argmax()))),
+            **asdict(self.answers.answer(str(slide.path), seen.logits)),
+            **self._explained(seen.logits),
             "rows": rows,
             "columns": columns,
             "groups": seen.image.num_groups - seen.image.glimpses,
@@ -146,6 +147,12 @@ class Slides(FolderWork):
             **({} if placement is None else {"placement": asdict(placement)}),
         }
         self._write_record(slide, record, of)
+
+    def _explained(self, outputs: Tensor) -> dict[str, Any]:
+        """What maps are of: of classes their log-odds, of other answers a name."""
+        if self.answers.kind is Prediction:
+            return {"log_odds": float(self.answers.decide(self.target)(outputs.double(), outputs))}
+        return {"explained": self.answers.said(outputs, self.target).name} if self.method else {}
 
     def agreement(self) -> tuple[int, dict[str, float]]:
         """How many images have a measured agreement, and the mean over them of each of its numbers that there is."""
@@ -159,7 +166,8 @@ class Slides(FolderWork):
     @property
     def _key(self) -> dict[str, Any]:
         versions = {name: VERSIONS[name] for name in self._maps if name in VERSIONS}
-        return {**self.made_with, "explain": self.method, **versions, "y": self.y}
+        target = {} if self.target is None else {"target": self.target}
+        return {**self.made_with, "explain": self.method, **target, **versions, "y": self.y}
 
     @property
     def _maps(self) -> tuple[str, ...]:
@@ -181,16 +189,17 @@ class Slides(FolderWork):
 
     def _tables(self) -> Iterator[tuple[str, str]]:
         self._read_records()
-        if self.predictions:
-            yield "results.csv", as_text(sorted(self.predictions.values(), key=lambda prediction: prediction.file))
+        if self.found:
+            ordered = sorted(self.found.values(), key=lambda answer: answer.file)
+            yield "results.csv", as_text(ordered, self.answers.columns)
 
     def _read_records(self) -> None:
         """Take what this process and others labelled from the folder."""
-        self.predictions.clear()
+        self.found.clear()
         self.agreements.clear()
         for name, record in self._recorded(RECORD):
-            keys = ("file", "label", "probability", "probabilities")
-            self.predictions[name] = Prediction(*(record[key] for key in keys))
+            kind = self.answers.kind
+            self.found[name] = kind(**{item.name: record[item.name] for item in fields(kind)})
             if record.get("agreement") is not None:
                 self.agreements[name] = record["agreement"]
 
