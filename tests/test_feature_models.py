@@ -18,7 +18,7 @@ from fitformer.data.dihedral import TransformedImage
 from fitformer.data.foreground import foreground_groups
 from fitformer.data.grouping import Grouping
 from fitformer.data.readers import LazyImage, open_image
-from fitformer.data.readers.features import PatchLevel
+from fitformer.data.readers.features import PatchLevel, Rows
 from fitformer.data.settings import ImageData
 from fitformer.data.symmetry import DIHEDRAL
 from fitformer.errors import EmptyImageError, InputError
@@ -104,6 +104,41 @@ def test_groups_without_patches_are_absent():
     assert grouped.num_groups == sum(held)
     with pytest.raises(EmptyImageError, match="none is occupied"):
         model.grouped(Sparse(pixels, np.zeros_like(there)))
+
+
+@pytest.mark.parametrize("glimpses", [0, 2])
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["a.h5", "a.zarr"])
+def test_groups_read_together_are_those_read_one_by_one(name, dtype, patch_size, glimpses, tmp_path):
+    _, features, coords = slide_of_features(11, 9, WIDTH, 0.4, dtype=dtype)
+    grid = PatchGrid(None, GROUP, patch_size, WIDTH)
+    options = {"chunks": (7, WIDTH)} if name == "a.zarr" else {}
+    with open_image(write_features(tmp_path / name, features, coords, **options)) as image:
+        for symmetry in DIHEDRAL:
+            turned = TransformedImage(image, symmetry)
+            grouped = GroupedImage(turned, grid, glimpses=glimpses)
+            rows, columns, _ = turned.shape
+            pixels = turned.window(0, 0, rows, columns)
+            apart = Sparse(pixels, np.isfinite(pixels[..., 0]))
+            apart.thumbnail, apart.nodata = turned.thumbnail, turned.nodata
+            wanted = GroupedImage(apart, grid, glimpses=glimpses)
+            for groups in (slice(None), slice(1, 4), slice(3, 99)):
+                (tokens, mask), (others, other_mask) = grouped.read(groups), wanted.read(groups)
+                whole = torch.ones(tokens.shape[:3], dtype=torch.bool)
+                mask, other_mask = (whole if each is None else each for each in (mask, other_mask))
+                assert torch.equal(mask, other_mask)
+                # Nothing attends to what lies beyond the edge.
+                assert torch.equal(tokens[mask], others[mask])
+
+
+def test_a_slide_is_read_in_the_order_of_its_file(tmp_path, monkeypatch):
+    _, features, coords = slide_of_features(40, 40, WIDTH, 0.5)
+    read, real = [], Rows.window
+    monkeypatch.setattr(Rows, "window", lambda rows, *where: (read.append(where[2]), real(rows, *where))[1])
+    with open_image(write_features(tmp_path / "a.h5", features, coords)) as image:
+        GroupedImage(image, PatchGrid(None, GROUP, 1, WIDTH)).read(slice(None))
+    assert read == [len(features)]
 
 
 def test_maps_are_of_the_patches_that_are_there():

@@ -191,6 +191,13 @@ def test_features_that_are_no_numbers_are_named_with_their_patch(tmp_path):
         image.window(0, 0, 9, 12)
 
 
+def test_large_features_are_numbers(tmp_path):
+    picture, features, coords = slide_of_features()
+    picture, features = (np.sign(each) * np.float32(3e38) for each in (picture, features))
+    with open_image(write_features(tmp_path / "a.h5", abs(features), coords)) as image:
+        np.testing.assert_array_equal(image.window(0, 0, 9, 12), abs(picture))
+
+
 def test_tensors_without_coordinates_are_refused(tmp_path):
     torch.save(torch.ones(3, 4), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"a\.pt .*not where their patches lie.*\.h5.*coords"):

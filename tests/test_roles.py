@@ -308,8 +308,8 @@ def count(name):
 
 def test_presets_have_the_sizes_they_say():
     sizes = {name: count(name) for name in PRESETS}
-    assert list(sizes) == ["tiny", "small", "base", "large"]
-    assert sizes["tiny"] < 1
+    assert list(sizes) == ["tiny", "slide", "small", "base", "large"]
+    assert sizes["tiny"] < 1 < sizes["slide"] < 2
     assert 20 <= sizes["small"] < 90 <= sizes["base"] <= 130 < sizes["large"]
 
 
@@ -329,7 +329,7 @@ def test_a_preset_can_be_overridden():
     model = FITDecoder.from_preset("tiny", num_groups=2, tokens_per_group=4, vocab_size=5, dim=64, layers="(1)1(1)")
     assert model.embedding.weight.shape == (5, 64)
     assert model.config["layers"] == "(1)1(1)"
-    with pytest.raises(InputError, match="no preset 'huge'; there are tiny, small, base, large"):
+    with pytest.raises(InputError, match="no preset 'huge'; there are tiny, slide, small, base, large"):
         preset("huge")
 
 

@@ -26,7 +26,7 @@ CONFIG = "config.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer info`."""
-    parser.add_argument("what", help="a preset (tiny, small, base, large), a run, or the folder of a saved model")
+    parser.add_argument("what", help="a preset (tiny, slide, small, base, large), a run, or a saved model's folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     of_preset = parser.add_argument_group("of a preset")
     of_preset.add_argument("--role", choices=ROLES, help="encoder by default")

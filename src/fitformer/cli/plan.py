@@ -30,7 +30,7 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     geometry.add_argument(
         "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
     )
-    geometry.add_argument("--preset", help="tiny, small, base or large (default: small)")
+    geometry.add_argument("--preset", help="tiny, slide, small, base or large (default: small)")
     geometry.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS")
     geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
     geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from fitformer.data.symmetry import DIHEDRAL, IDENTITY, Symmetry
-from fitformer.patching.any_size import PixelSource
+from fitformer.patching.any_size import PixelsAt, PixelSource
 
 SYMMETRIES: dict[str, tuple[Symmetry, ...]] = {
     "flip": (IDENTITY, Symmetry(backwards=(False, True))),
@@ -45,6 +45,12 @@ class TransformedImage:
         """Where there are pixels, of an image that has them in some places only."""
         presence = getattr(self.source, "presence", None)
         return None if presence is None else TransformedImage(presence, self.symmetry)
+
+    @property
+    def pixels_at(self) -> PixelsAt | None:
+        """Of the image, at places of the turned one."""
+        read = getattr(self.source, "pixels_at", None)
+        return None if read is None else lambda rows, columns: read(*self.symmetry.places(rows, columns, self.shape))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -38,6 +38,12 @@ class Symmetry:
         left = columns - left - width if self.backwards[1] else left
         return (left, top, width, height) if self.transposed else (top, left, height, width)
 
+    def places(self, rows: np.ndarray, columns: np.ndarray, turned: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns (k,) in the image of pixels of the turned image, of the shape `turned`."""
+        rows = turned[0] - 1 - rows if self.backwards[0] else rows
+        columns = turned[1] - 1 - columns if self.backwards[1] else columns
+        return (columns, rows) if self.transposed else (rows, columns)
+
 
 IDENTITY = Symmetry()
 DIHEDRAL = tuple(Symmetry(transposed, (down, across)) for transposed, down, across in product((False, True), repeat=3))

@@ -100,9 +100,12 @@ MOST, MOST_RATIO = 2**20, 1024
 SIZES = ("layers", "dim", "latent_dim", "heads", "latent_heads", "latents_per_group")
 """The options that a preset is about; the others are the same in all presets."""
 
-# Parameters of an encoder: tiny 0.3M, small 30M, base 101M, large 340M (`fitformer info PRESET` counts them).
+# Parameters of an encoder: tiny 0.3M, small 30M, base 101M, large 340M (`fitformer info PRESET` counts them). `slide`,
+# for slides as features of their patches, has 1.9M for 1,024 features: narrow data tokens, of which there are 100,000,
+# and few but wide latents.
 PRESETS = {
     "tiny": TrunkConfig(),
+    "slide": TrunkConfig("(1)2(1)2", 32, 192, heads=2, latent_heads=4, latents_per_group=1),
     "small": TrunkConfig("(2)4(2)4", 256, 512, heads=4, latent_heads=8, latents_per_group=16),
     "base": TrunkConfig("(2)4(2)4(2)4", 384, 768, heads=6, latent_heads=12, latents_per_group=16),
     "large": TrunkConfig("(2)6(2)6(2)6(2)6", 512, 1024, heads=8, latent_heads=16, latents_per_group=16),
@@ -111,7 +114,7 @@ PRESETS = {
 
 @checked
 def preset(name: str, *, ends_local: bool = False) -> TrunkConfig:
-    """The trunk of a named size: `tiny` (for tests), `small`, `base` or `large`.
+    """The trunk of a named size: `tiny` (for tests), `slide` (for slides as features), `small`, `base`, `large`.
 
     Args:
         name: of the size.

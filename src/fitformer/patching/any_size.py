@@ -5,7 +5,7 @@ A `PixelSource` is anything that hands out windows of pixels: a file that is ope
 raw tokens with a mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,13 +20,17 @@ from fitformer.patching.grid import PatchGrid
 from fitformer.patching.image import image_to_groups
 from fitformer.patching.sizes import format_size
 
+PixelsAt = Callable[[np.ndarray, np.ndarray], Iterable[tuple[np.ndarray, np.ndarray]]]
+
 
 @runtime_checkable
 class PixelSource(Protocol):
     """An image that gives windows: `shape` is (rows, columns, channels), `dtype` numpy's uint8, uint16 or a float.
 
     An image that has pixels only in some places, such as features of the patches of a slide, says where by an attribute
-    `presence`, booleans (rows, columns, 1) with the same `window`.
+    `presence`, booleans (rows, columns, 1) with the same `window`. It may have a function `pixels_at(rows, columns)`
+    too, which takes places (k,) that hold pixels and yields these, some at a time in the order that suits it: which of
+    the places, int64 (j,), and their pixels (j, channels). Many groups are then read at once.
     """
 
     @property
@@ -288,7 +292,26 @@ class GroupedImage:
 
     def _groups(self, groups: slice) -> np.ndarray:
         """Pixels `(s, rows, columns, channels)` of a slice of groups."""
+        pixels_at = getattr(self.source, "pixels_at", None)
+        # In larger patches, what lies beyond the edge of the image is filled.
+        if pixels_at is not None and self._held is not None and self.patch_grid.patch_size == (1, 1):
+            return self._places(groups, pixels_at)
         return np.stack([self._group(row, column) for row, column in self.coords[groups].tolist()])
+
+    def _places(self, groups: slice, pixels_at: PixelsAt) -> np.ndarray:
+        """`_groups` of an image that has pixels in some places: these are read together, all else is 0."""
+        gh, gw = self.patch_grid.group_size  # type: ignore[misc]
+        coords, held = self.coords[groups].numpy(), self._held[groups].numpy()  # type: ignore[index]
+        out = np.zeros((len(coords), gh, gw, self.shape[2]), self.dtype)
+        glimpses = coords[:, 0] < 0
+        if glimpses.any():
+            out[glimpses] = self._group(-1, 0)
+        group, token = (held & ~glimpses[:, None]).nonzero()
+        inside = np.stack([token // gw, token % gw], axis=1)
+        tokens = out.reshape(-1, self.shape[2])
+        for which, pixels in pixels_at(*(coords[group] * (gh, gw) + inside).T):
+            tokens[group[which] * (gh * gw) + token[which]] = pixels
+        return out
 
     def _group(self, row: int, column: int) -> np.ndarray:
         """Pixels of one group, filled up at the edges."""
@@ -328,6 +351,8 @@ def _shrunk(there: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
     """`GroupedImage.read` of images with the same number of groups: tokens and mask with a batch of them."""
+    if len(images) == 1:
+        return images[0].read(groups)
     tokens, masks = zip(*(image.read(groups) for image in images), strict=True)
     shape = tokens[0].shape[1:3]
     mask = None

@@ -43,6 +43,10 @@ class Cells:
         rows, columns = np.divmod(self.keys[found], self.shape[1])
         return rows - top, columns - left, self.patches[found]
 
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The numbers of the patches in cells (k,) that hold one."""
+        return self.patches[np.searchsorted(self.keys, rows * self.shape[1] + columns)]
+
 
 def cells_of(coords: np.ndarray, attributes: Mapping[str, Any], path: str) -> Cells:
     """The cells of patches whose upper left corners are `coords (N, 2)`, x and y in pixels of the slide's level 0.

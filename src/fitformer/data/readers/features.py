@@ -4,7 +4,7 @@ TRIDENT's HDF5 files have `features` (N, D) or (1, N, D) and `coords` (N, 2), th
 the slide's level 0, with attributes on `coords`; a Zarr group may have the same arrays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from fitformer.data.readers.levels import OpenImage, OpenOptions, Tiles, weigh_t
 from fitformer.errors import EmptyImageError, InputError, require
 
 FEATURES, COORDS = "features", "coords"
+# Bytes of patches that are read at once: more would leave the cache of the processor before they are laid out.
+_PIECE = 2**21
 _LAYOUT = "a feature file has `features` (N, D) and `coords` (N, 2)"
 
 
@@ -174,14 +176,33 @@ class PatchLevel:
         """Features (height, width, D) of the patches of a window; only theirs are read."""
         rows, columns, patches = self.cells.window(top, left, height, width)
         out = np.full((height, width, self.width), np.nan, self.dtype)
-        order = np.argsort(patches)
-        for run in np.split(order, np.flatnonzero(np.diff(patches[order]) != 1) + 1) if len(order) else ():
-            found = self.features.window(int(patches[run[0]]), 0, len(run), 1)[:, 0]
-            self._check(patches[run], found)
-            out[rows[run], columns[run]] = found
+        for which, found in self._read(patches):
+            out[rows[which], columns[which]] = found
         return out
 
+    def pixels_at(self, rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features of the patches in so many cells (k,), some at a time in the order of the file.
+
+        Yields:
+            which of the cells, int64 (j,), and their features (j, D).
+        """
+        return self._read(self.cells.at(rows, columns))
+
+    def _read(self, patches: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features of patches by their numbers (k,), run by run as they lie in the file: which, and theirs (j, D)."""
+        order = np.argsort(patches)
+        most = max(1, _PIECE // (self.width * self.dtype.itemsize))
+        for run in np.split(order, np.flatnonzero(np.diff(patches[order]) != 1) + 1) if len(order) else ():
+            for which in np.split(run, range(most, len(run), most)):
+                found = self.features.window(int(patches[which[0]]), 0, len(which), 1)[:, 0]
+                self._check(patches[which], found)
+                yield which, found
+
     def _check(self, patches: np.ndarray, features: np.ndarray) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            # One that is no number makes the sum none, at a fraction of the time; so may large ones.
+            if np.isfinite(features.sum()):
+                return
         whole = np.isfinite(features).all(axis=1)
         if not whole.all():
             patch = int(patches[~whole][0])

@@ -27,6 +27,7 @@ from fitformer.data.readers.slides import open_slide
 from fitformer.data.readers.tiff import is_tiff, open_tiff
 from fitformer.data.readers.zarr_arrays import open_zarr
 from fitformer.errors import InputError
+from fitformer.patching.any_size import PixelsAt
 
 Backend = Callable[[str, OpenOptions], OpenImage]
 
@@ -95,6 +96,11 @@ class LazyImage:
     def presence(self) -> Pixels | None:
         """Where there are pixels, (rows, columns, 1) booleans, of features of patches; None of other images."""
         return self._opened_here().presence
+
+    @property
+    def pixels_at(self) -> PixelsAt | None:
+        """A function that reads the pixels of many places at once, of images with a `presence`; see `PixelSource`."""
+        return None if self.presence is None else self._levels()[0].pixels_at  # type: ignore[attr-defined]
 
     @property
     def placement(self) -> Placement | None:

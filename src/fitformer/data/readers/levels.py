@@ -238,6 +238,11 @@ class ConvertedLevel:
         """Pixels (height, width, channels)."""
         return self.change(self.level.window(top, left, height, width))
 
+    def pixels_at(self, rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As those of the level itself, if it has some in some places only."""
+        for which, found in self.level.pixels_at(rows, columns):  # type: ignore[attr-defined]
+            yield which, self.change(found[:, None])[:, 0]
+
     def forget(self) -> None:
         """Drop the decoded pixels of the level itself."""
         self.level.forget()
@@ -339,7 +344,7 @@ def _as_pixels(
     if kind == "bool":
         byte = np.dtype(np.uint8)
         return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(white), byte, channels)
-    if kind in _EXACT or (kind == "float32" and nodata is not None):
+    if kind in _EXACT or (kind == "float32" and nodata is not None and not np.isnan(nodata).all()):
         return ConvertedLevel(level, partial(_as_floats, nodata=nodata), np.dtype(np.float32), channels)
     if kind in _KEPT:
         return level
