@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+TIMM := build/timm
 
-.PHONY: demo test slow lint types docs setup clean
+.PHONY: demo test slow test-timm lint types docs setup clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output demo
@@ -16,6 +17,11 @@ test: $(READY)
 slow: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,transformers]'
 	$(VENV)/bin/python -m pytest --slow -m slow --durations 25
+
+# timm imports torchvision, beside which torchmetrics, and so training, cannot be imported where torch is for the CPU.
+test-timm: $(TIMM)/.ready
+	PYTHONPATH=tests $(TIMM)/bin/python -m pytest -p torchvision_operators --slow --durations 10 tests/test_pyramid.py \
+		tests/test_timm.py 'tests/test_docs.py::test_python_blocks_run[timm.md]'
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -36,6 +42,12 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,gigapixel,features,compress,export,dev,docs]'
+	touch $@
+
+$(TIMM)/.ready: pyproject.toml constraints.txt
+	test -x $(TIMM)/bin/python || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[timm]' segmentation_models_pytorch pytest
 	touch $@
 
 clean:

@@ -15,12 +15,14 @@ overlap by half, so that nearly every byte has at least half a context before it
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from next_token import Budget, Result, Run, by_place, windows
-from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
+from budgeted_training import Budget, Result
+from next_token import TokenRun, by_place, dense_decoder, fit_of, settings_of, windows
+from race import Entry, Race, add_options, numbers, part_of
 from torch import Tensor
 
 from fitformer.data.datasets.text import ByteBuffer, python_docs, python_sources, split_pieces
@@ -39,26 +41,10 @@ def read(share: float) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(np.array(buffer.window(0, len(buffer)))) for buffer in buffers)
 
 
-def measure(run: Run, held: Tensor) -> Result:
+def measure(run: TokenRun, held: Tensor) -> Result:
     """Bits per byte of the held-out bytes, and where in its group a byte costs how much."""
     each = run.held_out(held, overlap=0.5, batch=4) / math.log(2)
     return {"value": float(each.mean()), "bytes": len(each), "by_place": by_place(each, run.tokens_per_group)}
-
-
-def numbers(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
-    """A reader of `1e-3,2e-3`."""
-    return lambda text: [kind(each) for each in text.split(",")]
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """Read `K/N`."""
-    try:
-        number, count = map(int, text.split("/"))
-        if 1 <= number <= count:
-            return number, count
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no share; write 1/3 for the first of three")
 
 
 def mean_of(found: Sequence[Result]) -> str:
@@ -102,7 +88,8 @@ def main() -> None:
         # A dense transformer knows no groups, but windows begin at their starts: two of them overlap by half.
         n = arguments.tokens_per_group if context is None else min(context // 2, arguments.tokens_per_group)
         name = f"FIT, context {length}, rate {lr:g}" if context is None else f"dense, context {length}, rate {lr:g}"
-        return Entry(name, fit if context is None else (lambda: dense_decoder(fit)), settings, n)
+        make = fit if context is None else (lambda: dense_decoder(fit))
+        return Entry(name, make, settings, partial(TokenRun, tokens_per_group=n))
 
     race = Race(
         arguments.budget,

@@ -7,11 +7,13 @@ rows. The loss is that of the 10,000 images of the test part."""
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
-from next_token import Budget, Run, rows
-from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
+from budgeted_training import Budget
+from next_token import TokenRun, dense_decoder, fit_of, rows, settings_of
+from race import Entry, Race, add_options
 from torch import Tensor
 
 from fitformer.data.datasets.arrays import read_idx
@@ -27,7 +29,7 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(parts[name].images).reshape(-1, PIXELS) for name in ("train", "test"))
 
 
-def bits(run: Run, images: Tensor) -> float:
+def bits(run: TokenRun, images: Tensor) -> float:
     """Bits per dimension of images."""
     return float(run.held_out(images).mean()) / math.log(2)
 
@@ -54,7 +56,7 @@ def main() -> None:
     def entry(name: str, seed: int) -> Entry:
         lr, make = (arguments.lr, fit) if name == "FIT" else (arguments.dense_lr, lambda: dense_decoder(fit))
         settings = settings_of(arguments, lr, PIXELS, arguments.batch, seed)
-        return Entry(name, make, settings, arguments.tokens_per_group)
+        return Entry(name, make, settings, partial(TokenRun, tokens_per_group=arguments.tokens_per_group))
 
     race = Race(
         arguments.budget,

@@ -1,95 +1,49 @@
-"""Training a network on the next token to a budget, and its held-out loss.
+"""Networks that predict the next token: their training, what it costs, and their held-out loss.
 
-`bytes_against_dense.py`, `shakespeare.py` and `fashion_pixels.py` train FIT and a dense transformer with this code and
-`race.py`: the same data, optimizer and schedule, to the same budget. Networks take tokens in groups, `(b, t, n)`, and
-give logits.
+`bytes_against_dense.py`, `shakespeare.py` and `fashion_pixels.py` train FIT and a dense transformer with this code,
+`budgeted_training.py` and `race.py`: the same data, optimizer and schedule, to the same budget. Networks take tokens in
+groups, `(b, t, n)`, and give logits.
 """
 
 import argparse
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from budgeted_training import Run, Settings, autocast
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fitformer import FITDecoder, patching
-from fitformer._support.atomic_files import write_atomically
 from fitformer.data.order import example_generator
-from fitformer.profiling.dense_decoder import DenseDecoder
-from fitformer.tasks.optimizers import parameter_groups
+from fitformer.models.config import TrunkConfig
+from fitformer.models.initialization import zero_branches
+from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
 
 # What a training step costs in forward passes.
 STEP_IN_PASSES = 3
-# In bf16, on a CPU, torch's fused attention of spans up to this is slower than its products by themselves.
-MOST_SPAN = 128
-Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a network is trained.
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(Settings):
+    """How a network of tokens is trained.
 
     Attributes:
-        lr: peak of AdamW's learning rate. betas, weight_decay, clip: as usual.
-        warmup: share of the budget with a rising learning rate; after it the rate falls on a line to `end` of the peak.
-        length: tokens of an example. batch: examples of a step.
+        length: tokens of an example.
         short: tokens of an example in the first `short_share` of the budget, of which a step takes as many more.
-        mixed: bf16 autocast. seed: of weights and of the order of examples.
-        average: decay of the weights' moving average, which is what is measured; 0 measures the weights themselves.
-        device: `cpu` or `cuda`.
     """
 
-    lr: float
     length: int
-    batch: int
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    warmup: float = 0.05
-    end: float = 0.02
-    mixed: bool = False
-    seed: int = 0
-    average: float = 0.0
-    device: str = "cpu"
     short: int = 0
     short_share: float = 0.0
 
-    def at(self, share: float) -> "Settings":
+    def at(self, share: float) -> "TokenSettings":
         """Those of a step after a share of the budget: of examples of the length that it has."""
         if share >= self.short_share or not 0 < self.short < self.length:
             return self
         return replace(self, length=self.short, batch=self.batch * self.length // self.short)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a training may spend: floating-point operations, or seconds of training on the clock."""
-
-    flops: float | None = None
-    seconds: float | None = None
-
-    @classmethod
-    def of(cls, text: str) -> "Budget":
-        """Read `600s`, `8h` or `1e14` (FLOPs)."""
-        units = {"s": 1, "m": 60, "h": 3600}
-        try:
-            if text[-1:] in units:
-                return cls(seconds=float(text[:-1]) * units[text[-1]])
-            return cls(flops=float(text))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no budget; write 600s, 8h, or 1e14 for FLOPs") from None
-
-    def share(self, run: "Run") -> float:
-        """The share that a run has spent."""
-        return run.flops / self.flops if self.flops is not None else run.seconds / (self.seconds or math.inf)
 
 
 def training_flops(network: nn.Module, length: int, batch: int, tokens_per_group: int) -> float:
@@ -123,14 +77,14 @@ def _masked_flops(network: nn.Module, length: int, batch: int, tokens_per_group:
     return layers * rows * 2 * span * (span - 1) * width
 
 
-def windows(data: Tensor, settings: Settings, step: int) -> Tensor:
+def windows(data: Tensor, settings: TokenSettings, step: int) -> Tensor:
     """Windows `(b, length)` of a sequence of tokens that begin anywhere: a pure function of (seed, step)."""
     random = example_generator(settings.seed, 0, step)
     starts = random.integers(len(data) - settings.length + 1, size=settings.batch)
     return torch.stack([data[start : start + settings.length] for start in starts.tolist()]).long()
 
 
-def rows(data: Tensor, settings: Settings, step: int) -> Tensor:
+def rows(data: Tensor, settings: TokenSettings, step: int) -> Tensor:
     """Rows `(b, length)` of a table of sequences: a pure function of (seed, step)."""
     random = example_generator(settings.seed, 0, step)
     return data[torch.from_numpy(random.integers(len(data), size=settings.batch))].long()
@@ -143,44 +97,30 @@ def nats(network: nn.Module, tokens: Tensor, tokens_per_group: int) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view(tokens.shape)
 
 
-@contextmanager
-def autocast(mixed: bool, span: int, device: str = "cpu") -> Iterator[None]:
-    """bf16 where it is asked for, with the attention that is fastest for `span` tokens."""
-    if not mixed or device != "cpu":
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
-            yield
-        return
-    backends = nn.attention.SDPBackend
-    kernels = [backends.MATH] if span <= MOST_SPAN else [backends.FLASH_ATTENTION, backends.MATH]
-    with torch.autocast("cpu", torch.bfloat16), nn.attention.sdpa_kernel(kernels):
-        yield
-
-
 @dataclass
-class Run:
-    """A training under way, which `save` and `load` keep in a file.
+class TokenRun(Run):
+    """The training of a network of tokens, given as `(b, length)`.
 
     Attributes:
-        network: what learns. settings: how. tokens_per_group: n of its groups.
-        steps, seconds, flops: done so far; the clock stands still while it is evaluated.
-        curve: points of measurements, `(flops, seconds, value)`.
+        tokens_per_group: n of its groups.
     """
 
-    network: nn.Module
-    settings: Settings
-    tokens_per_group: int
-    steps: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    curve: list[tuple[float, float, float]] = field(default_factory=list)
+    settings: TokenSettings
+    tokens_per_group: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        made = self.settings
-        self.network.to(made.device)
-        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(made.average))
-        groups = parameter_groups(self.network, made.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=made.lr, betas=made.betas, fused=True)
+        super().__post_init__()
         self.known_flops: dict[tuple[int, int], float] = {}
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean nats of the tokens."""
+        made = self.settings
+        with autocast(made.mixed, self.span(batch.shape[1]), made.device):
+            return nats(self.network, batch.to(made.device), self.tokens_per_group).mean()
+
+    def cost(self, batch: Tensor) -> float:
+        """Operations of a step."""
+        return self.step_flops(batch.shape[1], batch.shape[0])
 
     def step_flops(self, length: int, batch: int) -> float:
         """Operations of a step on examples of a length."""
@@ -191,45 +131,6 @@ class Run:
     def span(self, length: int) -> int:
         """Tokens that attend to each other, of examples of a length."""
         return length if isinstance(self.network, DenseDecoder) else self.tokens_per_group
-
-    def step(self, tokens: Tensor, share: float) -> None:
-        """One training step on tokens `(b, length)`."""
-        start, made = time.perf_counter(), self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = made.lr * rate(share, made)
-        with autocast(made.mixed, self.span(tokens.shape[1]), made.device):
-            loss = nats(self.network, tokens.to(made.device), self.tokens_per_group).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), made.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if made.average:
-            self.averaged.update_parameters(self.network)
-        if made.device == "cuda":
-            torch.cuda.synchronize()
-        self.steps, self.flops = self.steps + 1, self.flops + self.step_flops(tokens.shape[1], tokens.shape[0])
-        self.seconds += time.perf_counter() - start
-
-    def save(self, path: Path) -> None:
-        """All that the next step needs."""
-        kept = {name: getattr(self, name) for name in ("steps", "seconds", "flops", "curve")}
-        with write_atomically(path) as scratch:
-            torch.save(
-                {**kept, **{name: getattr(self, name).state_dict() for name in ("network", "averaged", "optimizer")}},
-                scratch,
-            )
-
-    def load(self, path: Path) -> None:
-        """As it was saved."""
-        kept = torch.load(path, weights_only=True)
-        for name in ("network", "averaged", "optimizer"):
-            getattr(self, name).load_state_dict(kept.pop(name))
-        for name, value in kept.items():
-            setattr(self, name, value)
-
-    def measured(self) -> Any:
-        """The network that is measured: the averaged one, if there is one."""
-        return self.averaged.module if self.settings.average else self.network
 
     @torch.no_grad()
     def held_out(self, data: Tensor, overlap: float = 0.0, batch: int = 8) -> Tensor:
@@ -267,14 +168,6 @@ class Run:
         return (starts if starts[-1] + length == size else [*starts, size - length]), length
 
 
-def rate(share: float, settings: Settings) -> float:
-    """The learning rate as a share of its peak: up on a line, then down on a line."""
-    if share < settings.warmup:
-        return max(share / settings.warmup, 1e-2)
-    done = min((share - settings.warmup) / (1 - settings.warmup), 1.0)
-    return 1 - done * (1 - settings.end)
-
-
 def by_place(each: Tensor, tokens_per_group: int) -> dict[str, float]:
     """Mean nats by the place of a token in its group, in spans that double: what a group's first tokens lack.
 
@@ -289,36 +182,35 @@ def by_place(each: Tensor, tokens_per_group: int) -> dict[str, float]:
     return spans
 
 
-def train(
-    run: Run,
-    batch: Callable[[Settings, int], Tensor],
-    budget: Budget,
-    evaluate: Callable[[Run], float],
-    *,
-    points: int = 10,
-    checkpoint: Path | None = None,
-    save_every: float = 120.0,
-) -> None:
-    """Train a run to the end of its budget, from its checkpoint where there is one.
+def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDecoder:
+    """A FIT decoder for any number of groups, with the weights that a short training starts from.
 
-    Args:
-        run: the training.
-        batch: tokens `(b, length)` of a step, given settings and its number.
-        budget: of the whole run.
-        evaluate: the held-out measurement of the curve, made at `points` equal shares of the budget.
-        points: of the curve.
-        checkpoint: file that the run is kept in. save_every: seconds of training between two savings.
+    As in the dense transformer residual branches begin at zero, but for read, without which latents would hold nothing,
+    and embeddings are large.
     """
-    if checkpoint is not None and checkpoint.is_file():
-        run.load(checkpoint)
-    saved = run.seconds
-    while (share := budget.share(run)) < 1:
-        run.step(batch(run.settings.at(share), run.steps), share)
-        after = budget.share(run)
-        if after >= 1 or int(after * points) > int(share * points):
-            run.curve.append((run.flops, run.seconds, evaluate(run)))
-            spent = f"{run.steps} steps, {run.seconds:.0f} s, {run.flops:.3g} FLOPs"
-            print(f"  {min(after, 1):4.0%}, {spent}: {run.curve[-1][2]:.4f}", flush=True)
-        if checkpoint is not None and (after >= 1 or run.seconds > saved + save_every):
-            run.save(checkpoint)
-            saved = run.seconds
+    options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
+    network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
+    zero_branches(network)
+    return network
+
+
+def dense_decoder(fit: Callable[[], FITDecoder]) -> DenseDecoder:
+    """The dense transformer of as many parameters as a FIT."""
+    with torch.device("meta"):
+        like = fit()
+    return dense_like(like)
+
+
+def fit_of(arguments: argparse.Namespace, vocab_size: int) -> Callable[[], FITDecoder]:
+    """The maker of the FIT decoder that the options describe."""
+    options = {name: getattr(arguments, name) for name in arguments.trunk}
+    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **options)
+
+
+def settings_of(
+    arguments: argparse.Namespace, lr: float, length: int, batch: int, seed: int, **own: Any
+) -> TokenSettings:
+    """Settings of one training, with what the options say of all."""
+    return TokenSettings(
+        lr, batch, length=length, mixed=not arguments.float32, seed=seed, device=arguments.device, **own
+    )

@@ -1,4 +1,4 @@
-"""A comparison of autoregressive models: who takes part, trainings to one budget, results in a folder, options."""
+"""A comparison of networks: who takes part, trainings to one budget, results in a folder, options."""
 
 import argparse
 import json
@@ -8,56 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from next_token import Budget, Result, Run, Settings, train
-from torch import Tensor, nn
+from budgeted_training import Budget, Result, Run, Settings, train
+from torch import nn
 
-from fitformer import FITDecoder
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.device import processor_name
-from fitformer.models.config import TrunkConfig
-from fitformer.profiling.dense_decoder import DenseDecoder, dense_like
+from fitformer.models.base import FITModel
 from fitformer.profiling.flops import count_parameters
 from fitformer.viz import write_curves
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One training of a comparison: a name, the network's maker, and how it is trained."""
+    """One training of a comparison: a name, the network's maker, how it is trained, and the run that does it."""
 
     name: str
     make: Callable[[], nn.Module]
     settings: Settings
-    tokens_per_group: int
+    start: Callable[[nn.Module, Any], Run]
 
     def run(self) -> Run:
         """The training, not begun."""
         torch.manual_seed(self.settings.seed)
-        return Run(self.make(), self.settings, self.tokens_per_group)
-
-
-def fit_decoder(vocab_size: int, tokens_per_group: int, **trunk: Any) -> FITDecoder:
-    """A FIT decoder for any number of groups, with the weights that a short training starts from.
-
-    As in the dense transformer residual branches begin at zero, but for read, without which latents would hold nothing,
-    and embeddings are large.
-    """
-    options = {"latent_position": "shared", "position": "none", "rotary": True, **trunk}
-    network = FITDecoder(TrunkConfig(**options), None, tokens_per_group, vocab_size)
-    nn.init.normal_(network.embedding.weight, std=0.1)
-    for block in network.trunk.blocks:
-        for layer in [*block.local_layers, *block.global_layers]:
-            nn.init.zeros_(layer.attention.output.weight)
-            nn.init.zeros_(layer.ffn.outer.weight)
-        if block.write is not None:
-            nn.init.zeros_(block.write.attention.output.weight)
-    return network
-
-
-def dense_decoder(fit: Callable[[], FITDecoder]) -> DenseDecoder:
-    """The dense transformer of as many parameters as a FIT."""
-    with torch.device("meta"):
-        like = fit()
-    return dense_like(like)
+        return self.start(self.make(), self.settings)
 
 
 @dataclass
@@ -68,7 +41,7 @@ class Race:
 
     Attributes:
         budget: of each; in seconds, it is what the first one gets, and the others get the FLOPs that it spent.
-        batch: tokens of a step, given settings and its number.
+        batch: what a step is given, from settings and its number.
         evaluate: of the curve. measure: of a finished run, plain data with `value`.
         folder: for a checkpoint and a result in JSON of each, models of the FITs that `from_pretrained` reads, and
             `curves.png`; None keeps nothing.
@@ -76,9 +49,9 @@ class Race:
     """
 
     budget: Budget
-    batch: Callable[[Settings, int], Tensor]
-    evaluate: Callable[[Run], float]
-    measure: Callable[[Run], Result]
+    batch: Callable[[Any, int], Any]
+    evaluate: Callable[[Any], float]
+    measure: Callable[[Any], Result]
     folder: Path | None = None
     points: int = 10
     results: list[Result] = field(default_factory=list)
@@ -112,7 +85,7 @@ class Race:
         self.results.append(result)
         print(f"  {result['parameters']:,} parameters, {result['value']:.4f}", flush=True)
         if file is not None:
-            if isinstance(run.network, FITDecoder):
+            if isinstance(run.network, FITModel):
                 run.measured().save_pretrained(file)
             with write_atomically(file.with_suffix(".json")) as scratch:
                 scratch.write_text(json.dumps(result, indent=2))
@@ -153,12 +126,17 @@ def add_options(parser: argparse.ArgumentParser, **trunk: Any) -> None:
     parser.set_defaults(trunk=tuple(trunk))
 
 
-def fit_of(arguments: argparse.Namespace, vocab_size: int) -> Callable[[], FITDecoder]:
-    """The maker of the FIT decoder that the options describe."""
-    options = {name: getattr(arguments, name) for name in arguments.trunk}
-    return lambda: fit_decoder(vocab_size, arguments.tokens_per_group, **options)
+def numbers(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """A reader of `1e-3,2e-3`."""
+    return lambda text: [kind(each) for each in text.split(",")]
 
 
-def settings_of(arguments: argparse.Namespace, lr: float, length: int, batch: int, seed: int, **own: Any) -> Settings:
-    """Settings of one training, with what the options say of all."""
-    return Settings(lr, length, batch, mixed=not arguments.float32, seed=seed, device=arguments.device, **own)
+def part_of(text: str) -> tuple[int, int]:
+    """Read `K/N`."""
+    try:
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no share; write 1/3 for the first of three")

@@ -7,11 +7,13 @@ part: in windows side by side, as it is usually given, and in windows that overl
 network is trained, and stands still while it is measured. The dense transformer gets the FLOPs that FIT spent."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
-from next_token import Budget, Result, Run, by_place, windows
-from race import Entry, Race, add_options, dense_decoder, fit_of, settings_of
+from budgeted_training import Budget, Result
+from next_token import TokenRun, by_place, dense_decoder, fit_of, settings_of, windows
+from race import Entry, Race, add_options
 from torch import Tensor
 
 # Characters of the validation part that a curve is measured on.
@@ -27,7 +29,7 @@ def read(path: Path) -> tuple[Tensor, Tensor, int]:
     return tokens[:cut], tokens[cut:], len(numbers)
 
 
-def measure(run: Run, held: Tensor) -> Result:
+def measure(run: TokenRun, held: Tensor) -> Result:
     """The loss on all of the validation part."""
     beside, overlapping = run.held_out(held), run.held_out(held, 0.5)
     return {
@@ -60,7 +62,7 @@ def main() -> None:
     def entry(name: str, seed: int) -> Entry:
         lr, make = (arguments.lr, fit) if name == "FIT" else (arguments.dense_lr, lambda: dense_decoder(fit))
         settings = settings_of(arguments, lr, arguments.length, arguments.batch, seed, average=arguments.average)
-        return Entry(name, make, settings, arguments.tokens_per_group)
+        return Entry(name, make, settings, partial(TokenRun, tokens_per_group=arguments.tokens_per_group))
 
     race = Race(
         arguments.budget,

@@ -5,11 +5,13 @@ import importlib
 import json
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,16 +40,19 @@ def next_token(monkeypatch):
     return importlib.import_module("next_token")
 
 
-def race():
-    return importlib.import_module("race")
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("budgeted_training")
 
 
 def entry(next_token, name="FIT", length=16, **settings):
     def fit():
-        return race().fit_decoder(VOCABULARY, N, **TRUNK)
+        return next_token.fit_decoder(VOCABULARY, N, **TRUNK)
 
-    make = fit if name == "FIT" else lambda: race().dense_decoder(fit)
-    return race().Entry(name, make, next_token.Settings(1e-2, length, 2, **settings), N)
+    make = fit if name == "FIT" else lambda: next_token.dense_decoder(fit)
+    settings = next_token.TokenSettings(1e-2, 2, length=length, **settings)
+    return importlib.import_module("race").Entry(name, make, settings, partial(next_token.TokenRun, tokens_per_group=N))
 
 
 @pytest.mark.parametrize("name", ["FIT", "dense"])
@@ -95,11 +100,11 @@ def test_places_of_a_group_are_averaged_in_spans_that_double(next_token):
 
 
 @pytest.mark.parametrize("name", ["FIT", "dense"])
-def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_token, name, tmp_path):
+def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_token, training, name, tmp_path):
     def trained(stops):
         for stop in stops:
             run = entry(next_token, name, short=8, short_share=0.45).run()
-            budget = next_token.Budget(flops=5 * run.step_flops(8, 4) + 5 * run.step_flops(16, 2))
+            budget = training.Budget(flops=5 * run.step_flops(8, 4) + 5 * run.step_flops(16, 2))
 
             def batch(settings, step):
                 return next_token.windows(DATA, settings, step)
@@ -110,7 +115,7 @@ def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_toke
                 return 0.0
 
             try:
-                next_token.train(run, batch, budget, evaluate, points=5, checkpoint=file, save_every=0)
+                training.train(run, batch, budget, evaluate, points=5, checkpoint=file, save_every=0)
             except KeyboardInterrupt:
                 continue
         return run
@@ -124,7 +129,7 @@ def test_a_training_that_resumes_equals_one_that_was_never_interrupted(next_toke
         assert torch.equal(ours, wanted)
 
 
-def test_the_first_part_of_a_training_reads_more_and_shorter_examples(next_token):
+def test_the_first_part_of_a_training_reads_more_and_shorter_examples(next_token, training):
     run, seen = entry(next_token, short=8, short_share=0.5).run(), []
 
     def batch(settings, step):
@@ -132,24 +137,24 @@ def test_the_first_part_of_a_training_reads_more_and_shorter_examples(next_token
         return next_token.windows(DATA, settings, step)
 
     half = 6 * run.step_flops(8, 4)
-    next_token.train(run, batch, next_token.Budget(flops=2 * half), lambda run: 0.0)
+    training.train(run, batch, training.Budget(flops=2 * half), lambda run: 0.0)
     assert seen[:6] == [(4, 8)] * 6
     assert set(seen[6:]) == {(2, 16)}
     assert run.flops == pytest.approx(half + (len(seen) - 6) * run.step_flops(16, 2))
 
 
-def test_the_learning_rate_rises_and_falls_on_lines(next_token):
-    settings = next_token.Settings(1.0, 8, 1, warmup=0.2, end=0.1)
-    rates = [next_token.rate(share, settings) for share in (0, 0.1, 0.2, 0.6, 1)]
+def test_the_learning_rate_rises_and_falls_on_lines(training):
+    settings = training.Settings(1.0, 8, warmup=0.2, end=0.1)
+    rates = [training.rate(share, settings) for share in (0, 0.1, 0.2, 0.6, 1)]
     assert rates == pytest.approx([0.01, 0.5, 1, 0.55, 0.1])
 
 
-def test_budgets_are_read(next_token):
-    read = next_token.Budget.of
+def test_budgets_are_read(training):
+    read = training.Budget.of
     assert [read("90s"), read("2m"), read("1e14")] == [
-        next_token.Budget(seconds=90),
-        next_token.Budget(seconds=120),
-        next_token.Budget(flops=1e14),
+        training.Budget(seconds=90),
+        training.Budget(seconds=120),
+        training.Budget(flops=1e14),
     ]
 
 
@@ -220,6 +225,42 @@ def test_fashion_pixels_are_compared(script, tmp_path, capsys):
     assert (fit["images"], dense["images"]) == (3, 3)
     assert 7 < fit["value"] < 9
     assert "bits per dimension" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("cifar10")
+
+
+def test_shifted_and_flipped_images_are_windows_of_padded_ones(cifar10, training):
+    images = torch.randint(1, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    settings = training.Settings(1.0, 8)
+    seen, labels = cifar10.batch_of((images, torch.arange(5)), settings, 3)
+    padded = torch.nn.functional.pad(images, (0, 0, 4, 4, 4, 4))
+    for image, label in zip(seen, labels.tolist(), strict=True):
+        windows = [padded[label, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+        assert any(torch.equal(image, each) or torch.equal(image, each.flip(1)) for each in windows)
+    again, _ = cifar10.batch_of((images, torch.arange(5)), settings, 3)
+    assert torch.equal(seen, again)
+
+
+def test_fit_and_vit_are_compared_at_equal_flops_on_images(script, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in map(str, range(10)):
+            (folder := tmp_path / part / name).mkdir(parents=True)
+            for k in range(10):
+                Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{part}{k}.png")
+    words = ["--data", tmp_path, "--budget", "5e8", "--seeds", 1, "--batch", 4, "--vit-dim", 16, "--vit-heads", 2]
+    script("cifar10", *words, *WORDS, "--output", tmp_path / "out")
+    fit, vit = results(tmp_path / "out")
+    assert fit["name"].startswith("FIT")
+    # As near as whole layers allow.
+    assert vit["image_flops"] == pytest.approx(fit["image_flops"], rel=0.3)
+    assert 0 <= fit["test_error"] <= 100
+    assert fit["test_images"] == 100
+    assert "percent of the test part" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from fitformer.data.settings import ByteData, ImageData
 from fitformer.errors import InputError
 from fitformer.tasks import build_model, classify
 from fitformer.tasks.classify import TASK
+from fitformer.tasks.image_outputs import outputs_of
 
 
 def pictures(root, counts, seed=0, sides=(16, 16)):
@@ -352,7 +353,7 @@ def test_class_weights_weigh_the_loss(tmp_path):
     torch.nn.init.normal_(network.head.weight)
     batch = {"image": torch.stack([dataset[k]["image"] for k in range(8)]), "label": torch.tensor([0] * 6 + [1] * 2)}
     found, _ = classify.loss(network, batch, prepared)
-    each = F.cross_entropy(classify.logits(network, batch["image"]), batch["label"], reduction="none")
+    each = F.cross_entropy(outputs_of(network, batch["image"]), batch["label"], reduction="none")
     # Every class weighs the same.
     assert found.item() == pytest.approx((each[:6].mean() + each[6:].mean()).item() / 2, rel=1e-5)
     plain, _ = classify.loss(network, batch, replace(recipe, objective=type(recipe.objective)()))

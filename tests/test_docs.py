@@ -57,7 +57,7 @@ def test_commands_parse(words):
 
 
 # What the examples of a page need; they take long, or only the slow tests install it.
-NEEDED = {"transformers.md": "transformers", "export.md": "onnxruntime"}
+NEEDED = {"transformers.md": "transformers", "export.md": "onnxruntime", "timm.md": "timm"}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from fitformer.inference.explain.explanation import MAPS
 from fitformer.inference.explain.overlay import blend, grey, thumbnail_size
 from fitformer.inference.find import Slide, find
 from fitformer.patching.any_size import GroupedImage, PixelArray
+from fitformer.tasks.answers import ClassAnswers
 from helpers import untrained_run
 
 SIZE = {"dim": 8, "latent_dim": 12, "heads": 2, "latent_heads": 2, "latents_per_group": 3}
@@ -468,7 +469,12 @@ def test_the_overlay_is_a_small_png(tmp_path):
 
 
 def written(path, attention, relevance, **more):
-    write_geojson(path, {"attention": attention, "relevance": relevance}, "cat", {"cat": 0.75, "dog": 0.25}, **more)
+    write_geojson(
+        path,
+        {"attention": attention, "relevance": relevance},
+        ClassAnswers(("cat", "dog")).said(torch.tensor([3.0, 1.0]).log()),
+        **more,
+    )
     found = json.loads(path.read_text())
     assert found["type"] == "FeatureCollection"
     by_kind = {"annotation": [], "tile": [], "detection": []}
@@ -617,7 +623,7 @@ def folder(tmp_path):
 
 
 def work(output, model=None, made_with="a", **more):
-    return Slides(model or classifier(), CLASSES, output, {"model": made_with}, **more)
+    return Slides(model or classifier(), ClassAnswers(CLASSES), output, {"model": made_with}, **more)
 
 
 def times(output):
@@ -777,8 +783,8 @@ def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0 no")
     with pytest.raises(InputError, match=r"none of the 1 images can be labelled: .*a\.tif"):
         work(tmp_path / "out").run(find([tmp_path / "a.tif"]))
-    with pytest.raises(InputError, match="2 class names given to a classifier of 3"):
-        Slides(classifier(), CLASSES[:2], tmp_path, {})
+    with pytest.raises(InputError, match="2 names given to a model of 3 outputs"):
+        Slides(classifier(), ClassAnswers(CLASSES[:2]), tmp_path, {})
 
 
 def test_an_image_of_what_is_no_number_is_broken(folder, tmp_path):
@@ -944,7 +950,7 @@ def majority():
 def test_every_blob_has_the_colour_that_it_has_for_the_decision(majority, tmp_path, red_count, blue_count):
     pixels, *where = blobs(np.random.default_rng(5), red_count, blue_count)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    Slides(majority, ("blue", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    Slides(majority, ClassAnswers(("blue", "red")), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
     record = read_record(tmp_path / "seen" / "a.png.json")
     assert record["label"] == ("red" if red_count > blue_count else "blue")
     assert record["log_odds"] > 4
@@ -971,7 +977,7 @@ def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decide
     assert odds[0] > 5
     assert odds[1] < -2
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    Slides(sure, ("plain", "red"), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
+    Slides(sure, ClassAnswers(("plain", "red")), tmp_path / "seen", {}, "leave-out").run(find([tmp_path / "a.png"]))
     with Image.open(tmp_path / "seen" / "a.png.leave-out.png") as file:
         picture = np.asarray(file).astype(int)
     assert (picture[red][:, 0] > picture[red][:, 2] + 50).all()
@@ -999,7 +1005,7 @@ def test_where_a_classifier_is_sure_a_user_reads_the_right_sign_over_what_decide
 def test_a_map_of_relevance_tells_that_it_is_wrong(sure, tmp_path):
     Image.fromarray(blobs(np.random.default_rng(0), 1, 5)[0]).save(tmp_path / "a.png")
     for method, name in (("gradient", "relevance"), ("attention", "attention")):
-        work = Slides(sure, ("plain", "red"), tmp_path / method, {}, method)
+        work = Slides(sure, ClassAnswers(("plain", "red")), tmp_path / method, {}, method)
         work.run(find([tmp_path / "a.png"]))
         found = read_record(tmp_path / method / "a.png.json")["agreement"]
         assert (found["of"], found["with"]) == (name, "leave-out")

@@ -14,6 +14,7 @@ from fitformer.data.readers import open_image
 from fitformer.data.readers.features import Rows
 from fitformer.data.readers.levels import Placement
 from fitformer.errors import EmptyImageError, InputError
+from fitformer.inference.find import find
 from helpers import TRIDENT, slide_of_features, write_features
 
 FILES = {
@@ -194,3 +195,13 @@ def test_tensors_without_coordinates_are_refused(tmp_path):
     torch.save(torch.ones(3, 4), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"a\.pt .*not where their patches lie.*\.h5.*coords"):
         open_image(tmp_path / "a.pt")
+
+
+def test_tensors_beside_the_files_of_a_folder_are_no_images(tmp_path):
+    _, features, coords = slide_of_features()
+    write_features(tmp_path / "a.h5", features, coords)
+    (tmp_path / "a.pt").write_bytes(b"\0" * 32)
+    assert [found.name for found in find([tmp_path])] == ["a.h5"]
+    (tmp_path / "a.h5").unlink()
+    with pytest.raises(InputError, match=r"holds no images, such as .*\.h5"):
+        find([tmp_path])

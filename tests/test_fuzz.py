@@ -74,6 +74,17 @@ CALLS = {
         "glimpses": 0,
         "mask": None,
     },
+    fitformer.FITImageSegmenter: {
+        "trunk": CLOSED,
+        "image_size": 8,
+        "group_size": 4,
+        "patch_size": 2,
+        "num_classes": 3,
+        "channels": 3,
+        "refinement": 4,
+        "glimpses": 0,
+        "mask": None,
+    },
     fitformer.FITDenoiser: {
         "trunk": CLOSED,
         "num_groups": 3,

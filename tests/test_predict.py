@@ -11,8 +11,10 @@ from fitformer import FITImageEncoder
 from fitformer.errors import InputError
 from fitformer.inference.predict import as_text, expand, predict
 from fitformer.inference.sample import class_numbers, file_safe, write_samples
+from fitformer.tasks.answers import ClassAnswers
 
 CLASSES = ("a,b", "bee", "cat")
+ANSWERS = ClassAnswers(CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_folders_are_searched_for_images_in_order(folder):
 
 def test_files_are_labelled_alike_at_any_batch_size(classifier, folder):
     files = expand([folder])
-    one, all_ = (list(predict(classifier, files, CLASSES, batch_size=size)) for size in (1, 64))
+    one, all_ = (list(predict(classifier, files, ANSWERS, batch_size=size)) for size in (1, 64))
     assert [each.file for each in one] == [str(file) for file in files]
     for left, right in zip(one, all_, strict=True):
         assert left.probabilities == pytest.approx(right.probabilities, abs=1e-6)
@@ -56,35 +58,35 @@ def test_an_image_of_the_right_size_is_seen_as_it_is(classifier, folder):
     pixels = torch.from_numpy(np.array(Image.open(folder / "b.png")))[None, ..., None]
     with torch.no_grad():
         wanted = classifier(pixels.float() / 127.5 - 1).softmax(-1)[0]
-    (found,) = predict(classifier, [folder / "b.png"], CLASSES)
+    (found,) = predict(classifier, [folder / "b.png"], ANSWERS)
     assert list(found.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_unreadable_files_are_named_and_left_out(classifier, folder):
     (folder / "cut.png").write_bytes((folder / "d.bmp").read_bytes()[:60])
     files, faults = [folder / "cut.png", folder / "gone.png", folder / "b.png"], []
-    found = list(predict(classifier, files, CLASSES, on_unreadable=lambda fault: faults.append(fault.name)))
+    found = list(predict(classifier, files, ANSWERS, on_unreadable=lambda fault: faults.append(fault.name)))
     assert [each.file for each in found] == [str(folder / "b.png")]
     assert faults == [str(folder / "cut.png"), str(folder / "gone.png")]
     with pytest.raises(InputError, match=r"none of the 2 files can be read: .*cut\.png.*gone\.png"):
-        list(predict(classifier, files[:2], CLASSES))
+        list(predict(classifier, files[:2], ANSWERS))
 
 
 def test_names_must_be_as_many_as_classes(classifier, folder):
-    with pytest.raises(InputError, match="2 class names given to a classifier of 3 classes"):
-        list(predict(classifier, expand([folder]), CLASSES[:2]))
+    with pytest.raises(InputError, match="2 names given to a model of 3 outputs"):
+        list(predict(classifier, expand([folder]), ClassAnswers(CLASSES[:2])))
 
 
 def test_both_formats_say_the_same(classifier, folder):
-    found = list(predict(classifier, expand([folder]), CLASSES))
-    rows = list(csv.DictReader(as_text(found, "csv").splitlines()))
-    records = json.loads(as_text(found, "json"))
+    found = list(predict(classifier, expand([folder]), ANSWERS))
+    rows = list(csv.DictReader(as_text(found, ANSWERS.columns, "csv").splitlines()))
+    records = json.loads(as_text(found, ANSWERS.columns, "json"))
     for row, record in zip(rows, records, strict=True):
         assert (row["file"], row["label"]) == (record["file"], record["label"])
         for name in CLASSES:
             assert float(row[name]) == pytest.approx(record["probabilities"][name], abs=1e-6)
     with pytest.raises(InputError, match="no format 'xml'"):
-        as_text(found, "xml")
+        as_text(found, ANSWERS.columns, "xml")
 
 
 def test_classes_are_asked_for_by_number_or_name():
@@ -130,7 +132,7 @@ def test_an_image_of_no_numbers_gets_no_label(tmp_path):
     np.save(tmp_path / "broken.npy", pixels)
     faults: list = []
     files = [tmp_path / "whole.npy", tmp_path / "broken.npy"]
-    found = list(predict(network, files, ("a", "b"), on_unreadable=faults.append))
+    found = list(predict(network, files, ClassAnswers(("a", "b")), on_unreadable=faults.append))
     assert [Path(each.file).name for each in found] == ["whole.npy"]
     assert "NaN or infinite" in str(faults[0])
 

@@ -15,6 +15,7 @@ from fitformer.models.image_denoiser import one_hot
 from fitformer.models.positions import PositionTable
 from fitformer.patching import PatchGrid
 from fitformer.tasks import build_model, bytes, classify, diffuse, optimizers, pixels, task_of
+from fitformer.tasks.image_outputs import outputs_of
 from fitformer.tasks.preview import Preview, grid, save
 
 
@@ -125,6 +126,35 @@ def test_masked_bytes_do_not_count():
     torch.testing.assert_close(before, after)
 
 
+def test_a_training_begins_with_examples_cut_short():
+    short = ["--data.length=64", "--model.tokens_per_group=16", "--data.short_length=16", "--data.short_share=0.5"]
+    recipe = recipe_of("python-bytes-demo", *short)
+    network, batch = build_model(recipe, Shapes(0)).eval(), batch_of(recipe)
+    pieces = batch["tokens"].reshape(-1, 16)
+
+    def cross_entropy(tokens):
+        return torch.nn.functional.cross_entropy(network.logits(tokens).flatten(0, 1), tokens.flatten())
+
+    with torch.no_grad():
+        for done, seen in [(0.0, pieces), (0.49, pieces), (0.5, batch["tokens"]), (0.99, batch["tokens"])]:
+            loss, _ = bytes.loss(network, {**batch, "done": done}, recipe)
+            torch.testing.assert_close(loss, cross_entropy(seen))
+        measured, _ = bytes.measure(network, batch, recipe)
+        torch.testing.assert_close(measured["loss"], cross_entropy(batch["tokens"]))
+
+
+def test_with_branches_at_zero_a_decoder_begins_as_a_table_of_pairs():
+    recipe = recipe_of("python-bytes-demo", *SHORT["python-bytes-demo"], "--model.initialization=zero_branches")
+    network, tokens = build_model(recipe, Shapes(0)).eval(), torch.randint(256, (1, 64))
+    changed = torch.where(torch.arange(64) % 7 == 3, tokens, torch.randint(256, (1, 64)))
+    with torch.no_grad():
+        before, after = network.logits(tokens), network.logits(changed)
+    # A logit is of the token before it alone.
+    kept = torch.arange(64)[torch.arange(64) % 7 == 3] + 1
+    torch.testing.assert_close(before[:, kept], after[:, kept])
+    assert before.std() > 0.1
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 @pytest.mark.parametrize("self_cond", ["none", "half", "masking"])
 def test_every_way_to_diffuse_trains_and_samples(prediction, self_cond):
@@ -221,6 +251,10 @@ def test_previews_of_a_decoder_are_images_or_text_longer_than_it_was_trained_for
         ("digits-diffuse", ["--objective.train_schedule=sigmiod@-3,3,1"], "is not a schedule"),
         ("digits-classify", ["--model.group_size=12"], "12"),
         ("python-bytes-demo", ["--model.tokens_per_group=0"], "tokens_per_group is 0"),
+        ("python-bytes-demo", ["--data.short_length=32"], "short_length is 32; it must be whole groups .* 64"),
+        ("python-bytes-demo", ["--data.short_length=100"], "short_length is 100; it must divide length, 512"),
+        ("python-bytes-demo", ["--data.short_length=64", "--data.documents=true"], "documents are packed in rows"),
+        ("python-bytes-demo", ["--data.short_length=64", "--data.short_share=1.5"], "short_share is 1.5"),
         ("digits-classify", ["--model.layers=4"], "does not parse"),
         ("digits-classify", ["--model.preset=huge"], "no preset 'huge'"),
     ],
@@ -299,6 +333,6 @@ def test_pixels_go_to_the_network_between_minus_one_and_one():
         def __call__(self, images):
             seen.append(images)
 
-    classify.logits(Network(), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
+    outputs_of(Network(), torch.tensor([[[[0], [255]]]], dtype=torch.uint8))
     assert seen[0].flatten().tolist() == [-1, 1]
     assert diffusion.signal_to_pixels(seen[0]).flatten().tolist() == [0, 255]

@@ -50,6 +50,9 @@ MORE = {
     "python-bytes-demo": [
         "--data.source=files",
         "--data.length=32",
+        # The run is killed in its last whole step of short examples.
+        "--data.short_length=8",
+        "--data.short_share=0.8",
         "--data.glob=*.txt",
         "--model.tokens_per_group=8",
         "--objective.preview_length=8",

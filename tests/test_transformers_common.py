@@ -5,46 +5,26 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
+from source_distribution import source_of_tests
+
+pytest.importorskip("transformers")
 pytest.importorskip("parameterized")
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-NAME = f"transformers-{transformers.__version__}"
-# Ignored by git, and kept between runs.
-FOLDER = ROOT / "build" / f"{NAME}-tests"
 INI = "[pytest]\naddopts = --import-mode=importlib\nfilterwarnings = ignore::pytest.PytestUnknownMarkWarning\n"
-
-
-def pip_download(folder):
-    """The source distribution of the transformers that is installed."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    pip += ["--no-binary", "transformers", f"transformers=={transformers.__version__}", "--dest", str(folder)]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the source distribution of {NAME} cannot be had: {done.stderr.strip().splitlines()[-1]}")
-    return folder / f"{NAME}.tar.gz"
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A folder whose `tests` is that of the source distribution."""
-    if not FOLDER.exists():
-        scratch = tmp_path_factory.mktemp("sdist")
-        with tarfile.open(pip_download(scratch)) as archive:
-            inside = [each for each in archive.getmembers() if each.name.startswith(f"{NAME}/tests/")]
-            archive.extractall(scratch, inside, filter="data")
-        (scratch / NAME / "tests" / "__init__.py").touch()
-        FOLDER.parent.mkdir(exist_ok=True)
-        shutil.move(scratch / NAME, FOLDER)
-    return FOLDER
+    return source_of_tests("transformers", tmp_path_factory.mktemp("sdist"))
 
 
 def explained():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fitformer.models.encoder import FITEncoder
     from fitformer.models.image_denoiser import FITImageDenoiser
     from fitformer.models.image_encoder import FITImageEncoder
+    from fitformer.models.image_segmenter import FITImageSegmenter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FITEncoder",
     "FITImageDenoiser",
     "FITImageEncoder",
+    "FITImageSegmenter",
     "Predictor",
     "from_pretrained",
     "generate",
@@ -33,6 +35,7 @@ _HOMES = {
     "FITEncoder": "fitformer.models.encoder",
     "FITImageDenoiser": "fitformer.models.image_denoiser",
     "FITImageEncoder": "fitformer.models.image_encoder",
+    "FITImageSegmenter": "fitformer.models.image_segmenter",
     "Predictor": "fitformer.inference.predictor",
     "from_pretrained": "fitformer.models.auto",
     "generate": "fitformer.models.auto",

@@ -20,7 +20,7 @@ from fitformer.errors import InputError, MissingDependencyError
 VERBS = {
     "train": "train a model from a recipe, or continue its run",
     "evaluate": "measure a run on held-out data",
-    "predict": "label image files with a classifier's run",
+    "predict": "label image files with a classifier's run, or their pixels with a segmenter's",
     "features": "write features of the patches of slides, by a frozen encoder",
     "sample": "draw images from a diffusion run",
     "generate": "continue text, or draw images pixel by pixel, from an autoregressive run",

@@ -1,4 +1,4 @@
-"""Evaluate a run on held-out data: accuracy and confusion, denoising error, or bits per pixel or byte and baselines.
+"""Evaluate a run on held-out data: accuracy and confusion, errors of numbers, concordance, or bits and baselines.
 
 With --file, the bits that an autoregressive run's model needs for files of your own, beside gzip, xz and zstd.
 
@@ -10,6 +10,7 @@ fitformer evaluate runs/digits-diffuse --classifier runs/digits-classify --count
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from fitformer.cli.options import (
@@ -79,10 +80,18 @@ def run(arguments: argparse.Namespace) -> int:
         count = arguments.count or 500
         metrics += recognition(run, classifier, count, seed=arguments.seed, **sampling, **hardware)
     if arguments.json:
-        print(json.dumps({"run": str(run.path), "split": arguments.split, **dict(metrics)}, ensure_ascii=False))
+        found = {"run": str(run.path), "split": arguments.split, **dict(metrics)}
+        print(json.dumps(_defined(found), ensure_ascii=False, allow_nan=False))
     else:
         _print(metrics, run.classes, f"{run.path}, {arguments.split}")
     return 0
+
+
+def _defined(value: Any) -> Any:
+    """What JSON can hold: null for a metric that is not defined."""
+    if isinstance(value, dict):
+        return {name: _defined(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _files(run: "Run", device: "torch.device", arguments: argparse.Namespace) -> int:
@@ -134,25 +143,34 @@ def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: st
 
 
 def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
-    """Tables of the metrics: one of single values, one for each metric by class, one of the confusion."""
+    """Tables of the metrics: one of single values, one of those by class, one of the confusion."""
     from rich.table import Table
 
     style = _style()
     single = Table("measure", title=title, min_width=30, **style)
     single.add_column("value", justify="right")
-    others = []
+    by_class = {name.removesuffix("_by_class"): value for name, value in metrics if isinstance(value, dict)}
+    others = [_by_class(by_class, style)] if by_class else []
     for name, value in metrics:
         if isinstance(value, dict):
-            by_class = Table("class", title=name.replace("_", " "), min_width=30, **style)
-            by_class.add_column("value", justify="right")
-            for key, share in value.items():
-                by_class.add_row(key, f"{share:.4f}")
-            others.append(by_class)
-        elif isinstance(value, list):
+            continue
+        if isinstance(value, list):
             others += [_confusion(value, classes, style)] if len(classes) <= 20 else []
         else:
             single.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     return [single, *others]
+
+
+def _by_class(metrics: Mapping[str, Mapping[str, float]], style: dict[str, Any]) -> "Table":
+    """A row for each class, a column for each metric, empty where a class has no value."""
+    from rich.table import Table
+
+    table = Table("class", title="by class", min_width=30, **style)
+    for name in metrics:
+        table.add_column(name.replace("_", " "), justify="right")
+    for key in dict.fromkeys(key for shares in metrics.values() for key in shares):
+        table.add_row(key, *(f"{shares[key]:.4f}" if key in shares else "" for shares in metrics.values()))
+    return table
 
 
 def _confusion(counts: list[list[int]], classes: Sequence[str], style: dict[str, Any]) -> "Table":

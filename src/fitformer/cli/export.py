@@ -54,8 +54,15 @@ def load(folder: Path, checkpoint: str = "last") -> "tuple[FITModel, dict[str, A
 
 def _about(run: "Run", model: Any) -> dict[str, Any]:
     data = {name: value for name, value in asdict(run.recipe.data).items() if name in PREPARED}
-    classes = {"classes": list(run.classes)} if getattr(model, "num_classes", 0) else {}
-    return {"task": run.recipe.task, **classes, "data": data, "objective": asdict(run.recipe.objective)}
+    names: dict[str, Any] = {}
+    if getattr(model, "num_classes", 0) and run.classes:
+        names["classes"] = list(run.classes)
+    if columns := getattr(run.recipe.data, "number_columns", None):
+        names["targets"] = list(columns.names)
+    # Where the intervals end of whose hazards the outputs are.
+    if (cuts := getattr(getattr(model, "head", None), "cuts", None)) is not None:
+        names["cuts"] = cuts.tolist()
+    return {"task": run.recipe.task, **names, "data": data, "objective": asdict(run.recipe.objective)}
 
 
 def _ports(ports: Mapping[str, Mapping[str, Any]]) -> str:

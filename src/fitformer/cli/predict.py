@@ -1,4 +1,5 @@
-"""Label images with a classifier's run: the likeliest class, and the probability of each.
+"""Answer on images with a run: the likeliest class and the probability of each, the numbers that it learned, or the
+class of every pixel.
 
 fitformer predict runs/digits-classify photos/ one.png --format json --output labels.json
 
@@ -12,11 +13,15 @@ fitformer predict RUN slides/ --output seen/ --explain leave-out
 Several processes or machines share the work, each with its part.
 
 fitformer predict RUN slides/ --output seen/ --explain none --shard 2/8
+
+A run of a segment recipe writes the class of every pixel into a folder: TIFF, GeoJSON, and a picture.
+
+fitformer predict SEGMENTER slides/ --output seen/
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +30,18 @@ from fitformer.cli.options import add_checkpoint, add_device, device_of, open_ru
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
-    from fitformer.inference.explain.batch import Failure
     from fitformer.inference.explain.explanation import Method
+    from fitformer.inference.folder_work import Failure, FolderWork
+    from fitformer.inference.image_run import ImageRun
     from fitformer.inference.labelling import Labeller
+    from fitformer.inference.segmentation.segmenting import Segmenter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fitformer predict`."""
-    parser.add_argument("run", help="run directory of a classify recipe")
-    parser.add_argument("files", nargs="+", help="image files, and folders of them")
+    parser.add_argument("run", help="run directory of a classify, regress, multilabel, survival or segment recipe")
+    tables = "or a table (CSV, Parquet) of images and their patients, for a run with data.patient"
+    parser.add_argument("files", nargs="+", help=f"image files, and folders of them; {tables}")
     parser.add_argument("--format", choices=("csv", "json"), help="default: by the ending of --output, else csv")
     parser.add_argument(
         "--output", type=Path, help=".csv or .json to write labels to (default: standard output), or a folder for maps"
@@ -42,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--explain", choices=("leave-out", "gradient", "attention", "none"),
         help="what the maps in the folder of --output show (default: gradient); none writes labels alone into it",
     )  # fmt: skip
+    parser.add_argument(
+        "--target", metavar="NAME", help="the class, number or label that the maps explain (default: the answer itself)"
+    )
     parser.add_argument(
         "--shard", type=shard, metavar="I/N",
         help="label part I of N of the images into the folder of --output, beside other processes or machines that do "
@@ -54,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=64, help="of images of one size")
     add_checkpoint(parser)
     add_device(parser)
+    pixels = parser.add_argument_group("of a run of a segment recipe")
+    pixels.add_argument("--probabilities", action="store_true", help="also write those of all classes, as TIFF")
+    pixels.add_argument("--no-polygons", action="store_true", help="write no GeoJSON, which needs rasterio")
     large = parser.add_argument_group("of a run that takes images of any size")
     large.add_argument(
         "--keep", choices=("memory", "host", "disk"),
@@ -64,24 +78,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Label and print, or write maps into a folder."""
-    from fitformer.execution.token_store import ScratchError
     from fitformer.inference.labelling import Labeller
+    from fitformer.inference.segmentation.segmenting import Segmenter
+    from fitformer.tasks import task_of
 
     run = open_run(arguments.run, "predict")
-    labeller = Labeller(run, run.model(arguments.checkpoint).to(device_of(arguments)))
-    if labeller.takes_any_size:
-        labeller.stream(arguments.keep, arguments.scratch)
+    network = run.model(arguments.checkpoint).to(device_of(arguments))
+    if task_of(run.recipe).answers is None:
+        if arguments.target is not None:
+            raise InputError(f"--target is for maps of an image's answer; {arguments.run} labels pixels")
+        segmenter = Segmenter(run, network)
+        return _streamed(arguments, segmenter, lambda: _segment(arguments, segmenter))
+    for name in ("probabilities", "no_polygons"):
+        if getattr(arguments, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for a run that labels pixels; {arguments.run} labels images"
+            )
+    labeller = Labeller(run, network)
+    if labeller.recipe.data.patient is not None:
+        _check_patients(arguments)
+    labels_only = _labels_only(arguments, labeller)
+    _check_maps(arguments, labels_only)
+    return _streamed(arguments, labeller, lambda: (_label if labels_only else _explain)(arguments, labeller))
+
+
+def _check_maps(arguments: argparse.Namespace, labels_only: bool) -> None:
+    """Refuse options of maps where there are none."""
+    given = {
+        f"--explain {arguments.explain}": arguments.explain,
+        "--shard": arguments.shard,
+        "--target": arguments.target,
+        "--y up": arguments.y != "down",
+    }
+    if labels_only and (asked := [option for option, value in given.items() if value]):
+        where = "there is no --output" if arguments.output is None else f"--output is {arguments.output}"
+        raise InputError(f"{asked[0]} is for a folder, and {where}; give --output FOLDER")
+    if arguments.target is not None and arguments.explain == "none":
+        raise InputError(f"--target {arguments.target} is for maps, and --explain is none; leave one of them out")
+
+
+def _streamed(arguments: argparse.Namespace, used: "ImageRun", work: Callable[[], int]) -> int:
+    """Do some work with a run that reads images piece by piece, if it takes those of any size."""
+    from fitformer.execution.token_store import ScratchError
+
+    if used.takes_any_size:
+        used.stream(arguments.keep, arguments.scratch)
     elif arguments.keep or arguments.scratch:
         raise InputError(
             f"--keep and --scratch are for a run that takes images of any size; {arguments.run} takes one size"
         )
-    labels_only = _labels_only(arguments, labeller)
-    if labels_only and (arguments.explain or arguments.shard or arguments.y != "down"):
-        option = f"--explain {arguments.explain}" if arguments.explain else "--shard" if arguments.shard else "--y up"
-        given = "there is no --output" if arguments.output is None else f"--output is {arguments.output}"
-        raise InputError(f"{option} is for a folder, and {given}; give --output FOLDER")
     try:
-        return (_label if labels_only else _explain)(arguments, labeller)
+        return work()
     except ScratchError as error:
         raise InputError(f"{error}; here: --scratch FOLDER, or --keep memory") from error
 
@@ -95,14 +142,54 @@ def _labels_only(arguments: argparse.Namespace, labeller: "Labeller") -> bool:
     return named and not labeller.takes_any_size and arguments.explain is None
 
 
+def _check_patients(arguments: argparse.Namespace) -> None:
+    """Refuse maps of patients, and say that single images are taken for patients of one image.
+
+    Raises:
+        InputError: a folder for maps beside a table.
+    """
+    table = _table(arguments)
+    if table is None:
+        print(
+            "fitformer: this run learned patients of several images, and each image here is taken for a patient of its "
+            "own; a table of images and patients in place of images joins them",
+            file=sys.stderr,
+        )
+    elif arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
+        raise InputError(
+            f"--output is {arguments.output}: maps are of single images, and {table} joins those of patients; give "
+            "--output a name that ends in .csv or .json, or the images themselves for maps"
+        )
+
+
+def _table(arguments: argparse.Namespace) -> Path | None:
+    """The table among the files, if they are one.
+
+    Raises:
+        InputError: a table beside other files.
+    """
+    from fitformer.data.datasets.folders import is_table
+
+    files = [Path(file) for file in arguments.files]
+    tables = [file for file in files if is_table(file)]
+    if tables and len(files) > 1:
+        raise InputError(f"{tables[0]} is a table, and there are {len(files)} files; give it alone")
+    return tables[0] if tables else None
+
+
 def _label(arguments: argparse.Namespace, labeller: "Labeller") -> int:
     from fitformer.inference.predict import as_text
 
-    found = labeller.label(
-        arguments.files, arguments.batch_size, lambda fault: print(f"fitformer: skipped {fault}", file=sys.stderr)
-    )
+    def skipped(fault: Exception) -> None:
+        print(f"fitformer: skipped {fault}", file=sys.stderr)
+
+    table = _table(arguments)
+    if table is None:
+        found = labeller.label(arguments.files, arguments.batch_size, skipped)
+    else:
+        found = labeller.label_patients(table, skipped)
     by_ending = "json" if arguments.output is not None and arguments.output.suffix == ".json" else "csv"
-    text = as_text(found, arguments.format or by_ending)
+    text = as_text(found, labeller.answers.columns, arguments.format or by_ending)
     if arguments.output is None:
         print(text, end="")
         return 0
@@ -128,17 +215,52 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
             arguments.output,
             method,
             None if arguments.shard is None else Shard(*arguments.shard),
+            target=arguments.target,
             y=arguments.y,
             show=lambda done, total: show(round(1000 * done), 1000 * total),
-            on_broken=lambda file, reason: print(f"fitformer: skipped {file} ({reason})", file=sys.stderr),
+            on_broken=_skipped,
         )
-    kept = count - made - len(work.broken)
-    there = f", {kept} were there already" if kept else ""
-    part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
-    print(f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}")
+    print(_summary(arguments, work, count, made))
     if method is not None and (said := _agreement(*work.agreement(), method)):
         print(said, file=sys.stderr)
     return 0
+
+
+def _segment(arguments: argparse.Namespace, segmenter: "Segmenter") -> int:
+    from fitformer.inference.find import Shard
+
+    for name in ("format", "explain"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} is for a run that labels images; {arguments.run} labels pixels")
+    output = arguments.output
+    if output is None or output.is_file() or output.suffix.lower() in (".csv", ".json"):
+        raise InputError(f"label maps need a folder, and --output is {output or 'not given'}; give --output FOLDER")
+    with progress("segment") as show:
+        work, count, made = segmenter.segment(
+            arguments.files,
+            output,
+            None if arguments.shard is None else Shard(*arguments.shard),
+            probabilities=arguments.probabilities,
+            polygons=not arguments.no_polygons,
+            scratch=arguments.scratch,
+            y=arguments.y,
+            show=lambda done, total: show(round(1000 * done), 1000 * total),
+            on_broken=_skipped,
+        )
+    print(_summary(arguments, work, count, made))
+    return 0
+
+
+def _skipped(file: str, reason: str) -> None:
+    print(f"fitformer: skipped {file} ({reason})", file=sys.stderr)
+
+
+def _summary(arguments: argparse.Namespace, work: "FolderWork", count: int, made: int) -> str:
+    """How many images were done, were there, and failed."""
+    kept = count - made - len(work.broken)
+    there = f", {kept} were there already" if kept else ""
+    part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
+    return f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}"
 
 
 def _agreement(images: int, means: Mapping[str, float], method: str) -> str:

@@ -7,7 +7,15 @@ import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fitformer.data.settings import AudioData, ByteData, ImageData
+from fitformer.data.settings import (
+    AudioData,
+    ByteData,
+    ImageData,
+    MultilabelData,
+    RegressData,
+    SegmentData,
+    SurvivalData,
+)
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig
 
@@ -36,6 +44,13 @@ def _check_dropout(model: Any) -> None:
     _share(**{name: rate for name, rate in rates.items() if rate is not None})
 
 
+def _check_class_weights(weights: Any) -> None:
+    if isinstance(weights, tuple):
+        _at_least(0, **{f"class_weights[{k}]": weight for k, weight in enumerate(weights)})
+        if not any(weights):
+            raise InputError(f"class_weights are {weights}: one at least must be above 0")
+
+
 if TYPE_CHECKING:
 
     @dataclass(frozen=True)
@@ -56,6 +71,9 @@ else:
     )
 
 
+Initialization = Literal["reference", "zero_branches"]
+
+
 @dataclass(frozen=True)
 class EncoderModel(Model):
     """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns).
@@ -70,6 +88,13 @@ class EncoderModel(Model):
 
 
 @dataclass(frozen=True)
+class SegmenterModel(EncoderModel):
+    """A segmenter of images; `refinement` are the numbers of a pixel that two convolutions work on, 0 for none."""
+
+    refinement: int = 16
+
+
+@dataclass(frozen=True)
 class DenoiserModel(Model):
     """A denoiser of images: `group_size` and `patch_size` in pixels; the rest as `FITDenoiser` has it."""
 
@@ -80,20 +105,29 @@ class DenoiserModel(Model):
 
 @dataclass(frozen=True)
 class PixelDecoderModel(Model):
-    """A decoder of pixels: a group is one patch of `patch_size` pixels, its tokens the patch's pixel values."""
+    """A decoder of pixels: a group is one patch of `patch_size` pixels, its tokens the patch's pixel values.
+
+    `initialization` as `ByteDecoderModel` has it.
+    """
 
     patch_size: int | tuple[int, int] = 4
     shared_embedding: bool = True
     output_bias: bool = True
+    initialization: Initialization = "reference"
 
 
 @dataclass(frozen=True)
 class ByteDecoderModel(Model):
-    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups."""
+    """A decoder of bytes, or of mu-law codes, in groups of `tokens_per_group`: `length` is padded to whole groups.
+
+    `initialization` says which weights training starts from: the reference's, or `zero_branches`, with which short
+    trainings get further (`fitformer.models.initialization`).
+    """
 
     tokens_per_group: int = 64
     shared_embedding: bool = True
     output_bias: bool = True
+    initialization: Initialization = "reference"
 
 
 @dataclass(frozen=True)
@@ -109,10 +143,70 @@ class ClassifyObjective:
 
     def __post_init__(self) -> None:
         _rate(label_smoothing=self.label_smoothing)
-        if isinstance(self.class_weights, tuple):
-            _at_least(0, **{f"class_weights[{k}]": weight for k, weight in enumerate(self.class_weights)})
-            if not any(self.class_weights):
-                raise InputError(f"class_weights are {self.class_weights}: one at least must be above 0")
+        _check_class_weights(self.class_weights)
+
+
+@dataclass(frozen=True)
+class SegmentObjective:
+    """Cross-entropy of the class of a pixel, and Dice loss, each an image's own, averaged over images.
+
+    Attributes:
+        cross_entropy, dice: by how much each counts.
+        class_weights: of the pixels of a class in the cross-entropy: `balanced`, inverse to how many there are, or a
+            number for each class in their order; their mean over the labelled training pixels is made 1.
+    """
+
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+
+    def __post_init__(self) -> None:
+        _at_least(0, cross_entropy=self.cross_entropy, dice=self.dice)
+        if not self.cross_entropy + self.dice:
+            raise InputError("cross_entropy and dice are both 0: there is nothing to learn from")
+        _check_class_weights(self.class_weights)
+
+
+@dataclass(frozen=True)
+class RegressObjective:
+    """The error of numbers, each in standard deviations of the training part: squared (`mse`) or absolute (`l1`)."""
+
+    loss: Literal["mse", "l1"] = "mse"
+
+
+@dataclass(frozen=True)
+class MultilabelObjective:
+    """Binary cross-entropy of each label, a mean over labels.
+
+    `positive_weights` weigh the examples that have a label in its training loss: `balanced`, the number of those that
+    have it not over the number of those that have it, or a number for each label in their order.
+    """
+
+    positive_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positive_weights, tuple):
+            named = {f"positive_weights[{k}]": weight for k, weight in enumerate(self.positive_weights)}
+            _at_least(0, **named)
+
+
+@dataclass(frozen=True)
+class SurvivalObjective:
+    """The likelihood of when an event happens, of observations that may end before it.
+
+    Attributes:
+        loss: `hazard`, of the interval of time in which it happens (discrete-time survival), which is a mean over
+            examples; or `cox`, the partial likelihood of Cox, which compares the examples of a batch with each other:
+            `trainer.batch_size` is then how many.
+        intervals: of `hazard`, that time is cut into, with as many events of the training part in each.
+    """
+
+    loss: Literal["hazard", "cox"] = "hazard"
+    intervals: int = 4
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.intervals <= 1000:
+            raise InputError(f"intervals is {self.intervals}; time is cut into 2 to 1000 intervals")
 
 
 @dataclass(frozen=True)
@@ -311,6 +405,46 @@ class ClassifyRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class SegmentRecipe(Recipe):
+    """Predict the class of every pixel of an image."""
+
+    task: Literal["segment"] = "segment"
+    model: SegmenterModel = field(default_factory=SegmenterModel)
+    data: SegmentData = field(default_factory=SegmentData)
+    objective: SegmentObjective = field(default_factory=SegmentObjective)
+
+
+@dataclass(frozen=True)
+class RegressRecipe(Recipe):
+    """Predict numbers of an image."""
+
+    task: Literal["regress"] = "regress"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: RegressData = field(default_factory=RegressData)
+    objective: RegressObjective = field(default_factory=RegressObjective)
+
+
+@dataclass(frozen=True)
+class MultilabelRecipe(Recipe):
+    """Predict which of several labels an image has, each by itself."""
+
+    task: Literal["multilabel"] = "multilabel"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: MultilabelData = field(default_factory=MultilabelData)
+    objective: MultilabelObjective = field(default_factory=MultilabelObjective)
+
+
+@dataclass(frozen=True)
+class SurvivalRecipe(Recipe):
+    """Predict when an event happens."""
+
+    task: Literal["survival"] = "survival"
+    model: EncoderModel = field(default_factory=EncoderModel)
+    data: SurvivalData = field(default_factory=SurvivalData)
+    objective: SurvivalObjective = field(default_factory=SurvivalObjective)
+
+
+@dataclass(frozen=True)
 class DiffuseRecipe(Recipe):
     """Denoise images, to sample them."""
 
@@ -351,6 +485,10 @@ class AudioRecipe(Recipe):
 
 
 PACKAGED_RECIPES: dict[str, type[Recipe]] = {
-    kind.task: kind for kind in (ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe)
+    kind.task: kind
+    for kind in (
+        *(ClassifyRecipe, RegressRecipe, MultilabelRecipe, SurvivalRecipe, SegmentRecipe),
+        *(DiffuseRecipe, PixelRecipe, ByteRecipe, AudioRecipe),
+    )
 }
 """Recipe classes by task of the tasks whose modules import torch; other tasks declare theirs in their own module."""

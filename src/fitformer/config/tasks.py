@@ -9,7 +9,7 @@ from fitformer.config.schema import PACKAGED_RECIPES, Recipe
 from fitformer.errors import InputError
 
 # Modules of fitformer.tasks that are no tasks; so are those whose name begins with an underscore.
-_HELPERS = frozenset({"batch", "optimizers", "preview", "registry"})
+_HELPERS = frozenset({"answers", "batch", "concordance", "image_outputs", "optimizers", "preview", "registry"})
 
 
 def task_names() -> tuple[str, ...]:

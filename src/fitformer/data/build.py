@@ -13,12 +13,14 @@ from fitformer.data.copies import contents
 from fitformer.data.datasets.arrays import read_arrays, read_digits, read_idx
 from fitformer.data.datasets.audio import AudioDataset, sound_pieces
 from fitformer.data.datasets.documents import DocumentsDataset, document_ends, end_at_separator
-from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_manifest
+from fitformer.data.datasets.folders import DECODED, LAZY, Columns, read_folder, read_label_files, read_manifest
 from fitformer.data.datasets.hub import read_huggingface
 from fitformer.data.datasets.images import ImageDataset
 from fitformer.data.datasets.lazy_source import LazySource
 from fitformer.data.datasets.megapixel import read_megapixel_mnist
+from fitformer.data.datasets.patients import PatientSource
 from fitformer.data.datasets.sources import Source, subset
+from fitformer.data.datasets.targets import strata
 from fitformer.data.datasets.text import (
     ByteBuffer,
     BytesDataset,
@@ -28,9 +30,10 @@ from fitformer.data.datasets.text import (
     python_sources,
     split_pieces,
 )
+from fitformer.data.labels import Labels, check_classes
 from fitformer.data.order import hold_out
 from fitformer.data.readers.levels import OpenOptions
-from fitformer.data.settings import READ_BY, AudioData, ByteData, ImageData
+from fitformer.data.settings import READ_BY, AudioData, ByteData, ImageData, SegmentData
 from fitformer.errors import InputError
 
 Split = Literal["train", "val", "test"]
@@ -90,7 +93,9 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
     if channels not in (None, 1, 3, 4) and not lazy:
         raise InputError(f"channels is {channels}: images have 1 (grey), 3 (colour) or 4 (colour and alpha)")
     reading = (LAZY if lazy else DECODED).in_range(settings.pixel_range)
-    columns = Columns(settings.image_column, settings.label_column, settings.split_column)
+    _check_table(settings)
+    columns, labelled = _columns(settings), not isinstance(settings, SegmentData)
+    classes = classes if labelled else ()
     match settings.source:
         case "digits":
             return read_digits(channels)
@@ -100,10 +105,10 @@ def read_parts(settings: ImageData) -> dict[str, Source]:
             return read_arrays(path, classes, channels)
         case "folder":
             asked = (settings.train_part, settings.val_part, settings.test_part)
-            return read_folder(path, classes, channels, [part for part in asked if part], reading)
+            return read_folder(path, classes, channels, [part for part in asked if part], reading, labelled)
         case "manifest":
             most = settings.max_unreadable
-            return read_manifest(path, columns, classes, channels, most, reading)
+            return read_manifest(path, columns, classes, channels, most, reading, labelled)
         case "huggingface":
             return read_huggingface(path, settings.subset, columns, classes, channels, settings.pixel_range)
         case "megapixel-mnist":
@@ -175,10 +180,14 @@ def choose_part(parts: dict[str, Source], settings: ImageData, split: Split) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """A source and the number of each example's content, see `copies.contents`."""
+    """A source, the number of each example's content, and what a split takes its share of each of.
+
+    See `copies.contents` and `targets.strata`.
+    """
 
     source: Source
     contents: np.ndarray
+    strata: np.ndarray
 
     def without(self, *others: "_Examples | None") -> "_Examples":
         """Without the examples whose contents are others' too.
@@ -194,7 +203,7 @@ class _Examples:
     def split(self, share: float, seed: int) -> "tuple[_Examples, _Examples]":
         """The examples that are kept, and the share that is held out; warns of classes of which none is."""
         source, labels = self.source, self.source.labels
-        kept, held = hold_out(len(source), share, seed, labels, self.contents)
+        kept, held = hold_out(len(source), share, seed, self.strata, self.contents)
         if source.classes and (alone := sorted(set(labels.tolist()) - set(labels[held].tolist()))):
             names = [f"{source.classes[label]} ({int((labels == label).sum())})" for label in alone]
             warnings.warn(
@@ -205,7 +214,7 @@ class _Examples:
         return self._at(kept), self._at(held)
 
     def _at(self, indices: np.ndarray) -> "_Examples":
-        return _Examples(subset(self.source, indices), self.contents[indices])
+        return _Examples(subset(self.source, indices), self.contents[indices], self.strata[indices])
 
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -218,7 +227,10 @@ def _own_parts(parts: dict[str, Source], settings: ImageData) -> tuple[_Examples
     val = _alike(train, _named_part(parts, settings.val_part, _VAL_PARTS))
     test = _alike(train, _named_part(parts, settings.test_part, _TEST_PARTS))
     numbers = iter(contents([part for part in (train, val, test) if part is not None]))
-    first, *others = (None if part is None else _Examples(part, next(numbers)) for part in (train, val, test))
+    first, *others = (
+        None if part is None else _Examples(part, next(numbers), strata(part.labels, settings.number_columns))
+        for part in (train, val, test)
+    )
     assert first is not None
     return first, others[0], others[1]
 
@@ -226,6 +238,8 @@ def _own_parts(parts: dict[str, Source], settings: ImageData) -> tuple[_Examples
 def _alike(train: Source, part: Source | None) -> Source | None:
     """A part whose images must have the channels, and the kind of pixels, of those to train on."""
     if isinstance(part, LazySource) and isinstance(train, LazySource):
+        return part.alike(train)
+    if isinstance(part, PatientSource) and isinstance(train, PatientSource):
         return part.alike(train)
     if part is not None and part.channels != train.channels:
         raise InputError(
@@ -237,8 +251,13 @@ def _alike(train: Source, part: Source | None) -> Source | None:
 
 def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
     _check_skipping(settings)
+    labels = _labels_of(settings) if isinstance(settings, SegmentData) else None
+    if settings.sampling == "balanced" and settings.number_columns is not None:
+        raise InputError(f"data.sampling is balanced, of classes; {listed(settings.number_columns.names)} are none")
     part = choose_part(read_parts(settings), settings, split)
     source = part.source
+    if labels is not None:
+        labels.check(source)
     if isinstance(settings.background, tuple) and len(settings.background) not in (1, source.channels):
         raise InputError(
             f"data.background has {len(settings.background)} levels, and {source.title} has {source.channels} channels"
@@ -254,7 +273,45 @@ def _build_images(settings: ImageData, split: Split, seed: int) -> ImageDataset:
         note=part.note,
         held_out=split != "train",
         is_test=part.is_test,
+        labels=labels,
+        columns=settings.number_columns,
     )
+
+
+def _columns(settings: ImageData) -> Columns:
+    names = (settings.image_column, settings.label_column, settings.split_column, settings.patient)
+    return Columns(*names, settings.number_columns)
+
+
+def _check_table(settings: ImageData) -> None:
+    """Refuse columns where there is no table, and patients whose pixels have classes."""
+    learned, patient = settings.number_columns, settings.patient
+    if settings.source != "manifest" and (learned is not None or patient is not None):
+        what = f"{listed(learned.names)} are columns" if learned else f"data.patient, {patient}, is a column"
+        raise InputError(f"{what} of a table: set data.source to manifest, not {settings.source}, and data.path to it")
+    if patient is not None and isinstance(settings, SegmentData):
+        raise InputError(
+            f"data.patient is {patient!r}; the pixels of each image have classes of their own: remove data.patient"
+        )
+    if learned is not None and (settings.classes or settings.label_column):
+        ignored = "classes" if settings.classes else "label_column"
+        warnings.warn(f"{listed(learned.names)} are learned, not classes: data.{ignored} is ignored", stacklevel=4)
+
+
+def _labels_of(settings: SegmentData) -> Labels:
+    """The label images of a recipe.
+
+    Raises:
+        InputError: classes, colours, or where they are, are not told.
+    """
+    check_classes(settings)
+    if settings.source not in ("folder", "manifest"):
+        raise InputError(f"data.source is {settings.source!r}; masks of classes go with a folder or a manifest")
+    if settings.labels is not None:
+        return Labels.in_folder(settings)
+    if settings.source == "folder":
+        raise InputError("data.labels is null: give the folder of masks, which are named as the images")
+    return Labels.in_table(settings, read_label_files(settings.path, _columns(settings)))
 
 
 def _check_skipping(settings: ImageData) -> None:

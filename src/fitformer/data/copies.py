@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from fitformer.data.datasets.lazy_source import LazySource
+from fitformer.data.datasets.patients import PatientSource
 from fitformer.data.datasets.sources import ArraySource, FileSource, Source, Subset
 
 # Of a file, from its start and from its end, which tell nearly all files of one size apart.
@@ -45,6 +46,9 @@ def _look(source: Source, index: int, level: int) -> Hashable | None:
         return _look(source.whole, int(source.indices[index]), level)
     if isinstance(source, ArraySource):
         return hashlib.blake2b(source.images[index].tobytes()).digest() if level == 0 else None
+    if isinstance(source, PatientSource):
+        looks = [_look(source.images, int(k), level) for k in source.members[index]]
+        return None if None in looks else tuple(sorted(looks, key=repr))
     if not isinstance(source, FileSource | LazySource):
         return None
     file = source.files[index]

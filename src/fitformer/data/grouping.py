@@ -19,6 +19,7 @@ from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import EmptyImageError
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, check_pixels
+from fitformer.patching.joined_images import JoinedImages
 
 # A worker reads the groups of an image ahead if they are at most so many bytes; larger ones are read slice by slice.
 MOST_READ_AHEAD = 64 * 2**20
@@ -41,13 +42,15 @@ class Grouping:
     symmetries: Sequence[Symmetry] = (IDENTITY,)
     trained: np.dtype | None = None
 
-    def __call__(self, image: Tensor | PixelSource) -> GroupedImage:
-        """An image as groups; in a worker process, with its pixels read unless they are too many.
+    def __call__(self, image: Tensor | PixelSource | tuple[PixelSource, ...]) -> GroupedImage:
+        """An image as groups, or all images of a patient; in a worker process, with pixels read unless too many.
 
         Raises:
             InputError: other channels than the model's, other pixels than it was trained on, no mask, a broken file.
             EmptyImageError: nothing but background, or masked out.
         """
+        if isinstance(image, tuple):
+            return self._joined(image)
         source = PixelArray(image) if isinstance(image, Tensor) else image
         if self.trained is not None:
             check_pixels(str(getattr(source, "path", "an image")), source.dtype, self.trained)
@@ -55,6 +58,22 @@ class Grouping:
         if get_worker_info() is not None and grouped.nbytes <= MOST_READ_AHEAD:
             grouped.read_ahead()
         return grouped
+
+    def _joined(self, images: tuple[PixelSource, ...]) -> JoinedImages:
+        """The images of a patient, without those that hold nothing.
+
+        Raises:
+            EmptyImageError: none holds anything.
+        """
+        grouped, blank = [], []
+        for image in images:
+            try:
+                grouped.append(self(image))
+            except EmptyImageError as error:
+                blank.append(str(error))
+        if not grouped:
+            raise EmptyImageError("; ".join(blank))
+        return JoinedImages(grouped)
 
     def _foreground(self, source: Any) -> np.ndarray | None:
         """The groups that hold something; None for all."""

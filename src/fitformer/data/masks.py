@@ -34,10 +34,10 @@ class Masks:
         InputError: there is no such folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], setting: str = "data.masks") -> None:
         self.folder = Path(os.path.abspath(Path(folder).expanduser()))
         if not self.folder.is_dir():
-            raise InputError(f"there is no folder {folder} of masks (data.masks)")
+            raise InputError(f"there is no folder {folder} of masks ({setting})")
         self._suffixes = lazy_suffixes()
         self._listed: dict[Path, _Names] = {}
         self._taken: dict[Path, str] = {}
@@ -72,7 +72,7 @@ class Masks:
         Raises:
             InputError: no mask, another image's mask, or another size.
         """
-        mask = self._take(image.path)
+        mask = self.take(image.path)
         with open_mask(mask) as drawn:
             check_mask(drawn, image)
             return str(mask), drawn.decode_bytes
@@ -88,7 +88,7 @@ class Masks:
                 self.of(path)
             except InputError:
                 continue
-            self._take(path)
+            self.take(path)
 
     def state(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Which file the mask of an image is, with its size and time of change; these tell a changed mask."""
@@ -100,7 +100,12 @@ class Masks:
         name = mask.relative_to(self.folder).as_posix()
         return {"mask": name, "mask_bytes": about.st_size, "mask_modified_ns": about.st_mtime_ns}
 
-    def _take(self, path: str | os.PathLike[str]) -> Path:
+    def take(self, path: str | os.PathLike[str]) -> Path:
+        """The mask of an image, which none that took one before has.
+
+        Raises:
+            InputError: no mask, or another image's (names both).
+        """
         mask, image = self.of(path), os.path.abspath(path)
         if (other := self._taken.setdefault(mask, image)) != image:
             raise InputError(

@@ -20,6 +20,18 @@ Background = Literal["none", "white", "black", "auto"] | float | tuple[float, ..
 
 
 @dataclass(frozen=True)
+class NumberColumns:
+    """Columns of a table whose numbers are learned.
+
+    Attributes:
+        names: of the columns. kind: any numbers, labels (0 or 1), or `survival`: a time and an event (0 or 1).
+    """
+
+    names: tuple[str, ...]
+    kind: Literal["number", "label", "survival"]
+
+
+@dataclass(frozen=True)
 class ImageData:
     """Images, with or without classes.
 
@@ -45,6 +57,7 @@ class ImageData:
             digits' own values exactly (at image_size 8).
         classes: names in the order of their numbers; a label outside them is an error. Empty takes what is there.
         image_column, label_column, split_column: of a manifest or Hub dataset; None finds them by name or type.
+        patient: column of a manifest that names the patient of each image; all images of a patient are one example.
         train_part, val_part, test_part: the source's own parts, where it has them.
         holdout: share of the examples held out as the test part, where a source has none of its own.
         validation: share of the training part set aside for validation, where a source has no such part; at 0
@@ -79,6 +92,7 @@ class ImageData:
     image_column: str | None = None
     label_column: str | None = None
     split_column: str | None = None
+    patient: str | None = None
     train_part: str = "train"
     val_part: str | None = None
     test_part: str | None = None
@@ -105,6 +119,118 @@ class ImageData:
         published = self.source in ("digits", "idx", "megapixel-mnist")
         return (0.0 if published else 0.1) if self.validation is None else self.validation
 
+    @property
+    def number_columns(self) -> NumberColumns | None:
+        """The columns of a table to learn; None where it is a class."""
+        return None
+
+
+@dataclass(frozen=True)
+class RegressData(ImageData):
+    """Images with numbers, of a `manifest`.
+
+    Attributes:
+        targets: columns of numbers, one or several.
+    """
+
+    source: ImageSource = "manifest"
+    targets: tuple[str, ...] | str = ()
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """The targets."""
+        return NumberColumns(_column_names(self.targets), "number")
+
+
+@dataclass(frozen=True)
+class MultilabelData(ImageData):
+    """Images with any number of labels, of a `manifest`.
+
+    Attributes:
+        targets: columns of 0 and 1, a label each.
+    """
+
+    source: ImageSource = "manifest"
+    targets: tuple[str, ...] | str = ()
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """The labels."""
+        return NumberColumns(_column_names(self.targets), "label")
+
+
+@dataclass(frozen=True)
+class SurvivalData(ImageData):
+    """Images with a time and whether the event happened then, of a `manifest`.
+
+    Attributes:
+        time: column of the time to the event or to the end of the observation, in any unit.
+        event: column of 1 where the event happened at that time, 0 where it had not happened yet.
+    """
+
+    source: ImageSource = "manifest"
+    time: str = "time"
+    event: str = "event"
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """Time and event."""
+        return NumberColumns((self.time, self.event), "survival")
+
+
+def _column_names(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+    names = (targets,) if isinstance(targets, str) else targets
+    if not names or not all(names):
+        raise InputError("data.targets is empty; name one or several columns of the table, such as [age]")
+    if len(set(names)) < len(names):
+        raise InputError(f"data.targets names a column twice: {', '.join(names)}")
+    return names
+
+
+# Label images hold classes as bytes, of which one means that there is none.
+MOST_CLASSES = 255
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class SegmentData(ImageData):
+    """Images of a `folder` or a `manifest`, each with a label image of its own size that gives every pixel a class.
+
+    Subfolders of a folder are places, not classes; parts (train, val, test) are read as ever. Augmentation moves both.
+
+    Attributes:
+        labels: folder of label images, named as the images but for their endings, in the images' subfolders or in none.
+            None, of a `manifest`, takes the files that its column `label` (or `mask`) names.
+        classes: names in the order of their numbers in the label images, at most 255.
+        colours: the colour of each class in the label images, as [red, green, blue]. Empty: pixels are class numbers,
+            grey values as they are stored or numbers in a palette.
+        ignore_index: the number in the label images that means no label, such as 255; None if all have one.
+        ignore_colour: the same where `colours` are given.
+    """
+
+    source: ImageSource = "folder"
+    labels: str | None = None
+    colours: tuple[Colour, ...] = ()
+    ignore_index: int | None = None
+    ignore_colour: Colour | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.classes) > MOST_CLASSES:
+            raise InputError(f"classes has {len(self.classes)} names; label images have at most {MOST_CLASSES}")
+        for colour in (*self.colours, *([self.ignore_colour] if self.ignore_colour else [])):
+            if not all(0 <= level <= 255 for level in colour):
+                raise InputError(f"the colour {list(colour)}: red, green and blue are 0 to 255")
+        if len(set(self.colours)) < len(self.colours):
+            raise InputError(f"colours has one colour twice: {[list(colour) for colour in self.colours]}")
+        if self.colours and self.ignore_index is not None:
+            raise InputError(f"ignore_index is {self.ignore_index}; with colours, give ignore_colour instead")
+        if self.ignore_colour and not self.colours:
+            raise InputError(f"ignore_colour is {list(self.ignore_colour)}; without colours, give ignore_index instead")
+        if self.levels is not None or self.sampling != "uniform":
+            name = "levels" if self.levels is not None else "sampling"
+            raise InputError(f"{name} is {getattr(self, name)!r}; label images have no use for it: leave it out")
+
 
 @dataclass(frozen=True)
 class ByteData:
@@ -116,6 +242,8 @@ class ByteData:
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
         length: tokens of one example; what is missing to whole groups of the model is padding, which counts nowhere.
+        short_length: tokens of an example in the first `short_share` of the training, where each is cut into as many:
+            what is near is learned first, from more places of the data, and then what is far.
         documents: each file, or each piece of Python's own, is a document of its own: examples are documents packed
             into rows, and none sees another. One that is longer than a row is cut into several.
         separator: text that ends a document, such as a newline, so that a file holds many; only with `documents`.
@@ -130,6 +258,8 @@ class ByteData:
     path: str | None = None
     glob: str = "**/*"
     length: int = 1024
+    short_length: int | None = None
+    short_share: float = 0.8
     documents: bool = False
     separator: str | None = None
     holdout: float = 0.1
@@ -141,6 +271,10 @@ class ByteData:
         _check_counts(split_seed=self.split_seed, num_workers=self.num_workers)
         if self.length < 1:
             raise InputError(f"length is {self.length}; an example has at least 1 token")
+        if self.short_length is not None:
+            _check_short(self.short_length, self.length, self.documents)
+        if not 0 <= self.short_share <= 1:
+            raise InputError(f"short_share is {self.short_share}: a share from 0 to 1 of the training's steps")
         if self.separator is not None and not (self.documents and self.separator):
             raise InputError(
                 f"separator is {self.separator!r}; it is text of at least one character, beside documents: true"
@@ -198,6 +332,14 @@ def check_pixel_range(pixel_range: tuple[float, float] | None) -> None:
     if pixel_range is not None and not -inf < pixel_range[0] < pixel_range[1] < inf:
         low, high = pixel_range
         raise InputError(f"pixel_range is {low}, {high}: give two numbers, black before the larger one, white")
+
+
+def _check_short(short: int, length: int, documents: bool) -> None:
+    """Raise InputError if examples of a length cannot be cut into ones of `short`."""
+    if documents:
+        raise InputError("short_length cuts examples of one text, and documents are packed in rows: remove one of them")
+    if not 1 <= short <= length or length % short:
+        raise InputError(f"short_length is {short}; it must divide length, {length}")
 
 
 def _check_shares(**shares: float | None) -> None:

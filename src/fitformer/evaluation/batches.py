@@ -1,6 +1,6 @@
 """Batches of a whole dataset, and means over it that do not depend on the batch size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches
 from fitformer.data.workers import dead_worker
 from fitformer.tasks import task_of
+from fitformer.tasks._means import Means
 from fitformer.tasks.batch import Batch
 
 
@@ -41,19 +42,23 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
         raise ChildProcessError(f"{message}; data.num_workers 0 uses the least memory") from error
 
 
-def mean_metrics(network: Any, examples: Iterator[Batch], recipe: Recipe) -> Iterator[tuple[str, float | int]]:
+def mean_metrics(
+    network: Any, examples: Iterator[Batch], recipe: Recipe, classes: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Held-out metrics of a recipe's task over all batches, each batch weighted by its number of examples or tokens.
 
     Yields:
-        that number under its name (`examples` or `tokens`), then the mean of each metric.
+        that number under its name (`examples` or `tokens`), then the mean of each metric, or what the task concludes
+        from the means.
     """
-    task, sums, total = task_of(recipe), dict[str, float](), 0
+    task, found = task_of(recipe), Means()
     with torch.inference_mode():
         for batch in examples:
-            means, weight = task.measure(network, batch, recipe)
-            total += weight
-            for name, value in means.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * weight
-    yield task.counted, total
-    for name, added in sums.items():
-        yield name, added / total
+            assert task.measure is not None
+            found.add(*task.measure(network, batch, recipe))
+    yield task.counted, found.weight
+    means = found.means()
+    if task.conclude is not None:
+        yield from task.conclude(means, classes)
+    else:
+        yield from ((name, float(value)) for name, value in means.items())

@@ -1,6 +1,6 @@
 """Evaluation of a run by its task, on a part of its data."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,8 +44,8 @@ def evaluate(
 
     Yields:
         the metrics of `classification` for a classifier; for other tasks the number of examples or tokens, the
-        held-out means of the task, and its baselines. After these `left_out`, the number of images that could not be
-        read, if there were any: no measure counts them.
+        held-out means or scores of the task, or what it concludes from the means, and its baselines. After these
+        `left_out`, the number of images that could not be read, if there were any: no measure counts them.
 
     Raises:
         InputError: no model was exported yet, there is no such part, or the data are missing or have changed.
@@ -57,9 +57,11 @@ def evaluate(
     total = -(-len(dataset) // batch_size)
     examples = _reported(batches(dataset, batch_size, device, recipe.data.num_workers), total, on_batch)
     if task.logits is not None:
-        yield from classification(_logits(network, examples, recipe), dataset.classes)
+        yield from classification(_outputs(task.logits, network, examples, recipe), dataset.classes)
+    elif task.outputs is not None:
+        yield from _scores(network, list(_outputs(task.outputs, network, examples, recipe)), recipe)
     else:
-        yield from mean_metrics(network, examples, recipe)
+        yield from mean_metrics(network, examples, recipe, getattr(dataset, "classes", ()))
     if left_out := len(getattr(dataset, "unreadable", ())):
         yield "left_out", left_out
     if baselines and task.baselines is not None:
@@ -92,11 +94,30 @@ def _reported(examples: Iterable[Batch], total: int, on_batch: Callable[[int, in
 
 
 @torch.inference_mode()
-def _logits(network: Any, examples: Iterable[Batch], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    logits = task_of(recipe).logits
-    assert logits is not None
+def _outputs(
+    outputs: Callable[[Any, Batch, Any], tuple[Tensor, Tensor]],
+    network: Any,
+    examples: Iterable[Batch],
+    recipe: Recipe,
+) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in examples:
-        yield logits(network, batch, recipe)
+        yield outputs(network, batch, recipe)
+
+
+@torch.inference_mode()
+def _scores(network: Any, found: Sequence[tuple[Tensor, Tensor]], recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """How many examples there are, and the metrics of a task on all of them at once.
+
+    Raises:
+        InputError: there are none.
+    """
+    scores = task_of(recipe).scores
+    assert scores is not None
+    if not found:
+        raise InputError("there are no examples to evaluate")
+    outputs, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    yield "examples", len(outputs)
+    yield from scores(network, outputs, labels, recipe)
 
 
 def baseline_metrics(run: Run, dataset: Any, batch_size: int = 64) -> Iterator[tuple[str, float]]:

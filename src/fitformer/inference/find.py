@@ -33,7 +33,7 @@ def find(paths: Iterable[str | Path], output: Path | None = None, endings: froze
         is_folder = path.is_dir() and not _is_image(path, known)
         slides = list(_below(path, output, known)) if is_folder else [Slide(path, path.name)]
         if not slides:
-            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy or .png")
+            raise InputError(f"the folder {path} holds no images, such as .tif, .svs, .zarr, .npy, .h5 or .png")
         for slide in slides:
             other = found.setdefault(slide.name, slide)
             if not same_file(other.path, slide.path):

@@ -1,74 +1,49 @@
-"""What a classifier's run is used for: labels of image files, and explanations of them."""
+"""What a run of images is used for: labels or numbers of image files, and explanations of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fitformer.data.build import open_options
+from fitformer.data.datasets.folders import read_patients
+from fitformer.data.datasets.patients import opened_together
 from fitformer.data.decoding import UnreadableImageError, decode, suffixes
-from fitformer.data.grouping import Grouping
-from fitformer.data.masks import Masks, masks_of
 from fitformer.data.pixels import fit
-from fitformer.data.readers import LazyImage
 from fitformer.errors import InputError
-from fitformer.execution import Streamed
-from fitformer.execution.token_store import Keep
 from fitformer.inference.explain.batch import Slides
 from fitformer.inference.explain.explanation import Method
 from fitformer.inference.find import Shard, Slide, find
 from fitformer.inference.identity import identity
-from fitformer.inference.predict import Prediction, expand, predict, predict_readable
+from fitformer.inference.image_run import ImageRun, Made, Ways, as_json
+from fitformer.inference.predict import expand, finite, predict, predict_readable
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import PixelArray
+from fitformer.tasks import task_of
+from fitformer.tasks.answers import Answer, Answers
 from fitformer.training.run_dir import Run
 
-Made = dict[str, Any]
-Ways = dict[str, Any]
 
-
-class Labeller:
-    """A run of a classifier and its model, on the device where the model is.
+class Labeller(ImageRun):
+    """A run that answers on images, and its model, on the device where the model is.
 
     Args:
         run: its recipe says how images are brought to one size, or which groups of images of any size are empty.
         network: the exported model of the run.
     """
 
+    network: FITImageEncoder
+
     def __init__(self, run: Run, network: FITImageEncoder) -> None:
-        self.run, self.network = run, network
-        # Of a task that the verb `predict` serves, which reads images.
-        self.recipe: Any = run.recipe
-
-    @property
-    def takes_any_size(self) -> bool:
-        """Whether images are read piece by piece, whatever their size."""
-        return self.network.patch_grid.any_size
-
-    def stream(self, keep: Keep | None = None, scratch: str | None = None) -> None:
-        """Read images piece by piece, also where the run was trained otherwise.
-
-        Args:
-            keep: where data tokens are kept between blocks; by default as in the recipe.
-            scratch: folder for them on disk; by default as in the recipe.
-
-        Raises:
-            InputError: a scratch folder for tokens that are kept elsewhere.
-        """
-        training = self.recipe.trainer
-        keep = keep or ("disk" if scratch else training.keep)
-        if scratch and keep != "disk":
-            raise InputError(f"--scratch is for data tokens on disk, and --keep is {keep}; leave one of them out")
-        folder = scratch or training.scratch
-        self.network.set_execution(Streamed(training.slice_groups, keep, training.keep_precision, folder))
+        super().__init__(run, network)
+        self.answers = answers_of(run, network)
 
     def label(
         self, paths: Iterable[str | Path], batch_size: int, on_unreadable: Callable[[UnreadableImageError], None]
-    ) -> list[Prediction]:
-        """The labels of image files, and of all image files below folders; see `predict`.
+    ) -> list[Answer]:
+        """The answers on image files, and of all image files below folders; see `predict`.
 
         Raises:
             InputError: no image file, none that can be read, or masks that do not go with them.
@@ -76,10 +51,10 @@ class Labeller:
         files = [slide.path for slide in find(paths)] if self.takes_any_size else expand(paths)
         self._masks(files)
         reading = self._reading(batch_size)
-        return list(predict(self.network, files, self.run.classes, **reading, on_unreadable=on_unreadable))
+        return list(predict(self.network, files, self.answers, **reading, on_unreadable=on_unreadable))
 
-    def label_each(self, files: Sequence[Path], batch_size: int) -> dict[str, Prediction | UnreadableImageError]:
-        """The label of each file, or why there is none.
+    def label_each(self, files: Sequence[Path], batch_size: int) -> dict[str, Answer | UnreadableImageError]:
+        """The answer on each file, or why there is none.
 
         Raises:
             InputError: masks that do not go with the images.
@@ -87,9 +62,37 @@ class Labeller:
         self._masks(files)
         faults: list[UnreadableImageError] = []
         reading = self._reading(batch_size)
-        found = predict_readable(self.network, files, self.run.classes, **reading, on_unreadable=faults.append)
-        answers: dict[str, Prediction | UnreadableImageError] = {each.file: each for each in found}
+        found = predict_readable(self.network, files, self.answers, **reading, on_unreadable=faults.append)
+        answers: dict[str, Answer | UnreadableImageError] = {each.file: each for each in found}
         return {**answers, **{fault.name: fault for fault in faults}}
+
+    def label_patients(self, table: Path, on_unreadable: Callable[[UnreadableImageError], None]) -> list[Answer]:
+        """The answers on the patients of a table, each of whose images are one example; `file` is the patient's name.
+
+        A patient of whose images one cannot be read is left out; `on_unreadable` is told of it.
+
+        Raises:
+            InputError: a run without `data.patient`, a table that `read_patients` refuses, or no patient to answer on.
+        """
+        data, options = self.recipe.data, open_options(self.recipe.data)
+        if data.patient is None:
+            raise InputError(
+                f"{table} is a table, which says what images are of one patient, and {self.run.path} learned from "
+                "single images (its recipe has no data.patient); give the images themselves"
+            )
+        patients, group, found = read_patients(table, data.image_column, data.patient), self._grouping(), []
+        self._masks([path for paths in patients.values() for path in paths])
+        for name, paths in patients.items():
+            try:
+                images = opened_together([str(path) for path in paths], options)
+                found.append(self.answers.answer(name, finite(self.network, group(images))))
+                for image in images:
+                    image.close()
+            except (InputError, UnreadableImageError, PermissionError) as error:
+                on_unreadable(UnreadableImageError(f"patient {name}", str(error)))
+        if not found:
+            raise InputError(f"none of the {len(patients)} patients of {table} can be answered on")
+        return found
 
     def _reading(self, batch_size: int) -> dict[str, Any]:
         """How the run's images are read."""
@@ -102,6 +105,7 @@ class Labeller:
         output: Path,
         method: Method | None = "gradient",
         shard: Shard | None = None,
+        target: str | None = None,
         **options: Any,
     ) -> tuple[Slides, int, int]:
         """Label images and write their maps into a folder; goes on where it was stopped.
@@ -109,6 +113,7 @@ class Labeller:
         Args:
             paths: files and folders. output: the folder. method: see `explanation.explain`; None for labels alone.
             shard: the part of the images that is this process's; all by default.
+            target: the name of the class, number or label that the maps explain; see `Answers`.
             options: `y`, `show` and `on_broken` of `Slides`.
 
         Returns:
@@ -116,8 +121,10 @@ class Labeller:
 
         Raises:
             InputError: as `Slides.run`, masks that do not go with the images, or groups to be left out of a model of
-                one.
+                one, or a target that is none of the run's, or missing where there are several numbers.
         """
+        if method is not None:
+            self.answers.check(target)
         grid = self.network.patch_grid
         if method == "leave-out" and grid.num_groups == 1:
             raise InputError(
@@ -129,25 +136,13 @@ class Labeller:
         slides = slides if shard is None else shard.of(slides)
         made_with = {"model": identity(self.network), **made_with}
         ways |= {"alone": shard is None, **options}
-        work = Slides(self.network, self.run.classes, output, made_with, method, **ways)
+        work = Slides(self.network, self.answers, output, made_with, method, target, **ways)
         return work, len(slides), work.run(slides)
-
-    def _of_any_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
-        """Images, what their maps depend on beside the model, and how they are read."""
-        slides = find(paths, output)
-        masks, data = self._masks([slide.path for slide in slides]), self.recipe.data
-        made_with = {
-            name: _as_json(getattr(data, name))
-            for name in ("background", "tolerance", "min_foreground", "masks", "pixel_range", "channels")
-        }
-        opened = partial(LazyImage, options=open_options(data))
-        beside = None if masks is None else masks.state
-        return slides, made_with, {"group": self._grouping(), "beside": beside, "open": opened}
 
     def _of_one_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
         """The same of images that are brought to the model's size: the maps are of what it sees."""
         slides = find(paths, output, suffixes())
-        made_with = {name: _as_json(getattr(self.recipe.data, name)) for name in ("resize", "pixel_range")}
+        made_with = {name: as_json(getattr(self.recipe.data, name)) for name in ("resize", "pixel_range")}
         return slides, made_with, {"open": self._fitted}
 
     @contextmanager
@@ -166,18 +161,14 @@ class Labeller:
         # A copy: Pillow's own pixels cannot be written to, of which torch warns.
         yield PixelArray(np.array(fit(pixels, (rows, columns), self.recipe.data.resize)))
 
-    def _grouping(self) -> Grouping:
-        network = self.network
-        return Grouping(network.patch_grid, network.glimpses, self.recipe.data, trained=self.run.pixels)
 
-    def _masks(self, files: Sequence[Path]) -> Masks | None:
-        """The masks of the run's data, none of which two of these images share."""
-        masks = masks_of(self.recipe.data)
-        if masks is not None:
-            masks.check_shared(files)
-        return masks
+def answers_of(run: Run, network: FITImageEncoder) -> Answers:
+    """What the outputs of a run's model mean.
 
-
-def _as_json(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+    Raises:
+        InputError: a run of a task that answers on no images.
+    """
+    answers = task_of(run.recipe).answers
+    if answers is None:
+        raise InputError(f"{run.path} is a run of the task {run.recipe.task}, which answers on no images")
+    return answers(network, run.recipe, run.classes)

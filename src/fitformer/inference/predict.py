@@ -1,10 +1,10 @@
-"""Labels of image files, by a trained classifier."""
+"""Answers on image files, by a trained model: labels, or numbers."""
 
 import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -22,23 +22,14 @@ from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage
-from fitformer.tasks.classify import logits
+from fitformer.tasks.answers import Answer, Answers
+from fitformer.tasks.image_outputs import outputs_of
 
 Resize = Literal["crop", "stretch", "pad"]
 FORMATS = ("csv", "json")
 
 Group = Callable[[LazyImage], GroupedImage]
 """Cuts an image into groups, without those that are skipped."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a file was taken for: the likeliest class, its probability, and those of all classes by name."""
-
-    file: str
-    label: str
-    probability: float
-    probabilities: dict[str, float]
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
@@ -62,22 +53,22 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
 def predict(
     classifier: FITImageEncoder,
     files: Sequence[Path],
-    classes: Sequence[str],
+    answers: Answers,
     *,
     resize: Resize = "crop",
     options: OpenOptions | None = None,
     batch_size: int = 64,
     group: Group | None = None,
     on_unreadable: Callable[[UnreadableImageError], None] = lambda fault: None,
-) -> Iterator[Prediction]:
-    """Label image files, read with `options` and brought to the classifier's size as `resize` says.
+) -> Iterator[Answer]:
+    """Answer on image files, read with `options` and brought to the classifier's size as `resize` says.
 
     A classifier of any size takes each as it is, one at a time, reading it as `classifier.execution` does; `group`
-    cuts it into groups, if some are to be skipped.
+    cuts it into groups, if some are to be skipped. `answers` say what its outputs mean.
     Files that cannot be read are left out; `on_unreadable` is told of each.
 
     Raises:
-        InputError: none of the files can be read (names them), or `classes` are not as many as the classifier's.
+        InputError: none of the files can be read (names them), or `answers` are of another number of outputs.
     """
     faults: list[UnreadableImageError] = []
 
@@ -88,7 +79,7 @@ def predict(
     yield from predict_readable(
         classifier,
         files,
-        classes,
+        answers,
         resize=resize,
         options=options,
         batch_size=batch_size,
@@ -103,31 +94,29 @@ def predict(
 def predict_readable(
     classifier: FITImageEncoder,
     files: Sequence[Path],
-    classes: Sequence[str],
+    answers: Answers,
     *,
     resize: Resize,
     options: OpenOptions | None,
     batch_size: int,
     group: Group | None,
     on_unreadable: Callable[[UnreadableImageError], None],
-) -> Iterator[Prediction]:
+) -> Iterator[Answer]:
     """As `predict`, also where no file can be read.
 
     Raises:
-        InputError: `classes` are not as many as the classifier's.
+        InputError: `answers` are of another number of outputs than the classifier's.
     """
-    known = classifier.num_classes
-    if known != len(classes):
-        raise InputError(f"{len(classes)} class names given to a classifier of {known} classes")
-    shares = (
+    answers.check_outputs(classifier.num_classes)
+    found = (
         _of_any_size(classifier, files, options, group or classifier.grouped, on_unreadable)
         if classifier.patch_grid.any_size
         else _of_one_size(
             classifier, _readable(classifier.patch_grid, files, resize, options, on_unreadable), batch_size
         )
     )
-    for file, row in shares:
-        yield decided(file, row, classes)
+    for file, outputs in found:
+        yield answers.answer(str(file), outputs)
 
 
 def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tensor:
@@ -141,17 +130,16 @@ def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tenso
 
 
 @torch.inference_mode()
-def classify(classifier: FITImageEncoder, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Probabilities `(b, classes)` of images uint8 `(b, H, W, ch)` of any size."""
+def outputs_for(classifier: FITImageEncoder, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Outputs `(b, k)` for images uint8 `(b, H, W, ch)` of any size."""
     device = next(classifier.parameters()).device
     parts = match_classifier_input(images, classifier).split(batch_size)
-    return torch.cat([logits(classifier, part.to(device)).float().softmax(-1).cpu() for part in parts])
+    return torch.cat([outputs_of(classifier, part.to(device)).float().cpu() for part in parts])
 
 
-def decided(file: str | Path, probabilities: Tensor, classes: Sequence[str]) -> Prediction:
-    """The prediction that probabilities `(classes,)` make."""
-    best, shares = int(probabilities.argmax()), probabilities.tolist()
-    return Prediction(str(file), classes[best], shares[best], dict(zip(classes, shares, strict=True)))
+def classify(classifier: FITImageEncoder, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Probabilities `(b, classes)` of images uint8 `(b, H, W, ch)` of any size."""
+    return outputs_for(classifier, images, batch_size).softmax(-1)
 
 
 def _of_one_size(
@@ -159,7 +147,7 @@ def _of_one_size(
 ) -> Iterator[tuple[Path, Tensor]]:
     while part := list(islice(read, batch_size)):
         images = torch.from_numpy(np.stack([pixels for _, pixels in part]))
-        yield from zip((file for file, _ in part), classify(classifier, images), strict=True)
+        yield from zip((file for file, _ in part), outputs_for(classifier, images), strict=True)
 
 
 @torch.inference_mode()
@@ -170,17 +158,28 @@ def _of_any_size(
     group: Group,
     on_unreadable: Callable[[UnreadableImageError], None],
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Probabilities of images that are read as the classifier's way to run asks for their pixels."""
+    """Outputs for images that are read as the classifier's way to run asks for their pixels."""
     for file in files:
         try:
             with LazyImage(file, options) as image:
-                probabilities = classifier([group(image)])[0].float().softmax(-1).cpu()
-            if not bool(probabilities.isfinite().all()):
-                raise InputError("its logits are NaN or infinite: does it have NaN or infinite pixels?")
+                found = finite(classifier, group(image))
         except (InputError, PermissionError) as error:
             on_unreadable(UnreadableImageError(str(file), str(error)))
             continue
-        yield file, probabilities
+        yield file, found
+
+
+@torch.inference_mode()
+def finite(classifier: FITImageEncoder, image: GroupedImage) -> Tensor:
+    """Outputs `(k,)` for an image.
+
+    Raises:
+        InputError: they are NaN or infinite.
+    """
+    found = classifier([image])[0].float().cpu()
+    if not bool(found.isfinite().all()):
+        raise InputError(f"its {classifier.outputs} are NaN or infinite: does it have NaN or infinite pixels?")
+    return found
 
 
 def _readable(
@@ -201,21 +200,18 @@ def _readable(
         yield file, fit(pixels, (rows, columns), resize)
 
 
-def as_text(predictions: Sequence[Prediction], kind: str = "csv") -> str:
-    """Predictions as CSV (file, label, probability, then a column a class) or as a JSON list.
+def as_text(found: Sequence[Answer], columns: Sequence[str], kind: str = "csv") -> str:
+    """Answers as CSV (file, then `columns`, which are those of `Answers`) or as a JSON list.
 
     Raises:
         InputError: another format.
     """
     if kind == "json":
-        return json.dumps([asdict(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + "\n"
+        return json.dumps([asdict(answer) for answer in found], indent=2, ensure_ascii=False) + "\n"
     if kind != "csv":
         raise InputError(f"there is no format {kind!r}; write one of {', '.join(FORMATS)}")
     text = io.StringIO()
-    classes = list(predictions[0].probabilities) if predictions else []
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "label", "probability", *classes])
-    for each in predictions:
-        shares = [f"{share:.6f}" for share in (each.probability, *each.probabilities.values())]
-        table.writerow([each.file, each.label, *shares])
+    table.writerow(["file", *columns])
+    table.writerows([answer.file, *answer.cells] for answer in found)
     return text.getvalue()

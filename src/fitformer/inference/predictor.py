@@ -9,23 +9,26 @@ import numpy as np
 
 from fitformer._support.checks import checked, whole
 from fitformer._support.device import usable_device
+from fitformer.data.decoding import UnreadableImageError
 from fitformer.errors import InputError
 from fitformer.execution.token_store import Keep
 from fitformer.inference.labelling import Labeller
-from fitformer.inference.predict import Prediction
 from fitformer.tasks import task_of
+from fitformer.tasks.answers import Answer
 from fitformer.training.run_dir import Run
 
 
 class Predictor:
-    """Adds labels to batches of image paths, in any process: a pickle of it holds a path and options, never weights.
+    """Adds answers to batches of image paths, in any process: a pickle of it holds a path and options, never weights.
 
     A batch is a dict of columns, each an array or a list of one length, or a pandas DataFrame. It comes back with
-    `label`, `probability`, a column `p_NAME` for each class, and `error`: why an image has no label, else empty. Where
-    there is an error, the label is empty and the probabilities are NaN. The model is loaded by the first batch.
+    `label`, `probability`, a column `p_NAME` for each class, or, of a run that gives numbers, a column for each (see
+    `tasks.answers`), and with `error`: why an image has no answer, else empty. Where there is an error, the label is
+    empty and numbers are NaN. The model is loaded by the first batch.
 
     Args:
-        run: run directory of a classifier; every process needs it under this path.
+        run: run directory of a classifier, or of another task of the verb `predict`; every process needs it under this
+            path.
         checkpoint: as `Run.model`.
         device: such as `cpu` or `cuda:0`; by default a GPU if the process has one.
         batch_size: how many images of one size the model takes at once.
@@ -55,16 +58,17 @@ class Predictor:
         self.keep, self.scratch = keep, scratch
         self._labeller: Labeller | None = None
         opened = Run.open(run)
-        if task_of(opened.recipe).verb != "predict":
+        if task_of(opened.recipe).answers is None:
             raise InputError(
-                f"{run} is a run of the task {opened.recipe.task}: Predictor labels images, and takes a run of classify"
+                f"{run} is a run of the task {opened.recipe.task}: Predictor answers on images, and takes a run of "
+                "classify, regress, multilabel or survival"
             )
         self.classes = opened.classes
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that a batch gets."""
-        return ("label", "probability", *(f"p_{name}" for name in self.classes), "error")
+        """The columns that a batch gets; the model is loaded to tell them."""
+        return (*self._load().answers.batch_columns, "error")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_labeller": None}
@@ -77,15 +81,12 @@ class Predictor:
         """
         self._check(batch)
         answers = self._answers(list(batch[self.column]))
-        found = [each if isinstance(each, Prediction) else None for each in answers]
-        added: dict[str, np.ndarray] = {
-            "label": np.array([each.label if each else "" for each in found], dtype=object),
-            "probability": np.array([each.probability if each else np.nan for each in found], dtype=np.float64),
-        }
-        for name in self.classes:
-            values = [each.probabilities[name] if each else np.nan for each in found]
-            added[f"p_{name}"] = np.array(values, dtype=np.float64)
-        added["error"] = np.array(["" if isinstance(each, Prediction) else each for each in answers], dtype=object)
+        rows = [None if isinstance(each, str) else each.row for each in answers]
+        added: dict[str, np.ndarray] = {}
+        for k, name in enumerate(self._load().answers.batch_columns):
+            empty, dtype = ("", object) if name == "label" else (np.nan, np.float64)
+            added[name] = np.array([empty if row is None else row[k] for row in rows], dtype=dtype)
+        added["error"] = np.array([each if isinstance(each, str) else "" for each in answers], dtype=object)
         if isinstance(batch, dict):
             return {**batch, **added}
         return batch.assign(**added)
@@ -109,18 +110,18 @@ class Predictor:
         if taken := [name for name in self.columns if name in names]:
             raise InputError(f"the batch has a column {taken[0]!r} already, which would be added; rename it")
 
-    def _answers(self, cells: Sequence[Any]) -> list[Prediction | str]:
-        """A prediction for each cell, or why there is none."""
+    def _answers(self, cells: Sequence[Any]) -> list[Answer | str]:
+        """An answer for each cell, or why there is none."""
         paths = [Path(str(cell)) if isinstance(cell, str | os.PathLike) and str(cell) else None for cell in cells]
         files = list(dict.fromkeys(path for path in paths if path is not None))
         found = self._load().label_each(files, self.batch_size) if files else {}
-        answers: list[Prediction | str] = []
+        answers: list[Answer | str] = []
         for cell, path in zip(cells, paths, strict=True):
             if path is None:
                 answers.append(f"no path: {type(cell).__name__} {cell!r:.40}")
                 continue
             answer = found[str(path)]
-            answers.append(answer if isinstance(answer, Prediction) else str(answer))
+            answers.append(str(answer) if isinstance(answer, UnreadableImageError) else answer)
         return answers
 
     def _load(self) -> Labeller:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitformer.errors import InputError
+from fitformer.interop._cut import cut
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
@@ -90,15 +91,17 @@ def _image_encoder(model: FITImageEncoder) -> Graph:
         ]
     else:
         sides = grid.image_size  # type: ignore[assignment]
-    what = "logits of the classes" if model.num_classes else "pooled features, of a model without a head"
+    name = model.outputs if model.num_classes else "features"
+    what = {
+        "logits": "logits of the classes",
+        "numbers": "numbers, in the units of what was learned from",
+        "hazards": "logits of the hazards of intervals of time",
+        "features": "pooled features, of a model without a head",
+    }[name]
     return Graph(
         _AnySize(model) if grid.any_size else model,
         {"images": _floats((BATCH, *sides, grid.channels), PIXELS)},
-        {
-            "logits" if model.num_classes else "features": _floats(
-                (BATCH, model.num_classes or model.num_features), what
-            )
-        },
+        {name: _floats((BATCH, model.num_classes or model.num_features), what)},
     )
 
 
@@ -233,9 +236,8 @@ class _AnySize(nn.Module):
 
     def _cut(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Tokens `(b, t, n, token_dim)` of images in `rows` x `columns` whole groups."""
-        (high, wide), (ph, pw) = self.encoder.patch_grid.patches, self.encoder.patch_grid.patch_size  # type: ignore[misc]
-        cells = images.unflatten(2, (columns, wide, pw)).unflatten(1, (rows, high, ph))
-        return cells.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5).flatten(3, 4).flatten(1, 2)
+        grid = self.encoder.patch_grid
+        return cut(images, (rows, columns), grid.patches, grid.patch_size)  # type: ignore[arg-type]
 
     def _answer(self, tokens: Tensor, mask: Tensor, coords: Tensor) -> Tensor:
         model = self.encoder

@@ -62,7 +62,7 @@ def adapt(model: Any, old: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, 
 
 
 def _classes_differ(model: Any, old: Any) -> bool:
-    return getattr(model, "num_classes", None) != getattr(old, "num_classes", None)
+    return any(getattr(model, name, None) != getattr(old, name, None) for name in ("num_classes", "outputs"))
 
 
 def _adapted(name: str, tensor: Tensor, model: Any, old: Any) -> Tensor | None:

@@ -11,11 +11,13 @@ from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.pretrained import HUB_OPTIONS, read_config
 from fitformer.patching import tokens_to_bytes
 
 ROLES: dict[str, type[FITModel]] = {
-    role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITImageDenoiser, FITDecoder)
+    role.__name__: role
+    for role in (FITEncoder, FITImageEncoder, FITImageSegmenter, FITDenoiser, FITImageDenoiser, FITDecoder)
 }
 
 

@@ -13,15 +13,18 @@ from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import FITEncoder
-from fitformer.models.layers import MOST_SIZE, linear
+from fitformer.models.heads import Meaning, make_head
+from fitformer.models.layers import MOST_SIZE
 from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, stacked, to_signal
+from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, alike, stacked, to_signal
 from fitformer.patching.glimpse import MOST_GLIMPSES
+from fitformer.patching.joined_images import JoinedImages
 from fitformer.patching.sizes import Size
 
-Images = Tensor | Sequence[Tensor | PixelSource | GroupedImage]
+Image = Tensor | PixelSource | GroupedImage
+Images = Tensor | Sequence[Image | Sequence[Image]]
 
 
 class FITImageEncoder(FITModel):
@@ -32,8 +35,9 @@ class FITImageEncoder(FITModel):
         image_size, group_size, patch_size: in pixels, one number or `(rows, columns)`; each divides the one before.
             `image_size=None` takes images of any size, with `latent_position="row_column"`.
         channels: of the images.
-        num_classes: classes of the head; 0 for none. The head is one linear map of the mean over latents if the
-            layer string ends in global layers, over data tokens if not.
+        num_classes: classes, or other outputs, of the head; 0 for none. The head is one linear map of the mean over
+            latents if the layer string ends in global layers, over data tokens if not.
+        outputs: what those of the head mean, see `heads`: logits, numbers or hazards.
         glimpses: copies of the whole image, averaged down to one group, that stand before its groups; only for images
             of any size.
         mask: as in `FITEncoder`.
@@ -58,6 +62,7 @@ class FITImageEncoder(FITModel):
         num_classes: int = 0,
         glimpses: int = 0,
         mask: str | None = None,
+        outputs: Meaning = "logits",
     ) -> None:
         super().__init__()
         grid = self.patch_grid = PatchGrid(image_size, group_size, patch_size, channels)
@@ -72,8 +77,10 @@ class FITImageEncoder(FITModel):
         self.encoder = FITEncoder(trunk, grid.num_groups, grid.tokens_per_group, grid.token_dim, mask=mask)
         self.ends_in_latents = self.trunk.block_depths[-1][1] > 0
         whole("num_classes", num_classes, 0, MOST_SIZE)  # 0 is no head
-        self.num_classes = num_classes
-        self.head = linear(self.num_features, num_classes) if num_classes else None
+        self.num_classes, self.outputs = num_classes, outputs
+        if outputs == "hazards" and num_classes == 1:
+            raise InputError("num_classes is 1; hazards are those of at least 2 intervals of time")
+        self.head = make_head(outputs, self.num_features, num_classes) if num_classes else None
 
     @property
     def trunk(self) -> Trunk:  # type: ignore[override]
@@ -93,7 +100,7 @@ class FITImageEncoder(FITModel):
         whole("num_classes", num_classes, 0, MOST_SIZE)
         like = self.encoder.norm.weight
         self.num_classes = num_classes
-        self.head = linear(self.num_features, num_classes).to(like) if num_classes else None
+        self.head = make_head(self.outputs, self.num_features, num_classes).to(like) if num_classes else None
         self._hub_mixin_config = {**self._hub_mixin_config, "num_classes": num_classes}  # type: ignore[dict-item]
 
     @property
@@ -102,12 +109,13 @@ class FITImageEncoder(FITModel):
         return self.trunk.config.latent_dim if self.ends_in_latents else self.trunk.config.dim
 
     def forward(self, images: Images) -> Tensor:
-        """Logits `(b, num_classes)` of images, or without a head the pooled features.
+        """Outputs `(b, num_classes)` of the head, of images; without a head the pooled features.
 
         Args:
             images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor
                 `(H, W, channels)`, a `PixelSource` (read slice by slice where the model runs `Streamed`) or a
-                `GroupedImage`. Images with the same number of groups run as a batch.
+                `GroupedImage`, or a tuple or list of such, which is one example. Examples with the same number of
+                groups run as a batch.
 
         Raises:
             InputError: no images, or images of another size or number of channels.
@@ -161,13 +169,15 @@ class FITImageEncoder(FITModel):
     def _features(self, inputs: Inputs) -> list[Tensor]:
         return [self.encoder.head(x) for x in self.encoder.execute(inputs).tokens]
 
-    def grouped(self, image: Tensor | PixelSource | GroupedImage) -> GroupedImage:
-        """An image as groups of this encoder.
+    def grouped(self, image: Image | Sequence[Image]) -> GroupedImage:
+        """An image as groups of this encoder; several images, as of one patient, as `JoinedImages`.
 
         Raises:
             InputError: no such image, another number of channels, other groups than the encoder's, or another size
                 where the encoder has a table of positions.
         """
+        if isinstance(image, tuple | list):
+            return JoinedImages([self.grouped(each) for each in image])
         if not isinstance(image, GroupedImage):
             source = PixelArray(image) if isinstance(image, Tensor) else image
             if not isinstance(source, PixelSource):
@@ -176,7 +186,7 @@ class FITImageEncoder(FITModel):
                     "fitformer.patching.any_size.PixelArray(...), open a file by fitformer.data.readers.open_image(...)"
                 )
             image = GroupedImage(source, self.patch_grid, glimpses=self.glimpses)
-        if image.patch_grid != self.patch_grid or image.glimpses != self.glimpses:
+        if image.patch_grid != self.patch_grid or image.glimpses != self.glimpses * image.images:
             raise InputError(
                 f"an image cut as {image.patch_grid} with {image.glimpses} glimpses, given to an encoder of "
                 f"{self.patch_grid} with {self.glimpses}"
@@ -199,15 +209,12 @@ class FITImageEncoder(FITModel):
         Its score is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
         """
 
-        def read(groups: slice) -> tuple[Tensor, Tensor | None]:
-            return self._on_device(*stacked(images, groups))
-
         def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
             x = self.encoder.head(x)
             return (x if mask is None else x * mask[..., None]).sum(dim=(1, 2))
 
         return Inputs(
-            tokens=read,
+            tokens=lambda groups: self.read(images, groups),
             latents=self.latents(images),
             embed=lambda groups, tokens: self._embed(tokens),
             score=None if self.ends_in_latents else added,
@@ -226,11 +233,8 @@ class FITImageEncoder(FITModel):
 
     def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
         """Means `(b, num_features)` over latents, or over the tokens that hold pixels."""
-        alike: dict[int, list[int]] = {}
-        for k, image in enumerate(images):
-            alike.setdefault(image.num_groups, []).append(k)
         pooled: dict[int, Tensor] = {}
-        for where in alike.values():
+        for where in alike(images):
             together = [images[k] for k in where]
             pooled.update(zip(where, self.pool(together, self.inputs(together)), strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
@@ -239,8 +243,9 @@ class FITImageEncoder(FITModel):
         """Raw tokens as data tokens, in the precision of the encoder's weights whatever the image holds."""
         return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
 
-    def _on_device(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens and mask on the encoder's device."""
+    def read(self, images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Raw tokens of a slice of groups of images with the same number of them, and their mask, on the device."""
+        tokens, mask = stacked(images, groups)
         device = self.encoder.norm.weight.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()

@@ -5,7 +5,7 @@ A `PixelSource` is anything that hands out windows of pixels: a file that is ope
 raw tokens with a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -135,12 +135,15 @@ class GroupedImage:
         glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
 
     Attributes:
-        places: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
+        coords: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
+        images: how many images it is, 1; of `JoinedImages` more.
 
     Raises:
         InputError: another number of channels, another size than that of the grid, a grid of another size, no
             occupied group.
     """
+
+    images = 1
 
     def __init__(
         self, source: PixelSource, patch_grid: PatchGrid, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
@@ -184,6 +187,11 @@ class GroupedImage:
     def nbytes(self) -> int:
         """Bytes of the pixels of all groups that are read."""
         return self.num_groups * prod(self.patch_grid.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
+
+    @property
+    def groups_in_all(self) -> int:
+        """Groups that the image is cut into, those that are skipped counted, glimpses not."""
+        return prod(self.grid)
 
     def read_ahead(self) -> None:
         """Read the pixels of all groups now: `read` takes them from memory, in whatever process."""
@@ -244,6 +252,40 @@ class GroupedImage:
         whole = rearrange(cells, "gh gw h w c -> c (gh h) (gw w)")
         return whole[:, : -(-self.shape[0] // ph), : -(-self.shape[1] // pw)]
 
+    def beside(self, source: PixelSource, groups: slice, fill: int) -> np.ndarray:
+        """Numbers `(s, rows, columns)` of another source of the image's size and one channel, group by group.
+
+        `fill` stands beyond the image's edges, and throughout glimpses.
+        """
+        found = np.full((len(self.coords[groups]), *self.patch_grid.group_size), fill, source.dtype)  # type: ignore[misc]
+        for own, (top, left, height, width) in self.windows(groups):
+            found[own, :height, :width] = source.window(top, left, height, width)[..., 0]
+        return found
+
+    def windows(self, groups: slice) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+        """Of each group of a slice but glimpses: its number in the slice, and its window (top, left, rows, columns)."""
+        for number, (row, column) in enumerate(self.coords[groups].tolist()):
+            if row >= 0:
+                yield number, self._place(row, column)
+
+    def put(self, whole: np.ndarray, groups: slice, values: np.ndarray) -> None:
+        """Put values `(s, rows, columns)` of the pixels of a slice of groups into an array `(H, W)`."""
+        for own, (top, left, height, width) in self.windows(groups):
+            whole[top : top + height, left : left + width] = values[own, :height, :width]
+
+    def pixel_map(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """Lay pixels of groups `(t, c, rows, columns)` out as a map `(c, H, W)`; `fill` where groups were skipped."""
+        whole = x.new_full((x.shape[1], *self.shape[:2]), fill)
+        for own, (top, left, height, width) in self.windows(slice(None)):
+            whole[:, top : top + height, left : left + width] = x[own, :, :height, :width]
+        return whole
+
+    def _place(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """The window of a group, cut off at the image's edges: top, left, height, width."""
+        gh, gw = self.patch_grid.group_size  # type: ignore[misc]
+        top, left = row * gh, column * gw
+        return top, left, min(gh, self.shape[0] - top), min(gw, self.shape[1] - left)
+
     def _groups(self, groups: slice) -> np.ndarray:
         """Pixels `(s, rows, columns, channels)` of a slice of groups."""
         return np.stack([self._group(row, column) for row, column in self.coords[groups].tolist()])
@@ -255,8 +297,7 @@ class GroupedImage:
             if self._glimpse is None:
                 self._glimpse = self._with_data(self.source.thumbnail(gh, gw))
             return self._glimpse
-        top, left = row * gh, column * gw
-        height, width = min(gh, self.shape[0] - top), min(gw, self.shape[1] - left)
+        top, left, height, width = self._place(row, column)
         pixels = self._with_data(self.source.window(top, left, height, width))
         if self._held is not None:
             pixels = np.where(self.source.presence.window(top, left, height, width), pixels, pixels.dtype.type(0))  # type: ignore[attr-defined]
@@ -293,6 +334,14 @@ def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tens
     if any(each is not None for each in masks):
         mask = torch.cat([torch.ones(1, *shape, dtype=torch.bool) if each is None else each for each in masks])
     return torch.cat(tokens), mask
+
+
+def alike(images: Sequence[GroupedImage]) -> list[list[int]]:
+    """The places in a sequence of images that have the same number of groups, and so run as a batch."""
+    found: dict[int, list[int]] = {}
+    for place, image in enumerate(images):
+        found.setdefault(image.num_groups, []).append(place)
+    return list(found.values())
 
 
 def _name(source: Any) -> str:

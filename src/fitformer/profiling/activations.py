@@ -23,7 +23,9 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.dropout import GroupRandom
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.trunk import Block, Trunk
+from fitformer.patching import PatchGrid
 from fitformer.profiling.flops import count_parameters
 from fitformer.profiling.probes import (
     GROUP_LAYERS,
@@ -34,6 +36,7 @@ from fitformer.profiling.probes import (
     run_layer,
     without_trunk,
 )
+from fitformer.tasks._pixel_sums import loss_sums
 
 FLOAT = 4
 KINDS = frozenset[Kind]().union(*(kinds for policy in SAVE_POLICIES.values() for kinds in policy))
@@ -158,6 +161,19 @@ def head_stage(model: Any, tokens: int, precision: Any) -> Stage:
             cost = _measure(ends, lambda: (ends.head(x) - noise).square().mean(), precision, [x])
         parameters = count_parameters(ends.output if isinstance(model, FITDenoiser) else ends.norm)
     return Stage(cost.kept, LOSS_TENSORS * cost.moment, parameters)
+
+
+@cached_by_shapes
+def dense_stage(model: FITImageSegmenter, grid: PatchGrid, groups: int, precision: Any) -> Stage:
+    """From data tokens to the sums that the loss of a segmenter is made of."""
+    rows, columns = grid.group_size  # type: ignore[misc]
+    with fake_mode():
+        ends = without_trunk(model, "cpu").head
+        x = torch.empty(1, groups, grid.tokens_per_group, model.trunk.config.dim, requires_grad=True)
+        patches = torch.empty(1, groups, grid.tokens_per_group, grid.token_dim)
+        labels = torch.zeros(1, groups, rows, columns, dtype=torch.uint8)
+        cost = _measure(ends, lambda: loss_sums(ends(x, patches), labels), precision, [x, patches])
+    return Stage(cost.kept, LOSS_TENSORS * cost.moment, cost.parameters)
 
 
 @cached_by_shapes

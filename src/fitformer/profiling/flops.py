@@ -22,14 +22,19 @@ from fitformer.models.block_causal import Band, chunks
 from fitformer.models.config import TrunkConfig
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
+from fitformer.models.dense_head import DenseHead
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.trunk import Block, Trunk
+from fitformer.patching import PatchGrid
 from fitformer.profiling.probes import build_layer, cached_by_shapes, layer_inputs, run_layer, without_trunk
 
-Model = FITEncoder | FITImageEncoder | FITDenoiser | FITDecoder
-ROLES: dict[str, type[Model]] = {role.__name__: role for role in (FITEncoder, FITImageEncoder, FITDenoiser, FITDecoder)}
+Model = FITEncoder | FITImageEncoder | FITImageSegmenter | FITDenoiser | FITDecoder
+ROLES: dict[str, type[Model]] = {
+    role.__name__: role for role in (FITEncoder, FITImageEncoder, FITImageSegmenter, FITDenoiser, FITDecoder)
+}
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,10 @@ def _ends(model: Model, plan: GroupPlan, extra: int, condition_tokens: int) -> t
         return before, [*after, *_maps(model, head=("1", 1, model.num_features))]
     t, n, m = plan.num_groups, plan.tokens_per_group, plan.latents_per_group
     data, latents = f"{t} x {n}", f"{t} x {m}"
+    if isinstance(model, FITImageSegmenter):
+        before, after = _ends(model.encoder, plan, extra, condition_tokens)
+        cost = t * _dense_flops(model, model.patch_grid)
+        return before, [*after, Part("dense head", data, count_parameters(model.head), cost)]
     if isinstance(model, FITEncoder):
         norms = Part("norms", data, count_parameters(model.norm) + count_parameters(model.latent_norm), Flops())
         own = t * (n - extra), model.stem.projection.in_features
@@ -198,6 +207,16 @@ def _token_flops(model: nn.Module, name: str, width: int) -> Flops:
     """FLOPs of a part of a model, by attribute, on one token."""
     part = getattr(without_trunk(model, "meta"), name)
     return count_flops(lambda: part(torch.empty(1, width, device="meta")))
+
+
+@cached_by_shapes
+def _dense_flops(model: FITImageSegmenter, grid: PatchGrid) -> Flops:
+    """FLOPs of the dense head of a segmenter on one group."""
+    head: DenseHead = without_trunk(model, "meta").head
+    x, patches = (
+        torch.empty(1, 1, grid.tokens_per_group, c, device="meta") for c in (model.trunk.config.dim, grid.token_dim)
+    )
+    return count_flops(lambda: head(x, patches))
 
 
 def _trunk_parts(trunk: Trunk, plan: GroupPlan, conditions: int) -> Iterator[Part]:
@@ -251,12 +270,13 @@ def _layer_rates(config: TrunkConfig, name: str) -> tuple[Flops, Flops, Flops]:
 
 
 def count_flops(run: Callable[[], object]) -> Flops:
-    """FLOPs of matrix products in `run()`, by torch's counter; of linear maps, and of all other products.
+    """FLOPs of matrix products in `run()`, by torch's counter: of linear maps and convolutions, and of all others.
 
     Run it on meta tensors: their attention is decomposed into the products that the counter knows.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     counts = counter.get_flop_counts().get("Global", {})
-    linear = sum(counts.get(operation, 0) for operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    maps = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+    linear = sum(counts.get(operation, 0) for operation in maps)
     return Flops(linear, sum(counts.values()) - linear)

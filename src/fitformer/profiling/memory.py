@@ -17,11 +17,13 @@ from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.trunk import Trunk
 from fitformer.profiling.activations import (
     FLOAT,
     Numerics,
     Stage,
+    dense_stage,
     global_stages,
     group_stages,
     head_stage,
@@ -198,7 +200,8 @@ class _Step:
     """Sizes of a step, and its snapshots in each execution."""
 
     def __init__(self, model: Model, setup: StepConfig) -> None:
-        self.model = model.encoder if isinstance(model, FITImageEncoder) else model
+        self.model = model.encoder if isinstance(model, FITImageEncoder | FITImageSegmenter) else model
+        self.segmenter = model if isinstance(model, FITImageSegmenter) else None
         self.trunk: Trunk = model.trunk
         self.setup = setup
         self.plan: GroupPlan = group_plan(model, num_groups=setup.num_groups)
@@ -238,7 +241,10 @@ class _Step:
         return stem_stage(self.model, tokens, self.setup.precision)
 
     def head(self, tokens: int) -> list[Stage]:
-        """From data tokens to the loss; nothing in an encoder, which pools."""
+        """From data tokens to the loss; nothing in an encoder that pools."""
+        if self.segmenter is not None:
+            grid = self.segmenter.patch_grid
+            return [dense_stage(self.segmenter, grid, tokens // grid.tokens_per_group, self.setup.precision)]
         return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.setup.precision)]
 
     def initial_latents(self) -> int:

@@ -1,8 +1,9 @@
 """Tasks: what is learned. Each is one module of plain functions that any training loop can call.
 
-A module of this package is a task unless it is a helper (`batch`, `optimizers`, `preview`, `registry`, or a name that
-begins with an underscore). It ends with `TASK`, a `TaskSpec`; nothing else in the library names the task
-(docs/extending.md). This file imports no torch, so that a task's recipe can be read without it.
+A module of this package is a task unless it is a helper (`answers`, `batch`, `concordance`, `image_outputs`,
+`optimizers`, `preview`, `registry`, or a name that begins with an underscore). It ends with `TASK`, a `TaskSpec`;
+nothing else in the library names the task (docs/extending.md). This file imports no torch, so that a task's recipe can
+be read without it.
 """
 
 from typing import TYPE_CHECKING, Any

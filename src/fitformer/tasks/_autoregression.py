@@ -13,6 +13,7 @@ from fitformer._support.checks import whole
 from fitformer.config.schema import AudioRecipe, ByteDecoderModel, ByteRecipe, PixelDecoderModel
 from fitformer.generation.steps import check_held
 from fitformer.models.decoder import FITDecoder
+from fitformer.models.initialization import zero_branches
 from fitformer.tasks.batch import Batch, arguments
 
 BYTE_VALUES = 256
@@ -25,15 +26,18 @@ def build_decoder(
     vocab_size: int,
     num_classes: int = 0,
 ) -> FITDecoder:
-    """A decoder of `num_groups` groups of `tokens_per_group` tokens."""
-    return FITDecoder.from_preset(
+    """A decoder of `num_groups` groups of `tokens_per_group` tokens, with the weights that training starts from."""
+    network = FITDecoder.from_preset(
         model.preset,
         num_groups=num_groups,
         tokens_per_group=tokens_per_group,
         vocab_size=vocab_size,
         num_classes=num_classes,
-        **arguments(model, "patch_size", "tokens_per_group"),
+        **arguments(model, "patch_size", "tokens_per_group", "initialization"),
     )
+    if model.initialization == "zero_branches":
+        zero_branches(network)
+    return network
 
 
 def build_sequence_decoder(recipe: ByteRecipe | AudioRecipe) -> FITDecoder:

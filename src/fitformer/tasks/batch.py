@@ -1,8 +1,10 @@
 """The contents of a batch, constructor arguments from a recipe, and checks that several tasks make."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
+import numpy as np
 from torch import Tensor
 
 from fitformer.config.schema import Model
@@ -14,17 +16,22 @@ class Batch(TypedDict, total=False):
 
     Attributes:
         image: uint8 `(b, H, W, ch)`, or a list of images that are read on demand.
-        label: int64 `(b,)`, -1 where unknown. index: int64 `(b,)`, the number of the example.
+        labels: classes of pixels, uint8 `(b, H, W)`, or a list of label images that are read on demand.
+        label: int64 `(b,)`, -1 where unknown; or float32 `(b, k)`, the numbers of a table.
+        index: int64 `(b,)`, the number of the example.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
         documents: int64 `(b, t)`, the number of each group's document, see `patching.pack_documents`.
+        done: the share of the training's steps that were made before this one; not there in evaluation.
     """
 
     image: Any
+    labels: Any
     label: Tensor
     index: Tensor
     tokens: Tensor
     mask: Tensor
     documents: Tensor
+    done: float
 
 
 def arguments(model: Model, *drop: str) -> dict[str, Any]:
@@ -68,3 +75,40 @@ def need_no_levels(recipe: Any) -> None:
             f"data.levels is {recipe.data.levels}; the task {recipe.task} needs pixel values 0 to 255: "
             "remove data.levels"
         )
+
+
+def size_of_model(recipe: Any) -> int | tuple[int, int] | None:
+    """The image size of a model of images; None for images of any size, which `row_column` positions ask for.
+
+    Raises:
+        InputError: settings of images of any size for a model of one size, or masks of images that are not read lazily.
+    """
+    data = recipe.data
+    if recipe.model.latent_position == "row_column":
+        if data.masks is not None and data.image_size is not None:
+            raise InputError("data.masks are those of image files of any size; set data.image_size to null")
+        return None
+    asked = {"image_size: null": data.image_size is None, "background": data.background != "none", "masks": data.masks}
+    if named := [name for name, is_asked in asked.items() if is_asked]:
+        raise InputError(
+            f"data.{named[0]} is for models of images of any size; set model.latent_position to row_column"
+        )
+    size: int | tuple[int, int] = data.image_size
+    return size
+
+
+def scaled_weights(
+    weights: Literal["balanced"] | Sequence[float], counts: np.ndarray, classes: Sequence[str], what: str
+) -> tuple[float, ...]:
+    """Weights of classes whose mean over what is trained on is 1; `balanced` ones are inverse to its `counts`.
+
+    Raises:
+        InputError: another number of weights than of classes, or balanced ones of a class without any of `what`.
+    """
+    if weights != "balanced" and len(weights) != len(counts):
+        raise InputError(f"objective.class_weights has {len(weights)} numbers, and there are {len(counts)} classes")
+    if weights == "balanced" and not counts.all():
+        names = [name for name, count in zip(classes, counts) if not count]
+        raise InputError(f"objective.class_weights is balanced, and there are no {what} to train on of {names}")
+    raw = 1 / counts if weights == "balanced" else np.array(weights)
+    return tuple((raw * counts.sum() / (raw * counts).sum()).tolist())

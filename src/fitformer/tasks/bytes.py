@@ -10,6 +10,7 @@ from torch import Tensor
 from fitformer import patching
 from fitformer.config.schema import ByteRecipe
 from fitformer.data.datasets.text import ByteBuffer, compressed_bits_per_byte, whole_file
+from fitformer.errors import InputError
 from fitformer.models.decoder import FITDecoder
 from fitformer.tasks._autoregression import (
     build_sequence_decoder,
@@ -31,13 +32,26 @@ def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
     """A decoder of bytes, of as many groups as hold `data.length`.
 
     Raises:
-        InputError: groups of no tokens.
+        InputError: groups of no tokens, or more than `data.short_length` has.
     """
-    return build_sequence_decoder(recipe)
+    network, short = build_sequence_decoder(recipe), recipe.data.short_length
+    if short is not None and short % network.tokens_per_group:
+        raise InputError(
+            f"data.short_length is {short}; it must be whole groups of model.tokens_per_group, "
+            f"{network.tokens_per_group}"
+        )
+    return network
 
 
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count."""
+    """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count.
+
+    In the first `data.short_share` of the training each example is cut into ones of `data.short_length`.
+    """
+    data = recipe.data
+    if data.short_length is not None and batch["done"] < data.short_share:
+        tokens, mask = (each.reshape(-1, data.short_length) for each in (batch["tokens"], batch["mask"]))
+        batch = {**batch, "tokens": tokens, "mask": mask}
     return loss_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 

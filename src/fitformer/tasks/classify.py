@@ -9,41 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitformer.config.schema import ClassifyRecipe
-from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
-from fitformer.tasks.batch import Batch, arguments, need_classes, need_no_levels
+from fitformer.tasks.answers import Answers, ClassAnswers
+from fitformer.tasks.batch import Batch, need_classes, scaled_weights
+from fitformer.tasks.image_outputs import build_encoder, finite_outputs, outputs
 from fitformer.tasks.registry import TaskSpec
 
 
 def build(recipe: ClassifyRecipe, dataset: Any) -> FITImageEncoder:
-    """An image encoder with a head for the dataset's classes; of images of any size with `row_column` positions.
+    """An image encoder with a head for the dataset's classes, see `build_encoder`.
 
     Raises:
         InputError: data without classes, sizes that do not divide, images of any size for an encoder of one.
     """
-    need_no_levels(recipe)
-    any_size = recipe.model.latent_position == "row_column"
-    if any_size and recipe.data.masks is not None and recipe.data.image_size is not None:
-        raise InputError("data.masks are those of image files of any size; set data.image_size to null")
-    if not any_size:
-        _need_one_size(recipe)
-    return FITImageEncoder.from_preset(
-        recipe.model.preset,
-        image_size=None if any_size else recipe.data.image_size,
-        channels=dataset.channels,
-        num_classes=need_classes(dataset, "classification"),
-        **arguments(recipe.model),
-    )
-
-
-def _need_one_size(recipe: ClassifyRecipe) -> None:
-    data = recipe.data
-    asked = {"image_size: null": data.image_size is None, "background": data.background != "none", "masks": data.masks}
-    if named := [name for name, is_asked in asked.items() if is_asked]:
-        raise InputError(
-            f"data.{named[0]} is for models of images of any size; set model.latent_position to row_column"
-        )
+    return build_encoder(recipe, dataset, need_classes(dataset, "classification"))
 
 
 def prepare(recipe: ClassifyRecipe, dataset: Any) -> ClassifyRecipe:
@@ -58,27 +38,8 @@ def prepare(recipe: ClassifyRecipe, dataset: Any) -> ClassifyRecipe:
     if weights == "none":
         return recipe
     counts = np.bincount(labels, minlength=len(dataset.classes))
-    if weights != "balanced" and len(weights) != len(counts):
-        raise InputError(f"objective.class_weights has {len(weights)} numbers, and there are {len(counts)} classes")
-    if weights == "balanced" and not counts.all():
-        names = [name for name, count in zip(dataset.classes, counts) if not count]
-        raise InputError(f"objective.class_weights is balanced, and there are no images to train on of {names}")
-    raw = 1 / counts if weights == "balanced" else np.array(weights)
-    scaled = tuple((raw * counts.sum() / (raw * counts).sum()).tolist())
+    scaled = scaled_weights(weights, counts, dataset.classes, "images")
     return replace(recipe, objective=replace(recipe.objective, class_weights=scaled))
-
-
-def logits(network: FITImageEncoder, images: Tensor | Sequence[Any]) -> Tensor:
-    """Logits `(b, classes)` of images, which the network sees in [-1, 1].
-
-    Args:
-        network: the classifier.
-        images: uint8 `(b, H, W, ch)`; for a model of any size a sequence of `GroupedImage`s or pixel sources.
-    """
-    if not network.patch_grid.any_size:
-        assert isinstance(images, Tensor)
-        return network(pixels_to_signal(images))
-    return network(list(images))
 
 
 def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,27 +48,15 @@ def loss(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tupl
     Raises:
         InputError: the logits of images of any size are NaN or infinite (names the images).
     """
-    predicted, label, weights = logits(network, batch["image"]), batch["label"], recipe.objective.class_weights
-    smoothing = recipe.objective.label_smoothing
+    predicted, label = finite_outputs(network, batch)
+    weights, smoothing = recipe.objective.class_weights, recipe.objective.label_smoothing
     if weights == "none":
-        value = F.cross_entropy(predicted.float(), label, label_smoothing=smoothing)
+        value = F.cross_entropy(predicted, label, label_smoothing=smoothing)
     else:
         # Not over the weights of the batch, which would make an example's share depend on its neighbours.
-        each = F.cross_entropy(predicted.float(), label, label_smoothing=smoothing, reduction="none")
+        each = F.cross_entropy(predicted, label, label_smoothing=smoothing, reduction="none")
         value = (each * each.new_tensor(weights)[label]).mean()
-    if network.patch_grid.any_size and not bool(predicted.isfinite().all()):
-        _refuse_logits(predicted, batch["image"])
-    return value, {"accuracy": _accuracy(predicted, batch["label"])}
-
-
-def _refuse_logits(predicted: Tensor, images: Any) -> None:
-    """Raise InputError that names the images whose logits are NaN or infinite."""
-    which = (~predicted.isfinite().all(-1)).nonzero().flatten().tolist()
-    names = [getattr(images[k], "path", f"image {k} of a batch") for k in which]
-    raise InputError(
-        f"{', '.join(names)}: NaN or infinite logits; look for NaN or infinite pixels, else training diverged: lower "
-        "optimizer.lr"
-    )
+    return value, {"accuracy": _accuracy(predicted, label)}
 
 
 def measure(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[dict[str, Tensor], int]:
@@ -116,20 +65,19 @@ def measure(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> t
     Raises:
         InputError: examples without a label.
     """
-    label = batch["label"]
+    predicted, label = outputs(network, batch, recipe)
     if bool((label < 0).any()):
         raise InputError("some held-out examples have no label, so accuracy cannot be measured")
-    predicted = logits(network, batch["image"])
-    return {"loss": F.cross_entropy(predicted.float(), label), "accuracy": _accuracy(predicted, label)}, len(label)
+    return {"loss": F.cross_entropy(predicted, label), "accuracy": _accuracy(predicted, label)}, len(label)
 
 
 def _accuracy(predicted: Tensor, label: Tensor) -> Tensor:
     return (predicted.detach().argmax(-1) == label).float().mean()
 
 
-def labelled_logits(network: FITImageEncoder, batch: Batch, recipe: ClassifyRecipe) -> tuple[Tensor, Tensor]:
-    """Logits `(b, classes)` of a batch, and its labels `(b,)`."""
-    return logits(network, batch["image"]), batch["label"]
+def answers(network: FITImageEncoder, recipe: ClassifyRecipe, classes: Sequence[str]) -> Answers:
+    """A class, and the probability of each."""
+    return ClassAnswers(tuple(classes))
 
 
 TASK = TaskSpec(
@@ -139,7 +87,8 @@ TASK = TaskSpec(
     loss=loss,
     measure=measure,
     monitor=("val/accuracy", "max"),
-    logits=labelled_logits,
+    logits=outputs,
+    answers=answers,
     prepare=prepare,
     verb="predict",
     # One of the encoder's two final norms is unused.

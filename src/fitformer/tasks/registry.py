@@ -1,6 +1,6 @@
 """What the rest of the library knows of a task: one `TaskSpec`, named `TASK`, in each task's module."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fitformer.data.datasets.text import ByteBuffer
+    from fitformer.tasks.answers import Answers
     from fitformer.tasks.batch import Batch
     from fitformer.tasks.preview import Preview
 
@@ -29,12 +30,19 @@ class TaskSpec:
         loss: `(model, batch, recipe) -> loss, metrics`: the training loss, a scalar mean over the batch, and further
             means to log, detached.
         measure: `(model, batch, recipe) -> means, count`: held-out means over the batch, and the number of examples
-            or tokens that each is a mean over.
+            or tokens that each is a mean over; None of a task with `scores`.
+        conclude: `(means, classes) -> (name, value), ...`: what the means of `measure` over all batches, there tensors
+            of any shape, amount to: numbers, of which `monitor` is one, and numbers by class; None where they are it.
         monitor: the held-out metric that selects the best checkpoint, such as `val/loss`, and `min` or `max`.
         preview: `(model, recipe, count) -> Preview`: samples that depend on the weights alone; None without samples.
         counted: what `measure` counts: `examples` or `tokens`.
         logits: `(model, batch, recipe) -> logits (b, classes), labels (b,)` of a classifier, which is then evaluated
             with accuracy by class and confusion; None for other tasks.
+        outputs: `(model, batch, recipe) -> outputs (b, k), labels (b, ...)` of a task whose held-out metrics are no
+            means over batches; then `scores` is in the place of `measure`.
+        scores: `(model, outputs (n, k), labels (n, ...), recipe) -> (name, value), ...`: its metrics on all held-out
+            examples at once, numbers, or numbers by name; NaN where one is not defined.
+        answers: `(model, recipe, classes) -> Answers` for the verb `predict`: what the outputs of the model mean.
         baselines: `(recipe, train, test) -> (name, value), ...`: results that a model should surpass, from the batches
             of the training part and of the part that is evaluated; each is an iterator that is read at most once.
         prepare: `(recipe, dataset) -> recipe` for `loss`: settings that follow from the training part, in numbers; None
@@ -54,11 +62,15 @@ class TaskSpec:
     model: type[Any]
     build: Callable[[Any, Any], Any]
     loss: "Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]"
-    measure: "Callable[[Any, Batch, Any], tuple[dict[str, Tensor], int]]"
+    measure: "Callable[[Any, Batch, Any], tuple[dict[str, Tensor], int]] | None"
     monitor: tuple[str, Literal["min", "max"]]
+    conclude: "Callable[[dict[str, Tensor], Sequence[str]], Iterable[tuple[str, Any]]] | None" = None
     preview: "Callable[[Any, Any, int], Preview] | None" = None
     counted: str = "examples"
     logits: "Callable[[Any, Batch, Any], tuple[Tensor, Tensor]] | None" = None
+    outputs: "Callable[[Any, Batch, Any], tuple[Tensor, Tensor]] | None" = None
+    scores: "Callable[[Any, Tensor, Tensor, Any], Iterable[tuple[str, Any]]] | None" = None
+    answers: "Callable[[Any, Any, Sequence[str]], Answers] | None" = None
     baselines: "Callable[[Any, Iterator[Batch], Iterator[Batch]], Iterable[tuple[str, float]]] | None" = None
     prepare: "Callable[[Any, Any], Any] | None" = None
     verb: Literal["predict", "sample", "generate"] | None = None

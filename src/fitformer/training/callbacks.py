@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import warnings
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class ForegroundReport(Callback):
             for image in batch["image"]:
                 self.images += 1
                 self.kept += image.num_groups - image.glimpses
-                self.groups += prod(image.grid)
+                self.groups += image.groups_in_all
             if self.images >= self.IMAGES:
                 self._tell()
 

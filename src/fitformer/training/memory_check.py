@@ -14,7 +14,7 @@ from torch import nn
 from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer._support.system_memory import available_memory, total_memory
 from fitformer.config.schema import Recipe, Training
-from fitformer.data.datasets.lazy_source import sizes_of
+from fitformer.data.datasets.lazy_source import opened_examples
 from fitformer.data.foreground import foreground_groups_transformed
 from fitformer.data.masks import Masks
 from fitformer.data.readers import LazyImage
@@ -23,6 +23,7 @@ from fitformer.data.settings import ImageData
 from fitformer.data.symmetry import Symmetry
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching import PatchGrid
 from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
@@ -122,19 +123,19 @@ def _device(training: Training) -> Any:
 
 
 def _most_groups(network: nn.Module, examples: Any, on_header: Callable[[LazyImage], None]) -> int | None:
-    """Groups of the largest image, none of them skipped but where it has no pixels; None where the model knows them."""
-    if not isinstance(network, FITImageEncoder) or not network.patch_grid.any_size:
+    """Groups of the largest image or patient, skipped only where no pixels are; None where the model knows them."""
+    if not isinstance(network, FITImageEncoder | FITImageSegmenter) or not network.patch_grid.any_size:
         return None
     if examples.image_size is not None:
         return network.glimpses + prod(network.patch_grid.cover(*examples.image_size))
-    counts = [1]
-
-    def count(image: LazyImage) -> None:
-        on_header(image)
-        counts.append(_groups_of(image, network.patch_grid, examples.symmetries))
-
-    sizes_of(examples.source, count)
-    return network.glimpses + max(counts)
+    most = 1 + network.glimpses
+    for images in opened_examples(examples.source):
+        groups = 0
+        for image in images:
+            on_header(image)
+            groups += network.glimpses + _groups_of(image, network.patch_grid, examples.symmetries)
+        most = max(most, groups)
+    return most
 
 
 def _groups_of(image: LazyImage, patch_grid: PatchGrid, symmetries: Sequence[Symmetry]) -> int:

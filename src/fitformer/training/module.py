@@ -1,6 +1,7 @@
 """The objective in Lightning's terms: one module for all tasks, and the data in the order of `data.order`."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches, spread_part
 from fitformer.models.base import FITModel
 from fitformer.tasks import optimizers, set_execution, task_of
+from fitformer.tasks._means import Means, joined
 from fitformer.tasks.batch import Batch
 
 
@@ -33,6 +35,8 @@ class FITModule(pl.LightningModule):
         self.recipe = recipe
         self.recent: dict[str, Tensor] = {}
         self.recent_count = 0
+        self._held_out = Means()
+        self._outputs: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self) -> None:
         """Choose how the trunk runs; after the average was copied, which is only ever evaluated."""
@@ -49,7 +53,8 @@ class FITModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss on one micro-batch."""
-        loss, metrics = task_of(self.recipe).loss(self.network, batch, self.recipe)
+        done = self.global_step / self.recipe.trainer.steps
+        loss, metrics = task_of(self.recipe).loss(self.network, {**batch, "done": done}, self.recipe)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             self.recent[name] = self.recent[name] + value if name in self.recent else value
         self.recent_count += 1
@@ -62,13 +67,44 @@ class FITModule(pl.LightningModule):
         return means
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The task's held-out metrics, weighted over batches and ranks by what they are means over."""
+        """The task's held-out metrics, weighted over batches and ranks by what they are means over.
+
+        Of a task whose metrics are of all examples at once, the outputs are kept for the end.
+        """
         if not batch:
             # None of its images could be read.
             return
-        metrics, weight = task_of(self.recipe).measure(self.network, batch, self.recipe)
+        task = task_of(self.recipe)
+        if task.outputs is not None:
+            outputs, labels = task.outputs(self.network, batch, self.recipe)
+            self._outputs.append((outputs.cpu(), labels.cpu()))
+            return
+        assert task.measure is not None
+        metrics, weight = task.measure(self.network, batch, self.recipe)
+        if task.conclude is not None:
+            self._held_out.add(metrics, weight)
+            return
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=weight, on_epoch=True, sync_dist=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what a validation that an error ended had measured."""
+        self._held_out, self._outputs = Means(), []
+
+    def on_validation_epoch_end(self) -> None:
+        """What all held-out examples of all ranks amount to, of a task whose measures are no means themselves."""
+        found = {f"val/{name}": value for name, value in self._concluded() if isinstance(value, float)}
+        if found:
+            self.log_dict(found, on_epoch=True, logger=False)
+
+    def _concluded(self) -> Iterable[tuple[str, Any]]:
+        task = task_of(self.recipe)
+        if task.conclude is not None and (means := joined(self._held_out).means()):
+            return task.conclude(means, self.trainer.datamodule.held_out.classes)  # type: ignore[attr-defined]
+        if task.scores is not None and (held_out := _of_all_ranks(self._outputs)):
+            outputs, labels = (torch.cat(each).to(self.device) for each in zip(*held_out, strict=True))
+            return task.scores(self.network, outputs, labels, self.recipe)
+        return ()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -88,6 +124,15 @@ class FITModule(pl.LightningModule):
         """AdamW and its schedule, stepped with the optimizer."""
         adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _of_all_ranks(own: list[Any]) -> list[Any]:
+    """The items of all processes that train together; they need not have equally many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return [item for items in found for item in items]
 
 
 class StepLoader(DataLoader):

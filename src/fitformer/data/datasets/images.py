@@ -1,53 +1,72 @@
 """A dataset of images: size, channels, pixel values and augmentation on top of a source."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from fitformer._support.listed import listed
+from fitformer.data.datasets.patients import members
 from fitformer.data.datasets.sources import Source
 from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.dihedral import SYMMETRIES, TransformedImage, drawn
 from fitformer.data.grouping import Grouping
+from fitformer.data.labels import UNLABELLED, LabelImage, Labels, check_size
 from fitformer.data.order import example_generator
-from fitformer.data.pixels import fit, jitter, random_crop, shift
+from fitformer.data.pixels import PICTURE, Sampling, fit, jitter, random_crop, shift
 from fitformer.data.readers import LazyImage
-from fitformer.data.settings import Augmentation, ImageData, Resize
+from fitformer.data.settings import Augmentation, ImageData, NumberColumns, Resize
 from fitformer.data.symmetry import IDENTITY, Symmetry
 from fitformer.errors import InputError
 from fitformer.patching import PatchGrid
+from fitformer.patching.any_size import PixelArray
 
 _log = logging.getLogger("fitformer.data")
 
-Augment = Callable[[np.ndarray, tuple[int, int], Resize, np.random.Generator], np.ndarray]
+Augment = Callable[[np.ndarray, tuple[int, int], Resize, np.random.Generator, Sampling], np.ndarray]
+CLASSES = Sampling(Image.Resampling.NEAREST, UNLABELLED)
+"""How label images are moved: a class has no mean with another."""
 
 
-def _light(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
-    return jitter(fit(pixels, size, resize), random)
+def _light(
+    pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator, sampling: Sampling
+) -> np.ndarray:
+    return jitter(fit(pixels, size, resize, sampling), random, sampling)
 
 
-def _shift(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
-    return shift(fit(pixels, size, resize), random)
+def _shift(
+    pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator, sampling: Sampling
+) -> np.ndarray:
+    return shift(fit(pixels, size, resize, sampling), random, sampling)
 
 
-def _crop(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
-    return random_crop(pixels, size, random)
+def _crop(
+    pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator, sampling: Sampling
+) -> np.ndarray:
+    return random_crop(pixels, size, random, sampling)
 
 
-def _crop_flip(pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator) -> np.ndarray:
-    cropped = random_crop(pixels, size, random)
+def _crop_flip(
+    pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator, sampling: Sampling
+) -> np.ndarray:
+    cropped = random_crop(pixels, size, random, sampling)
     return cropped[:, ::-1] if random.random() < 0.5 else cropped
 
 
 def _turn(
-    name: str, pixels: np.ndarray, size: tuple[int, int], resize: Resize, random: np.random.Generator
+    name: str,
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    resize: Resize,
+    random: np.random.Generator,
+    sampling: Sampling,
 ) -> np.ndarray:
-    return fit(drawn(name, random).turn(pixels), size, resize)
+    return fit(drawn(name, random).turn(pixels), size, resize, sampling)
 
 
 AUGMENTATIONS: dict[str, Augment] = {
@@ -70,9 +89,10 @@ def dequantize(values: np.ndarray, levels: int) -> np.ndarray:
 
 
 def collate_any_size(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch whose images are a list."""
+    """A batch whose images, and label images, are lists."""
     rest = default_collate([{name: item[name] for name in ("label", "index")} for item in items])
-    return {"image": [item["image"] for item in items], **rest}
+    lists = [name for name in ("image", "labels") if name in items[0]]
+    return {**{name: [item[name] for item in items] for name in lists}, **rest}
 
 
 def collate_readable(collate: Callable[[list[Any]], dict[str, Any]], items: list[Any]) -> dict[str, Any]:
@@ -85,8 +105,9 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of one size; `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0.
 
     An item is `image` uint8 (H, W, ch), with values below `levels` if that is set, `label` int64 () (-1 without
-    classes) and `index`, that of the image handed out. Without an `image_size`, `image` is what the source has: an
-    image that is read lazily, or such an image `Turned` (`collate` puts them in a list, not in a tensor). The
+    classes) or, of a source of numbers (`columns`), float32 (k,), and `index`, that of the image handed out. Without an
+    `image_size`, `image` is what the source has: an image that is read lazily, or such an image `Turned` (`collate`
+    puts them in a list, not in a tensor); of a patient a tuple of them. The
     randomness of augmentation is a function of (seed, epoch, index).
 
     A file that cannot be read is logged once by name. In training the next readable image stands in for it; of
@@ -111,13 +132,15 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         note: str = "",
         held_out: bool = False,
         is_test: bool = False,
+        labels: Labels | None = None,
+        columns: NumberColumns | None = None,
     ):
         if augmentation != "none" and augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation is {augmentation!r}: choose {listed(['none', *AUGMENTATIONS])}")
         if levels is not None and not 2 <= levels <= 256:
             raise InputError(f"levels is {levels}: pixels have 2 to 256 levels")
         self.source, self.seed, self.note = source, seed, note
-        self.held_out, self.is_test = held_out, is_test
+        self.held_out, self.is_test, self.labels, self.columns = held_out, is_test, labels, columns
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         if sides is not None and min(sides) < 1:
             raise InputError(f"image_size is {image_size}: its sides must be at least 1")
@@ -145,8 +168,8 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in the order of their numbers; empty without classes."""
-        return self.source.classes
+        """Class names in the order of their numbers, of images or of their pixels; empty without classes."""
+        return self.source.classes if self.labels is None else self.labels.coding.classes
 
     @property
     def channels(self) -> int:
@@ -176,10 +199,15 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     def describe(self) -> str:
         """One line: what, how many, how large."""
         size = "any size" if self.image_size is None else " x ".join(map(str, self.image_size))
-        kinds = f"{len(self.classes)} classes" if self.classes else "no classes"
+        of = "" if self.labels is None else " of pixels"
+        kinds = f"{len(self.classes)} classes{of}" if self.classes else "no classes"
+        if self.columns is not None:
+            kinds = listed(self.columns.names)
         values = f", {self.levels} levels" if self.levels else ""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.source.title}: {len(self):,} images, {size} x {self.channels}{values}, {kinds}{note}"
+        patients = members(self.source)
+        count = f"{len(self):,} images" if patients is None else f"{len(self):,} patients, {sum(patients):,} images"
+        return f"{self.source.title}: {count}, {size} x {self.channels}{values}, {kinds}{note}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -192,18 +220,54 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         if read is None:
             return None
         pixels, label, found = read
-        augment, random = AUGMENTATIONS.get(self.augmentation), example_generator(self.seed, epoch, index)
+
+        # Drawn anew for an image and for its label image: the same numbers.
+        def random() -> np.random.Generator:
+            return example_generator(self.seed, epoch, index)
+
+        rest = {"label": torch.tensor(label), "index": found}
         if self.image_size is None:
-            image = pixels if augment is None else TransformedImage(pixels, drawn(self.augmentation, random))
-            return {"image": self._grouped(image), "label": torch.tensor(label), "index": found}
-        if augment is None:
-            pixels = fit(pixels, self.image_size, self.resize)
-        else:
-            pixels = augment(pixels, self.image_size, self.resize, random)
+            images = [pixels, *([] if self.labels is None else [self._labels_of(found, pixels)])]
+            if self.augmentation != "none":
+                images = [self._turned(each, random()) for each in images]
+            labels = {} if self.labels is None else {"labels": images[1]}
+            return {"image": self._grouped(images[0]), **labels, **rest}
+        image = self._fitted(pixels, random(), PICTURE)
         if self.levels is not None:
-            pixels = quantize(pixels, self.levels)
+            image = quantize(image, self.levels)
+        if self.labels is not None:
+            whole = self._labels_of(found, pixels).window(0, 0, *pixels.shape[:2])
+            classes = self._fitted(whole, random(), CLASSES).copy()
+            rest["labels"] = torch.tensor(classes[..., 0]) if self._grouping is None else PixelArray(classes)
         # A copy: arrays in memory and Pillow's are read-only, and a flipped one runs backwards.
-        return {"image": self._grouped(torch.tensor(pixels.copy())), "label": torch.tensor(label), "index": found}
+        return {"image": self._grouped(torch.tensor(image.copy())), **rest}
+
+    def _fitted(self, pixels: np.ndarray, random: np.random.Generator, sampling: Sampling) -> np.ndarray:
+        """Pixels (H, W, ch) at the one size, moved about as the augmentation says."""
+        assert self.image_size is not None
+        augment = AUGMENTATIONS.get(self.augmentation)
+        if augment is None:
+            return fit(pixels, self.image_size, self.resize, sampling)
+        return augment(pixels, self.image_size, self.resize, random, sampling)
+
+    def _labels_of(self, index: int, image: Any) -> LabelImage:
+        """The label image of an image that was read."""
+        assert self.labels is not None
+        path = self.source.name(index)
+        found = self.labels.of(path)
+        check_size(found, path, image.shape[:2])
+        return found
+
+    def label_images(self) -> Iterator[LabelImage]:
+        """Those of all images, as they are in their files."""
+        assert self.labels is not None
+        yield from self.labels.all_of(self.source)
+
+    def _turned(self, image: Any, random: np.random.Generator) -> Any:
+        """An image of any size, or each of a patient's, turned at random."""
+        if isinstance(image, tuple):
+            return tuple(self._turned(each, random) for each in image)
+        return TransformedImage(image, drawn(self.augmentation, random))
 
     def _grouped(self, image: Any) -> Any:
         return image if self._grouping is None else self._grouping(image)

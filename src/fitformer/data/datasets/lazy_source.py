@@ -1,7 +1,8 @@
 """Image files that are opened, not decoded: a source of lazily read images of any size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from fitformer.data.datasets.sources import Files
 from fitformer.data.decoding import UnreadableImageError, suffixes
 from fitformer.data.readers import LazyImage
+from fitformer.data.readers.features import open_without_coordinates
 from fitformer.data.readers.lazy import BACKENDS
 from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import InputError, MissingDependencyError
@@ -19,8 +21,12 @@ ZARR = ".zarr"
 
 
 def lazy_suffixes() -> frozenset[str]:
-    """The file name endings, lower case, that `open_image` is asked about; folders that end in .zarr are images too."""
-    return suffixes() | BACKENDS.keys() | {ZARR}
+    """The file name endings, lower case, of images in folders; folders that end in .zarr are images too.
+
+    Tensors that torch saved often lie beside the files of patch features that they were made of, and are no images.
+    """
+    readable = {ending for ending, backend in BACKENDS.items() if backend is not open_without_coordinates}
+    return suffixes() | readable | {ZARR}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +48,10 @@ class LazySource:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         image = opened(str(self.files[index]), self.options)
         _check_alike(image, self.reference_image)
-        return image, int(self.labels[index])
+        return image, self.labels[index]
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -84,15 +90,25 @@ def sizes_of(source: Any, check: Callable[[LazyImage], object] | None = None) ->
         InputError: their channels or types differ, or `check` raises it.
     """
     sizes = []
+    for image in chain.from_iterable(opened_examples(source)):
+        if check is not None:
+            check(image)
+        sizes.append(image.shape[:2])
+    return sizes
+
+
+def opened_examples(source: Any) -> Iterator[tuple[LazyImage, ...]]:
+    """The image of each example of a source, or all of a patient, of those that can be opened.
+
+    Raises:
+        InputError: their channels or types differ.
+    """
     for index in range(len(source)):
         try:
             image, _ = source[index]
         except UnreadableImageError:
             continue
-        if check is not None:
-            check(image)
-        sizes.append(image.shape[:2])
-    return sizes
+        yield image if isinstance(image, tuple) else (image,)
 
 
 def opened(path: str, options: OpenOptions) -> LazyImage:

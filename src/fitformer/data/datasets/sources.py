@@ -37,15 +37,15 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray:
-        """Class numbers int64 (len,), `UNLABELLED` throughout if there are no classes."""
+        """Class numbers int64 (len,), `UNLABELLED` throughout if there are no classes; or numbers float32 (len, k)."""
         ...
 
     def __len__(self) -> int:
         """Number of images."""
         ...
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels (H, W, ch) uint8 and the class number; raises `UnreadableImageError` for a broken file."""
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Pixels (H, W, ch) uint8 and its label; raises `UnreadableImageError` for a broken file."""
         ...
 
     def name(self, index: int) -> str:
@@ -101,12 +101,12 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         file = self.files[index]
         name = _file_name(self.title, file, index)
         pixels = decode(file, name, self.channels if self.convert else None, self.pixel_range)
         check_channels(pixels.shape[2], self.channels, name, self.title)
-        return pixels, int(self.labels[index])
+        return pixels, self.labels[index]
 
     def name(self, index: int) -> str:
         """The file's path, where it has one."""
@@ -162,7 +162,7 @@ class Subset:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class numbers (len,)."""
+        """Those of the images."""
         return self.whole.labels[self.indices]
 
     @property
@@ -173,7 +173,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.whole[int(self.indices[index])]
 
     def name(self, index: int) -> str:

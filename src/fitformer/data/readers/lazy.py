@@ -209,7 +209,7 @@ def open_levels(path: str, options: OpenOptions, content: bytes | None = None) -
 
 def _in_pixels(opened: OpenImage, path: str, options: OpenOptions) -> OpenImage:
     try:
-        image = as_pixels(opened, path, options.pixel_range)
+        image = as_pixels(opened, path, options.pixel_range, 1 if options.palette_indices else 255)
         if options.channels is not None:
             image = with_channels(image, options.channels, path)
         if not all(image.levels[0].shape):
@@ -233,7 +233,7 @@ def open_image(
     `most_bytes` is the most that may have to be decoded for one pixel: a tile, or the whole of a PNG or JPEG. The
     numbers of a `pixel_range` become black and white, in uint16: for floats and whole numbers of 32 bits, which have no
     range of their own, and 12 bits stored as 16. Grey, colour, and colour with alpha are converted to `channels`.
-    `palette_indices` gives the numbers of a palette, not its colours.
+    `palette_indices` gives the numbers of a palette, not its colours, and grey of less than 8 bits as it is stored.
 
     Raises:
         InputError: it is missing (with the nearest name), broken, of a kind that cannot be read, or the range is empty.

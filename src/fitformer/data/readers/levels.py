@@ -81,7 +81,8 @@ class OpenOptions:
         most_bytes: that may have to be decoded for one pixel: of a tile, or of the whole of a PNG or JPEG.
         pixel_range: the numbers that become black and white; the pixels are then uint16. None goes by their type.
         channels: 1 (grey), 3 (colour) or 4 (colour and alpha), to which the pixels are converted; None for the file's.
-        palette_indices: pixels of a palette as their numbers in it, as in masks, not as its colours.
+        palette_indices: pixels of a palette as their numbers in it, as in masks, not as its colours; and those of grey
+            of less than 8 bits as the numbers that are stored, not stretched over 0 .. 255.
     """
 
     most_bytes: float = WHOLE_BYTES
@@ -306,8 +307,10 @@ _KEPT = ("uint8", "uint16", "float32")
 _EXACT = ("int8", "int16", "float16", "float64")
 
 
-def as_pixels(image: OpenImage, path: str, pixel_range: tuple[float, float] | None = None) -> OpenImage:
-    """The image as uint8, uint16 or float32; bits become 0 and 255, small signed numbers and other floats float32.
+def as_pixels(
+    image: OpenImage, path: str, pixel_range: tuple[float, float] | None = None, white: int = 255
+) -> OpenImage:
+    """The image as uint8, uint16 or float32; bits become 0 and `white`, small signed numbers and other floats float32.
 
     With a `pixel_range` all become uint16, which its ends and what lies beyond them fill. What has no data is NaN in
     floats and 0 in a `pixel_range`, where the least of the others is 1.
@@ -315,7 +318,7 @@ def as_pixels(image: OpenImage, path: str, pixel_range: tuple[float, float] | No
     Raises:
         InputError: numbers that float32 does not hold, without a `pixel_range`.
     """
-    levels = [_as_pixels(level, path, pixel_range, image.nodata) for level in image.levels]
+    levels = [_as_pixels(level, path, pixel_range, image.nodata, white) for level in image.levels]
     nodata = image.nodata
     if nodata is not None and pixel_range is not None:
         nodata = np.zeros_like(nodata, dtype=np.uint16)
@@ -324,7 +327,9 @@ def as_pixels(image: OpenImage, path: str, pixel_range: tuple[float, float] | No
     return replace(image, levels=levels, nodata=nodata)
 
 
-def _as_pixels(level: Level, path: str, pixel_range: tuple[float, float] | None, nodata: np.ndarray | None) -> Level:
+def _as_pixels(
+    level: Level, path: str, pixel_range: tuple[float, float] | None, nodata: np.ndarray | None, white: int
+) -> Level:
     kind, channels = level.dtype.name, level.shape[2]
     if pixel_range is not None and level.dtype.kind in "buif":
         low, high = pixel_range
@@ -333,7 +338,7 @@ def _as_pixels(level: Level, path: str, pixel_range: tuple[float, float] | None,
         )
     if kind == "bool":
         byte = np.dtype(np.uint8)
-        return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(255), byte, channels)
+        return ConvertedLevel(level, lambda bits: bits.astype(byte) * byte.type(white), byte, channels)
     if kind in _EXACT or (kind == "float32" and nodata is not None):
         return ConvertedLevel(level, partial(_as_floats, nodata=nodata), np.dtype(np.float32), channels)
     if kind in _KEPT:

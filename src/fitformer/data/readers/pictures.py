@@ -84,6 +84,7 @@ def open_picture(path: str, options: OpenOptions, content: bytes | None = None) 
         turn = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(_ORIENTATION, 1)
         columns, rows = image.size
         deep = _deep_colours(image, path, content) if mode in ("RGB", "RGBA") else None
+        step = _grey_step(image) if options.palette_indices and mode == "L" else 1
     shape = (rows, columns, len(mode) if mode in MODES.values() else 1)
     picture = _Picture(path, content, mode, shape, dtype)
     decode = partial(_decoded, picture)
@@ -94,7 +95,15 @@ def open_picture(path: str, options: OpenOptions, content: bytes | None = None) 
     level: Level = Tiles(shape, dtype, (rows, columns), lambda row, column: decode())
     if deep is not None and bits < 16:
         level = ConvertedLevel(level, partial(stretched, most=2**bits - 1), dtype, shape[2])
+    if step > 1:
+        level = ConvertedLevel(level, lambda pixels: pixels // np.uint8(step), dtype, shape[2])
     return OpenImage([upright(level, turn)])
+
+
+def _grey_step(image: ImageFile.ImageFile) -> int:
+    """By how much Pillow multiplies grey of less than 8 bits, so that it fills 0 .. 255."""
+    stored = {str(part[3] if isinstance(part[3], str) else part[3][0]) for part in image.tile if part[3]}
+    return 255 if image.mode == "1" else {"L;2": 85, "L;4": 17}.get(next(iter(stored), ""), 1)
 
 
 def is_picture(path: str) -> bool:

@@ -289,7 +289,8 @@ def _as_seen(path: str, level: Level, page: Any, options: OpenOptions) -> Level:
         if kind == _GREY_FROM_WHITE:
             own = 1 if alpha else channels
             level = ConvertedLevel(level, partial(_inverted, most=most, channels=own), level.dtype, channels)
-        if level.dtype.kind == "u" and most < np.iinfo(level.dtype).max and level.dtype.itemsize <= 2:
+        stretches = level.dtype.kind == "u" and most < np.iinfo(level.dtype).max and level.dtype.itemsize <= 2
+        if stretches and not options.palette_indices:
             level = ConvertedLevel(level, partial(stretched, most=most), level.dtype, channels)
         if alpha and level.dtype.itemsize <= 2:
             multiplied = page.extrasamples[-1] == _PREMULTIPLIED

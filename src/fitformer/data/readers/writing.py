@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from math import ceil, inf
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer.data.readers.lazy import LazyImage, open_image
+from fitformer.data.settings import Colour
 from fitformer.errors import InputError, require
 
 Windows = Callable[[int, int, int, int], np.ndarray]
 """Pixels (height, width, channels) of the window (top, left, height, width)."""
+Halved = Callable[[np.ndarray], np.ndarray]
 
 COMPRESSIONS = {None: None, "deflate": "zlib", "zstd": "zstd", "lzw": "lzw", "jpeg": "jpeg"}
 _SMALLEST = 512
@@ -32,6 +34,8 @@ def write_tiled_tiff(
     tile: int = 512,
     compression: str | None = "deflate",
     pyramid: bool = False,
+    palette: Sequence[Colour] = (),
+    tags: Sequence[Any] = (),
 ) -> None:
     """Write an image (rows, columns, channels) of uint8, uint16 or float32 without ever holding more than a few tiles.
 
@@ -39,10 +43,16 @@ def write_tiled_tiff(
     adds reductions by 2, 4, ... as further pages until one fits in 512 x 512; meanwhile the folder holds up to a third
     of the image's bytes more. The file appears when it is whole.
 
+    Pixels uint8 of one channel may be the numbers of a `palette` of red, green and blue, which have no average: a
+    reduction takes one pixel of each four. `tags` are further ones of the first page, as tifffile takes them.
+
     Raises:
-        InputError: a type, tile or compression that cannot be written, or tiles of another shape or number.
+        InputError: a type, tile or compression that cannot be written, a palette for other pixels, or tiles of another
+            shape or number.
     """
     kind = _checked(shape, dtype, tile, compression)
+    if palette and (kind != np.uint8 or shape[2] != 1):
+        raise InputError(f"a palette is for uint8 in 1 channel, and not {kind.name} in {shape[2]}: leave it out")
     tifffile = require("tifffile", extra="gigapixel")
     if compression is not None:
         require("imagecodecs", extra="gigapixel")
@@ -53,11 +63,14 @@ def write_tiled_tiff(
         writer = stack.enter_context(tifffile.TiffWriter(scratch, bigtiff=big))
         for step in range(halvings + 1):
             options = _options(shape, kind, tile, compression)
+            options |= _coloured(palette) if palette else {}
+            options |= {"extratags": tags} if tags and not step else {}
             # Pages marked as reductions, rather than SubIFDs, are what OpenSlide and GIS programs look for.
             options |= {"subfiletype": 1} if step else {}
             below = None
             if step < halvings:
-                below = _Halves(shape, kind, tile, stack.enter_context(tempfile.TemporaryFile(dir=scratch.parent)))
+                scratch_file = stack.enter_context(tempfile.TemporaryFile(dir=scratch.parent))
+                below = _Halves(shape, kind, tile, scratch_file, _first if palette else _halved)
                 tiles = below.passing(tiles)
             writer.write((_flat(each.astype(kind, copy=False)) for each in tiles), **options)
             if below is not None:
@@ -101,6 +114,14 @@ def _options(shape: tuple[int, int, int], kind: np.dtype, tile: int, compression
     return options
 
 
+def _coloured(palette: Sequence[Colour]) -> dict[str, Any]:
+    """Options of pixels that are numbers of a palette."""
+    table = np.zeros((3, 256), np.uint16)
+    table[:, : len(palette)] = np.array(palette, np.uint16).T * 257
+    # The predictor is for levels: numbers are no nearer to one another than any.
+    return {"photometric": "palette", "colormap": table, "predictor": None}
+
+
 def _flat_shape(shape: tuple[int, int, int]) -> tuple[int, ...]:
     return shape[:2] if shape[2] == 1 else shape
 
@@ -141,16 +162,17 @@ def _checked_tiles(tiles: Iterable[np.ndarray], shape: tuple[int, int, int], til
 class _Halves:
     """The tiles of an image at half its size, kept in a file while the tiles of the whole pass by."""
 
-    def __init__(self, shape: tuple[int, int, int], kind: np.dtype, tile: int, file: Any):
+    def __init__(self, shape: tuple[int, int, int], kind: np.dtype, tile: int, file: Any, halved: Halved):
         self.shape = ((shape[0] + 1) // 2, (shape[1] + 1) // 2, shape[2])
         self.across = ceil(shape[1] / tile)
         self._block, self._tile, self._kind, self._file = (tile // 2, tile // 2, shape[2]), tile, kind, file
+        self._halved = halved
 
     def passing(self, tiles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The tiles of the whole as they are, each halved into a block of the file on its way."""
         for each in tiles:
             block = np.zeros(self._block, self._kind)
-            small = _halved(each)
+            small = self._halved(each)
             block[: small.shape[0], : small.shape[1]] = small
             self._file.write(block.tobytes())
             yield each
@@ -170,6 +192,11 @@ class _Halves:
         size = int(np.prod(self._block)) * self._kind.itemsize
         self._file.seek((row * self.across + column) * size)
         return np.frombuffer(self._file.read(size), self._kind).reshape(self._block)
+
+
+def _first(pixels: np.ndarray) -> np.ndarray:
+    """The first of 2 x 2 pixels."""
+    return pixels[::2, ::2]
 
 
 def _halved(pixels: np.ndarray) -> np.ndarray:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from fitformer.errors import InputError
 from fitformer.execution import Inputs
-from fitformer.inference.explain.leave_out import Tell, log_odds
+from fitformer.inference.explain.leave_out import Tell
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.layers import CrossLayer
 from fitformer.patching.any_size import GroupedImage, PixelSource
+from fitformer.tasks.answers import Decide, of_likeliest
 
 # How much of its difference from the average patch each patch keeps where the gradient is taken (docs/log.md).
 CONTRAST = 0.85
@@ -41,8 +42,9 @@ class Attribution:
         logits: `(classes,)`.
         attention: `(t, n)`: read attention of a patch over that of uniform attention in its group, a mean over latents,
             heads and blocks; in each group these values average 1.
-        relevance: `(t, n)`: what each patch, in place of the image's average patch, adds to the log-odds of the
-            likeliest class, to first order: gradient at the faded image times (embedded patch minus the average one).
+        relevance: `(t, n)`: what each patch, in place of the image's average patch, adds to the explained quantity,
+            such as the log-odds of the likeliest class, to first order: gradient at the faded image times (embedded
+            patch minus the average one).
         image: the groups.
     """
 
@@ -53,7 +55,10 @@ class Attribution:
 
 
 def attribute(
-    classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
+    classifier: FITImageEncoder,
+    image: Tensor | PixelSource | GroupedImage,
+    tell: Tell | None = None,
+    decide: Decide = of_likeliest,
 ) -> Attribution:
     """Classify an image, with the attention to its patches and their relevance for the decision.
 
@@ -61,6 +66,7 @@ def attribute(
         classifier: in eval mode; `set_execution` says how it runs.
         image: one image, float `(H, W, channels)` or read lazily.
         tell: called now and then with the share of the work that is done, from 0 to 1.
+        decide: the quantity that is explained; by default the log-odds of the likeliest class.
 
     Raises:
         InputError: an image that the classifier was not built for, or one without a head or a block that reads.
@@ -75,7 +81,7 @@ def attribute(
             logits = _logits(classifier, grouped, _averaging(inputs, average))
         with torch.enable_grad():
             faded = _logits(classifier, grouped, _noting(inputs, average, gate, relevance))
-            torch.autograd.grad(log_odds(faded, int(logits.argmax())), gate)
+            torch.autograd.grad(decide(faded, logits), gate)
     if tell is not None:
         tell(1.0)
     return Attribution(logits.detach().float().cpu(), attention, relevance, grouped)

@@ -19,6 +19,7 @@ from fitformer.inference.explain.attribution import PASSES, attend, attribute
 from fitformer.inference.explain.leave_out import Tell, after_first_phase, leave_out
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage, PixelSource
+from fitformer.tasks.answers import Decide, of_likeliest
 
 Method = Literal["leave-out", "gradient", "attention"]
 
@@ -55,6 +56,7 @@ def explain(
     image: Tensor | PixelSource | GroupedImage,
     method: Method = "gradient",
     tell: Tell | None = None,
+    decide: Decide = of_likeliest,
 ) -> Explanation:
     """Classify an image and explain the decision.
 
@@ -63,6 +65,7 @@ def explain(
         image: one image, float `(H, W, channels)` or read lazily.
         method: see above.
         tell: called now and then with the share of the work that is done, from 0 to 1.
+        decide: the quantity that is explained; by default the log-odds of the likeliest class.
 
     Raises:
         InputError: an unknown method, an image that the classifier was not built for, a classifier without a head, or
@@ -71,7 +74,7 @@ def explain(
     if method not in get_args(Method):
         raise InputError(f"method is {method!r}; known are {', '.join(get_args(Method))}")
     if method == "leave-out":
-        found = leave_out(classifier, image, tell)
+        found = leave_out(classifier, image, tell, decide)
         return Explanation(found.logits, {"leave-out": found.values}, found.image)
     passes = PASSES if method == "gradient" else 1
     work = passes + 1 + TOP_GROUPS
@@ -79,13 +82,13 @@ def explain(
     maps: dict[str, Tensor] = {}
     before = _part(tell, 0, passes / work)
     if method == "gradient":
-        seen = attribute(classifier, grouped, before)
+        seen = attribute(classifier, grouped, before, decide)
         logits, maps = seen.logits, {"attention": seen.attention, "relevance": seen.relevance}
     else:
         logits, maps["attention"] = attend(classifier, grouped, before)
     name = MAPS[method][-1]
     claimed = group_values(maps[name], grouped, signed=name in SIGNED)
-    with after_first_phase(classifier, grouped) as later:
+    with after_first_phase(classifier, grouped, decide) as later:
         after = _part(tell, (passes + 1) / work, 1)
         agreement = measure_agreement(later, logits, claimed, signed=name in SIGNED, tell=after)
     return Explanation(logits, maps, grouped, agreement)

@@ -1,7 +1,7 @@
 """Maps as GeoJSON: rectangles in pixels of the full image, with measurements, as QuPath imports them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from fitformer.data.readers.levels import ITSELF, Placement
 from fitformer.inference.explain.explanation import SIGNED
 from fitformer.inference.explain.heatmap import HeatMap, Pair
 from fitformer.inference.explain.overlay import AGAINST, FOR
+from fitformer.tasks.answers import Said
 
 # More make viewers slow; the TIFF holds all.
 MOST_PATCHES = 2000
@@ -23,56 +24,56 @@ Feature = dict[str, Any]
 def write_geojson(
     path: Path,
     maps: Mapping[str, HeatMap],
-    label: str,
-    probabilities: Mapping[str, float],
+    said: Said,
     y: Literal["down", "up"] = "down",
     placement: Placement = ITSELF,
 ) -> None:
     """Write the maps of an image as one FeatureCollection.
 
-    It holds an annotation, the whole image with the label and all probabilities; a tile for each group that was not
+    It holds an annotation, the whole image with the answer and all its numbers; a tile for each group that was not
     skipped; and a detection for each patch, at most the `MOST_PATCHES` that are largest in the last map. Of leaving
     out, which has one value a group, there are tiles alone. Where the last map has signs, tiles and detections are
-    classed as for or against the label.
+    classed as for or against what is explained.
 
     Args:
         path: of the new file.
         maps: of the same image, by the names of `explanation.MAPS`.
-        label: the class decided for.
-        probabilities: of all classes.
+        said: the answer, and what of it the maps explain.
         y: rows count `down` from 0, as in QuPath, or `up` from below 0: where GIS viewers show an image that has no
             coordinates of its own.
         placement: where the image lies in the slide whose coordinates are written.
     """
+    write_features(path, _features(maps, said, y, placement))
+
+
+def write_features(path: Path, features: Iterable[Feature]) -> None:
+    """Write features as one FeatureCollection, a line each, none of them kept."""
     with write_atomically(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(maps, label, probabilities, y, placement)):
+        for number, feature in enumerate(features):
             file.write(("," if number else "") + "\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False))
         file.write("\n]}\n")
 
 
-def _features(
-    maps: Mapping[str, HeatMap], label: str, probabilities: Mapping[str, float], y: str, placement: Placement
-) -> Iterator[Feature]:
+def _features(maps: Mapping[str, HeatMap], said: Said, y: str, placement: Placement) -> Iterator[Feature]:
     name, like = list(maps.items())[-1]
     frame = _Frame(like.image_size, placement, 1 if y == "down" else -1)
-    whole = {f"probability of {each}": round(share, 6) for each, share in probabilities.items()}
-    about = {"name": f"{label} {probabilities[label]:.1%}", "classification": {"name": label}, "isLocked": True}
-    yield _feature(frame.ring((0, 0), like.image_size), "annotation", whole, about)
+    about = {"name": said.title, "classification": {"name": said.name}, "isLocked": True}
+    yield _feature(frame.ring((0, 0), like.image_size), "annotation", said.measurements, about)
     for corner, measured in _groups(maps):
-        side = _side(measured.get(name), label)
+        side = _side(measured.get(name), said)
         yield _feature(frame.ring(corner, like.group_size), "tile", measured, side)
     for corner, measured in _patches(maps) if name != "leave-out" else ():
-        side = _side(measured[name] if name in SIGNED else None, label)
+        side = _side(measured[name] if name in SIGNED else None, said)
         yield _feature(frame.ring(corner, like.patch_size), "detection", measured, side)
 
 
-def _side(value: float | None, label: str) -> Feature:
+def _side(value: float | None, said: Said) -> Feature:
     """The class of a value above or below 0; none of a map without signs."""
     if value is None:
         return {}
-    word, colour = ("for", FOR) if value >= 0 else ("against", AGAINST)
-    return {"classification": {"name": f"{word} {label}", "color": list(colour)}}
+    word, colour = (said.sides[0], FOR) if value >= 0 else (said.sides[1], AGAINST)
+    return {"classification": {"name": word, "color": list(colour)}}
 
 
 def _groups(maps: Mapping[str, HeatMap]) -> Iterator[tuple[Pair, dict[str, float]]]:

@@ -56,12 +56,15 @@ def write_tiff(
             resolution=(1 / columns, 1 / rows),
             resolutionunit="NONE",
             metadata=None,
-            extratags=[*_georeference(image, heatmap.patch_size, placement), (NO_DATA, _ASCII, 0, "nan", True)],
+            extratags=[*georeference(image, heatmap.patch_size, placement), no_data("nan")],
         )
 
 
-def _georeference(image: str | Path | None, patch: Pair, placement: Placement) -> list[Tag]:
-    """Tags that place patches where the image's own tags place its pixels, or at the pixels themselves."""
+def georeference(image: str | Path | None, patch: Pair, placement: Placement) -> list[Tag]:
+    """Tags of a TIFF of patches (rows, columns) that place them where the image's own tags place its pixels.
+
+    Where the image has none, they are placed at its pixels.
+    """
     own = _by_areas(_geotiff_tags(image)) if image is not None else {}
     (rows, columns), keys = patch, list(_keys(own))
     if MATRIX in own:
@@ -76,6 +79,11 @@ def _georeference(image: str | Path | None, patch: Pair, placement: Placement) -
         (TIEPOINT, _DOUBLE, points.size, tuple(points.ravel()), True),
         *keys,
     ]
+
+
+def no_data(value: str) -> Tag:
+    """The tag that says which value means that there is none."""
+    return NO_DATA, _ASCII, 0, value, True
 
 
 def _by_areas(own: dict[int, Any]) -> dict[int, Any]:

@@ -25,6 +25,7 @@ from fitformer.execution.token_store import TokenStore, make_stores
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.trunk import Block
 from fitformer.patching.any_size import GroupedImage, PixelSource
+from fitformer.tasks.answers import Decide, of_likeliest
 
 Tell = Callable[[float], None]
 
@@ -35,8 +36,8 @@ class LeftOut:
 
     Attributes:
         logits: `(classes,)` of the whole image.
-        added: `(t,)` log-odds of the likeliest class with all groups less those without this one; NaN for glimpses,
-            which stand for no part of the image, and where no other group is.
+        added: `(t,)` the explained quantity, such as the log-odds of the likeliest class, with all groups less the
+            same without this one; NaN for glimpses, which stand for no part of the image, and where no other group is.
         image: the groups.
     """
 
@@ -51,7 +52,10 @@ class LeftOut:
 
 
 def leave_out(
-    classifier: FITImageEncoder, image: Tensor | PixelSource | GroupedImage, tell: Tell | None = None
+    classifier: FITImageEncoder,
+    image: Tensor | PixelSource | GroupedImage,
+    tell: Tell | None = None,
+    decide: Decide = of_likeliest,
 ) -> LeftOut:
     """Run a classifier on an image, and on the image without each of its groups.
 
@@ -59,12 +63,13 @@ def leave_out(
         classifier: in eval mode; `set_execution` says how it runs.
         image: one image, float `(H, W, channels)` or read lazily.
         tell: called now and then with the share of the work that is done, from 0 to 1.
+        decide: the quantity that is explained; by default the log-odds of the likeliest class.
 
     Raises:
         InputError: an image that the classifier was not built for, or a classifier without a head.
     """
     grouped = classifier.grouped(image)
-    with after_first_phase(classifier, grouped) as later:
+    with after_first_phase(classifier, grouped, decide) as later:
         logits = later.logits([None])[0]
         added = torch.full((grouped.num_groups,), float("nan"))
         groups = range(grouped.glimpses, grouped.num_groups)
@@ -72,18 +77,10 @@ def leave_out(
     return LeftOut(logits.float().cpu(), added, grouped)
 
 
-def log_odds(logits: Tensor, label: int) -> Tensor:
-    """Log of the probability of a label over that of all others together, of logits `(..., classes)`.
-
-    What is added to all logits alike does not change it. Of a single class there are no odds: it is 0.
-    """
-    own = logits[..., label]
-    others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
-    return own - (others.logsumexp(-1) if others.shape[-1] else own)
-
-
 @contextmanager
-def after_first_phase(classifier: FITImageEncoder, image: GroupedImage) -> Iterator["AfterFirstPhase"]:
+def after_first_phase(
+    classifier: FITImageEncoder, image: GroupedImage, decide: Decide = of_likeliest
+) -> Iterator["AfterFirstPhase"]:
     """Run the first group phase on an image; within this context the rest runs with or without any of its groups.
 
     Raises:
@@ -91,7 +88,7 @@ def after_first_phase(classifier: FITImageEncoder, image: GroupedImage) -> Itera
     """
     if classifier.head is None:
         raise InputError("this encoder has no head, so it decides nothing; build it with num_classes")
-    later = AfterFirstPhase(classifier, image)
+    later = AfterFirstPhase(classifier, image, decide)
     try:
         yield later
     finally:
@@ -104,10 +101,11 @@ class AfterFirstPhase:
     Args:
         classifier: with a head, in eval mode.
         image: groups that it was built for.
+        decide: the quantity that is explained.
     """
 
-    def __init__(self, classifier: FITImageEncoder, image: GroupedImage) -> None:
-        self.classifier, self.image = classifier, image
+    def __init__(self, classifier: FITImageEncoder, image: GroupedImage, decide: Decide = of_likeliest) -> None:
+        self.classifier, self.image, self.decide = classifier, image, decide
         self.first, *self.rest = classifier.trunk.blocks
         self.mask = image.mask(slice(None))
         whole = torch.ones(image.num_groups, image.patch_grid.tokens_per_group, dtype=torch.bool)
@@ -126,24 +124,24 @@ class AfterFirstPhase:
             self.store.close()
 
     def added(self, logits: Tensor, groups: Sequence[int], tell: Tell | None = None) -> Tensor:
-        """What each of these groups adds to the log-odds of the likeliest class, `(groups,)` float32.
+        """What each of these groups adds to the explained quantity, `(groups,)` float32.
 
         Args:
             logits: `(classes,)` of the whole image.
             groups: their numbers, glimpses counted.
             tell: called with the share of the work that is done, from 0 to 1.
         """
-        label, found = int(logits.argmax()), []
+        found: list[Tensor] = []
         if self.image.num_groups == 1:
             return torch.full((len(groups),), float("nan"))
         for k in range(0, len(groups), self._together):
             part = groups[k : k + self._together]
-            found.append(log_odds(self.logits(part).double(), label).cpu())
+            found.append(self.decide(self.logits(part).double(), logits).cpu())
             if tell is not None:
                 tell((k + len(part)) / len(groups))
         if not found:
             return torch.zeros(0)
-        return (log_odds(logits.double(), label).cpu() - torch.cat(found)).float()
+        return (self.decide(logits.double(), logits).cpu() - torch.cat(found)).float()
 
     @torch.no_grad()
     def logits(self, left_out: Sequence[int | None]) -> Tensor:

@@ -1,0 +1,272 @@
+"""Work on a folder of images that goes on where it was stopped: records, failures, tables, names.
+
+Below the output folder an image `a/b.svs` of the input folder has outputs `a/b.svs.*`, of which
+
+    a/b.svs.json     is the record: what was found, and what it was made from; written last
+    a/b.svs.failed   stands in place of all, and says why the image could not be read, in JSON
+
+and the folder has tables that are written from these, one of them `broken.csv` with the images that failed, by one
+process at a time, so that whoever ends last of several leaves all of it there.
+"""
+
+import csv
+import io
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fitformer._support.atomic_files import write_atomically
+from fitformer._support.json_text import parse_json
+from fitformer.errors import EmptyImageError, InputError
+from fitformer.inference.find import Slide, same_file
+from fitformer.inference.identity import file_state
+
+Tell = Callable[[float], None]
+"""Is told the share of an image that is done."""
+Finish = Callable[[Mapping[str, Any]], None]
+"""Writes the outputs of an image; told the state of the files that they depend on."""
+
+RECORD, FAILED = ".json", ".failed"
+# Held while the tables are written.
+TABLES_LOCK = ".tables.lock"
+# Rewriting the table of thousands after each of them would take longer than they do.
+TABLE_SECONDS = 10.0
+
+
+class NonFiniteError(InputError):
+    """An image whose logits are NaN or infinite, as its pixels are."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an image could not be labelled: `what` is `unreadable`, `blank` or `not finite`, `reason` a sentence."""
+
+    what: str
+    reason: str
+
+    @classmethod
+    def by(cls, error: Exception) -> "Failure":
+        """The failure that an exception stands for."""
+        what = (
+            "blank"
+            if isinstance(error, EmptyImageError)
+            else "not finite"
+            if isinstance(error, NonFiniteError)
+            else "unreadable"
+        )
+        return cls(what, str(error))
+
+
+class FolderWork(ABC):
+    """The work on a folder of images: `run` does what is not there yet.
+
+    Attributes:
+        output: the folder to write to.
+        made_with: what the outputs depend on beside the image: outputs made with something else are made anew.
+        open: an image's file as a source of pixels.
+        beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
+        alone: no other process does a part of the images; then it is an error if none can be read.
+        show: is told how many images are done, of how many, with the share of the one at work.
+        on_broken: is told of every image that could not be read, and why.
+        broken: those images.
+    """
+
+    output: Path
+    made_with: Mapping[str, Any]
+    open: Callable[[Path], AbstractContextManager[Any]]
+    beside: Callable[[Path], Mapping[str, Any]] | None
+    alone: bool
+    show: Callable[[float, int], None]
+    on_broken: Callable[[str, str], None]
+    broken: dict[str, Failure]
+
+    @abstractmethod
+    def _look(self, slide: Slide, image: Any, tell: Tell) -> Finish:
+        """Read an image, and say how its outputs are written, its record last.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+
+    @property
+    @abstractmethod
+    def _endings(self) -> Sequence[str]:
+        """Of the outputs beside the record."""
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        """What the outputs depend on beside the image, as JSON gives it back."""
+        return dict(self.made_with)
+
+    @abstractmethod
+    def _tables(self) -> Iterator[tuple[str, str]]:
+        """Names and texts of the tables, from the records that are there."""
+
+    @abstractmethod
+    def _check_kind(self, slide: Slide, record: Mapping[str, Any]) -> None:
+        """Refuse to write over outputs of another kind.
+
+        Raises:
+            InputError: names both.
+        """
+
+    def run(self, slides: Sequence[Slide]) -> int:
+        """Label the images and write their heat maps; complete outputs stay unchanged.
+
+        The tables hold all images of the output folder that were made with the same model and settings. Returns how
+        many images were made now.
+
+        Raises:
+            InputError: none of the images can be labelled, unless others do a part of the work (names them); or
+                outputs are those of other images.
+            OSError: an output cannot be written, or the scratch of data tokens failed.
+        """
+        for slide in slides:
+            self._need_own_name(slide)
+        self._forget_failures_of_files_that_are_gone(slides)
+        made, told, pause = 0, time.monotonic(), TABLE_SECONDS
+        try:
+            for k, slide in enumerate(slides):
+                self.show(k, len(slides))
+                # An explained image is not done before its outputs are written.
+                made += self._one(slide, lambda share, k=k: self.show(k + 0.99 * share, len(slides)))  # type: ignore[misc]
+                if (now := time.monotonic()) - told > pause:
+                    self._write_tables()
+                    told = time.monotonic()
+                    # Tables of a hundred thousand images take a while, and may take a part of the time alone.
+                    pause = max(TABLE_SECONDS, 20 * (told - now))
+            self.show(len(slides), len(slides))
+        finally:
+            self._write_tables()
+        if self.alone and len(self.broken) == len(slides):
+            few = "; ".join(each.reason for each in list(self.broken.values())[:5])
+            more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
+            raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
+        return made
+
+    def _forget_failures_of_files_that_are_gone(self, slides: Sequence[Slide]) -> None:
+        asked = {slide.name for slide in slides}
+        for name, record in list(self._recorded(FAILED)):
+            if name not in asked and not Path(record["path"]).exists():
+                (self.output / (name + FAILED)).unlink(missing_ok=True)
+
+    def _one(self, slide: Slide, tell: Tell) -> bool:
+        """Whether the image was made now."""
+        of = {**file_state(slide.path), **(self.beside(slide.path) if self.beside else {})}
+        if self._is_complete(slide, of):
+            self._rename(slide)
+            return False
+        try:
+            with self.open(slide.path) as image:
+                finish = self._look(slide, image, tell)
+        except (InputError, PermissionError) as error:
+            self._note_broken(slide, Failure.by(error))
+            return False
+        (self.output / (slide.name + FAILED)).unlink(missing_ok=True)
+        finish(of)
+        return True
+
+    def _need_own_name(self, slide: Slide) -> None:
+        """Refuse to overwrite the outputs of another image or kind; a moved, unchanged image is the same.
+
+        Raises:
+            InputError: they are another image's or of another kind; names both.
+        """
+        record = _read(self.output / (slide.name + RECORD))
+        if not isinstance(record, dict) or "path" not in record:
+            return
+        self._check_kind(slide, record)
+        earlier = Path(record["path"])
+        was_moved = not earlier.exists() and record["of"].items() >= file_state(slide.path).items()
+        if not (same_file(earlier, slide.path) or was_moved):
+            raise InputError(
+                f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
+                "another output folder, label both by one command on the folder above them, or delete what is there"
+            )
+
+    def _rename(self, slide: Slide) -> None:
+        """Have the outputs that are there name their image as it is called now, if it was moved since."""
+        path = self.output / (slide.name + RECORD)
+        record = _read(path)
+        if not same_file(Path(record["path"]), slide.path):
+            _write_text(path, _as_json({**record, **_names(slide)}))
+
+    def _note_broken(self, slide: Slide, broken: Failure) -> None:
+        file = str(slide.path)
+        self.broken[file] = broken
+        (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
+        _write_text(self._fresh(slide, FAILED), _as_json({**_names(slide), **asdict(broken), "made_with": self._key}))
+        self.on_broken(file, broken.reason)
+
+    def _write_record(self, slide: Slide, record: Mapping[str, Any], of: Mapping[str, Any]) -> None:
+        whole = {**record, **_names(slide), "of": of, "made_with": self._key}
+        _write_text(self._fresh(slide, RECORD), _as_json(whole))
+
+    def _fresh(self, slide: Slide, ending: str) -> Path:
+        """The path of an output, cleared of what a killed process left beside it."""
+        path = self.output / (slide.name + ending)
+        for scratch in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            scratch.unlink(missing_ok=True)
+        return path
+
+    def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
+        record = _read(self.output / (slide.name + RECORD))
+        return (
+            self._is_ours(record)
+            and record["of"] == of
+            and all((self.output / (slide.name + ending)).is_file() for ending in self._endings)
+        )
+
+    def _is_ours(self, record: Any) -> bool:
+        return isinstance(record, dict) and record.get("made_with") == self._key
+
+    def _recorded(self, ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and records of all images in the output folder that were made, or failed, as these do."""
+        for path in sorted(self.output.rglob("*" + ending)):
+            record = _read(path)
+            if self._is_ours(record):
+                yield path.relative_to(self.output).as_posix().removesuffix(ending), record
+
+    def _write_tables(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.output / TABLES_LOCK):
+            for name, text in self._tables():
+                _write_text(self.output / name, text)
+            failed = sorted((each["file"], each["what"], each["reason"]) for _, each in self._recorded(FAILED))
+            if failed:
+                lines = io.StringIO()
+                csv.writer(lines, lineterminator="\n").writerows([("file", "what", "reason"), *failed])
+                _write_text(self.output / "broken.csv", lines.getvalue())
+            else:
+                (self.output / "broken.csv").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or one that is not whole."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _names(slide: Slide) -> dict[str, str]:
+    """Of an image, for its record: as it was given, and wherever the command is run."""
+    return {"file": str(slide.path), "path": os.path.abspath(slide.path)}
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with write_atomically(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

@@ -1,0 +1,22 @@
+"""Weights that a training from scratch may start from in place of the reference's."""
+
+from torch import nn
+
+from fitformer.models.decoder import FITDecoder
+
+EMBEDDING_STD = 0.1
+
+
+def zero_branches(decoder: FITDecoder) -> None:
+    """Let the residual branches of a decoder begin at zero, and its embedding large: short trainings get further.
+
+    Each local and global layer, and each write, then hands on what it is given. Read stays as it is: latents that were
+    given nothing would hold nothing.
+    """
+    nn.init.normal_(decoder.embedding.weight, std=EMBEDDING_STD)
+    for block in decoder.trunk.blocks:
+        for layer in [*block.local_layers, *block.global_layers]:
+            nn.init.zeros_(layer.attention.output.weight)
+            nn.init.zeros_(layer.ffn.outer.weight)
+        if block.write is not None:
+            nn.init.zeros_(block.write.attention.output.weight)
