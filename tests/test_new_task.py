@@ -109,5 +109,8 @@ def test_a_module_in_the_package_is_a_task(parity, tmp_path, capsys):
 
 
 def test_errors_name_the_tasks_there_are(parity):
-    with pytest.raises(InputError, match=r"bytes, classify, diffuse, multilabel, parity, pixels, regress, survival.*did you mean 'parity'"):
+    with pytest.raises(
+        InputError,
+        match=r"bytes, classify, diffuse, multilabel, parity, pixels, regress, survival.*did you mean 'parity'",
+    ):
         load.parse("task: parrity")
