@@ -30,10 +30,11 @@ from fitformer.execution import Streamed
 from fitformer.inference.explain import attribute, leave_out
 from fitformer.inference.explain.agreement import TOP_GROUPS, group_values, rank_correlation
 from fitformer.inference.explain.attribution import attend
-from fitformer.inference.explain.leave_out import after_first_phase, log_odds
+from fitformer.inference.explain.leave_out import after_first_phase
 from fitformer.models.config import PRESETS, SIZES
 from fitformer.patching.any_size import PixelArray
 from fitformer.profiling.flops import parts
+from fitformer.tasks.answers import log_odds
 
 GOAL = 30
 RED_BLUE = (210, 40, 40), (40, 40, 210)

@@ -73,6 +73,7 @@ CALLS = {
         "num_classes": 2,
         "glimpses": 0,
         "mask": None,
+        "outputs": "logits",
     },
     fitformer.FITImageSegmenter: {
         "trunk": CLOSED,

@@ -12,6 +12,7 @@ from fitformer.data.readers import open_image
 from fitformer.data.settings import ImageData, MultilabelData, RegressData, SurvivalData
 from fitformer.errors import EmptyImageError, InputError
 from fitformer.execution import Streamed
+from fitformer.inference.explain import HeatMap, explain
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import PixelArray
 from fitformer.patching.joined_images import JoinedImages
@@ -219,6 +220,16 @@ def test_a_patient_is_its_slides_laid_on_one_grid(slides, layers, execution):
         torch.testing.assert_close(
             laid[:, :rows, left : left + columns], model.grouped(each).map(part, float("nan")), equal_nan=True
         )
+
+
+def test_a_map_of_each_slide_of_a_patient_lies_over_it(slides):
+    model, images = network().eval(), [open_image(slides / f"{k}.h5") for k in range(2)]
+    found = explain(model, images, "leave-out")
+    with pytest.raises(InputError, match="over one image, and these are 2"):
+        HeatMap.of(found.maps["leave-out"], found.image)
+    for image, part, values in zip(images, found.image.parts, found.image.split(found.maps["leave-out"]), strict=True):
+        there = image.presence.window(0, 0, *image.shape[:2])[..., 0]
+        np.testing.assert_array_equal(np.isfinite(HeatMap.of(values, part).cells), there)
 
 
 def test_a_patient_of_one_slide_is_the_slide(slides):

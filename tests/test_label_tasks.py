@@ -329,3 +329,21 @@ def test_answers_say_what_they_explain():
     assert hazards.columns == ("risk", "survival at 2", "survival at 5")
     with pytest.raises(InputError, match="3 names given to a model of 2 outputs"):
         hazards.check_outputs(2)
+
+
+def test_weights_of_a_classifier_start_a_regression(tmp_path):
+    size = {"image_size": 8, "group_size": 4, "patch_size": 2, "channels": 1}
+    classifier = FITImageEncoder.from_preset("tiny", **size, num_classes=2)
+    classifier.save_pretrained(tmp_path)
+    number = FITImageEncoder.from_preset("tiny", **size, num_classes=2, outputs="numbers")
+    number.head.mean.fill_(60)
+    before = number.head.weight.clone()
+    report = number.load_weights(tmp_path)
+    assert torch.equal(number.encoder.norm.weight, classifier.encoder.norm.weight)
+    assert torch.equal(number.head.weight, before)
+    assert "head.weight" in str(report)
+    assert number.head.mean.tolist() == [60, 60]
+    # A folder says what its outputs mean.
+    number.save_pretrained(tmp_path / "number")
+    loaded, image = FITImageEncoder.from_pretrained(tmp_path / "number"), torch.rand(1, 8, 8, 1)
+    assert torch.equal(loaded.eval()(image), number.eval()(image))

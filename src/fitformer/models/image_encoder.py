@@ -47,7 +47,7 @@ class FITImageEncoder(FITModel):
     """
 
     ends_local = False
-    free = FITModel.free | {"num_classes", "channels", "image_size", "group_size"}
+    free = FITModel.free | {"num_classes", "outputs", "channels", "image_size", "group_size"}
     class_weights = ("head.",)
 
     @checked

@@ -40,7 +40,16 @@ class HeatMap:
 
     @classmethod
     def of(cls, values: Tensor, image: GroupedImage) -> "HeatMap":
-        """Values `(t, n)` of the patches of all groups of an image, glimpses counted (and left out of the map)."""
+        """Values `(t, n)` of the patches of all groups of an image, glimpses counted (and left out of the map).
+
+        Raises:
+            InputError: several images that are one example; each has a map of its own.
+        """
+        if image.images > 1:
+            raise InputError(
+                f"a map lies over one image, and these are {image.images}: lay out each of image.split(values) over "
+                "its own of image.parts"
+            )
         cells = image.map(values.detach().float().cpu()[..., None], fill=float("nan"))[0]
         patch_grid = image.patch_grid
         return cls(cells.numpy(), image.source.shape[:2], patch_grid.group_size, patch_grid.patch_size)  # type: ignore[arg-type]
