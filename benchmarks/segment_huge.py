@@ -4,9 +4,9 @@
     python benchmarks/segment_huge.py --side 2048 --preset tiny --compare
 
 Weights are random, or a run's (`--run`), which then says classes and sizes. `--compare` sets the label map of the
-streamed run beside that of the plain run, and beside those of tiles that are answered alone: how many pixels differ, and
-how often two neighbours have different classes, across the border of two groups (of two tiles) and elsewhere. Prints
-JSON, a line a measurement.
+streamed run beside that of the plain run, and beside those of tiles that are answered alone: how many pixels differ,
+and how often two neighbours have different classes, across the border of two groups (of two tiles) and elsewhere.
+Prints JSON, a line a measurement.
 """
 
 import argparse
