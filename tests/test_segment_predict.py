@@ -14,6 +14,7 @@ from PIL import Image
 pytest.importorskip("lightning", reason="needs the extra train")
 
 import fitformer
+from fitformer._support.scratch_array import scratch_array
 from fitformer.cli import main
 from fitformer.data.datasets.images import CLASSES
 from fitformer.data.labels import UNLABELLED
@@ -151,6 +152,18 @@ def test_large_maps_are_traced_in_steps_and_stay_inside(tmp_path, monkeypatch):
     points = np.array(feature["geometry"]["coordinates"][0])
     assert points.min(0).tolist() == [200, 100]
     assert points.max(0).tolist() == [400, 220]
+
+
+def test_large_maps_are_files_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("fitformer._support.scratch_array.IN_MEMORY", 10)
+    large = scratch_array((5, 7, 2), UNLABELLED, tmp_path)
+    assert isinstance(large, np.memmap)
+    assert (large == UNLABELLED).all()
+    large[2] = 1
+    assert np.count_nonzero(large == 1) == 14
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="nowhere"):
+        scratch_array((5, 7), 0, tmp_path / "nowhere")
 
 
 def test_a_palette_is_written_with_reductions_that_mix_no_numbers(tmp_path):
