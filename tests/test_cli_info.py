@@ -112,7 +112,7 @@ def test_tables_name_every_part(capsys, monkeypatch):
 
 
 def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
-    assert "is no preset (tiny, small, base, large)" in refusal(capsys, "smal")
+    assert "is no preset (tiny, slide, small, base, large)" in refusal(capsys, "smal")
     assert "has no config.json" in refusal(capsys, str(tmp_path))
     assert "--length does not apply to this encoder" in refusal(capsys, "tiny", "--length", "5")
     assert info(capsys, "tiny", "--role", "decoder", "--length", "100")["groups"]["num_groups"] == 2
