@@ -309,9 +309,8 @@ def _train(model: Model, data: Callable[[], Parts], *arguments: Any) -> dict[str
     return train(model, data(), *arguments)
 
 
-def page(results: Results, arguments: argparse.Namespace, budget: Budget) -> Iterator[str]:
-    """The lines of a page of all that is there."""
-    yield f"{processor_name()}, torch {torch.__version__}\n"
+def step_table(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
+    """The lines of the table of the training step."""
     size = f"{arguments.patches:,} patches of {arguments.width:,} numbers"
     yield f"One training step on {size}, {arguments.threads} threads:\n"
     yield "| model | parameters | seconds | seconds of the processors | peak memory, GB |"
@@ -322,6 +321,13 @@ def page(results: Results, arguments: argparse.Namespace, budget: Budget) -> Ite
                 f"| {name} | {found['parameters']:,} | {found['seconds']:.2f} | {found['busy']:.2f} | "
                 f"{found['peak'] / 1e9:.2f} |"
             )
+
+
+def page(results: Results, arguments: argparse.Namespace, budget: Budget) -> Iterator[str]:
+    """The lines of a page of all that is there."""
+    yield f"{processor_name()}, torch {torch.__version__}\n"
+    if arguments.patches:
+        yield from step_table(results, arguments)
     yield f"\nAUC on {budget.test} held-out slides after {budget.steps} steps of {budget.batch} slides:\n"
     yield "| task | model | seeds | AUC, mean | least | greatest | learning rate | seconds of the processor |"
     yield "|---|---|---|---|---|---|---|---|"
