@@ -104,6 +104,13 @@ def test_a_saved_decoder_of_any_length_is_shown_at_a_length(capsys, tmp_path):
     assert "--length is for presets" in refusal(capsys, str(tmp_path / "table"), "--length", "64")
 
 
+def test_a_saved_model_of_any_size_is_shown_at_a_size(capsys, tmp_path):
+    cut = {"group_size": 32, "patch_size": 8, "num_classes": 2, "latent_position": "row_column"}
+    FITImageEncoder.from_preset("tiny", image_size=None, **cut).save_pretrained(tmp_path)
+    assert "add --image-size" in refusal(capsys, str(tmp_path))
+    assert info(capsys, str(tmp_path), "--image-size", "96x64")["groups"]["num_groups"] == 6
+
+
 def test_tables_name_every_part(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info", "tiny", "--num-classes", "10"]) == 0

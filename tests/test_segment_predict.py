@@ -215,6 +215,18 @@ def test_what_does_not_go_with_label_maps(runs, tmp_path, capsys, monkeypatch, w
     assert len(error.splitlines()) == 1
 
 
+def test_label_maps_are_not_written_over_by_a_classifier(runs, tmp_path, capsys):
+    _, made, images = runs
+    assert predict(capsys, made["one"], images, "--output", tmp_path / "seen", "--no-polygons")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "seen").rglob("*") if path.is_file()}
+    classifier = untrained_run(tmp_path / "classifier", "digits-classify")
+    status, _, error = predict(capsys, classifier, images, "--output", tmp_path / "seen")
+    assert status == 2
+    assert "task segment" in error
+    assert "another output folder" in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_others_refuse_a_segmenter(runs):
     _, made, _ = runs
     with pytest.raises(InputError, match="task segment"):

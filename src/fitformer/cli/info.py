@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     of_preset = parser.add_argument_group("of a preset")
     of_preset.add_argument("--role", choices=ROLES, help="encoder by default")
-    of_preset.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS; 256 by default")
+    of_preset.add_argument(
+        "--image-size",
+        type=size,
+        metavar="PIXELS",
+        help="side, or ROWSxCOLUMNS; 256 by default; also of a saved model of any size",
+    )
     of_preset.add_argument("--group-size", type=size, metavar="PIXELS", help="of encoder and denoiser; 64 by default")
     of_preset.add_argument("--patch-size", type=size, metavar="PIXELS", help="8 by default")
     of_preset.add_argument("--channels", type=positive, help="of an image; 3 by default")
@@ -129,6 +134,10 @@ def of_folder(arguments: argparse.Namespace) -> "Model":
     asked = given(arguments)
     if config.get("latent_position") in ("index", "shared"):
         config |= _any_length(config, asked.pop("length", None))
+    if config.get("latent_position") == "row_column" and config.get("image_size", 0) is None:
+        if "image_size" not in asked:
+            raise InputError("the model takes images of any size; add --image-size, in pixels")
+        config["image_size"] = asked.pop("image_size")
     if asked:
         raise InputError(
             f"--{next(iter(asked)).replace('_', '-')} is for presets; leave it out with {arguments.what}, a saved model"

@@ -286,13 +286,13 @@ def _columns(settings: ImageData) -> Columns:
 def _check_table(settings: ImageData) -> None:
     """Refuse columns where there is no table, and patients whose pixels have classes."""
     learned, patient = settings.number_columns, settings.patient
-    if settings.source != "manifest" and (learned is not None or patient is not None):
-        what = f"{listed(learned.names)} are columns" if learned else f"data.patient, {patient}, is a column"
-        raise InputError(f"{what} of a table: set data.source to manifest, not {settings.source}, and data.path to it")
     if patient is not None and isinstance(settings, SegmentData):
         raise InputError(
             f"data.patient is {patient!r}; the pixels of each image have classes of their own: remove data.patient"
         )
+    if settings.source != "manifest" and (learned is not None or patient is not None):
+        what = f"{listed(learned.names)} are columns" if learned else f"data.patient, {patient}, is a column"
+        raise InputError(f"{what} of a table: set data.source to manifest, not {settings.source}, and data.path to it")
     if learned is not None and (settings.classes or settings.label_column):
         ignored = "classes" if settings.classes else "label_column"
         warnings.warn(f"{listed(learned.names)} are learned, not classes: data.{ignored} is ignored", stacklevel=4)

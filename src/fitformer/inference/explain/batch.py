@@ -179,7 +179,13 @@ class Slides(FolderWork):
         return [f".{name}.{kind}" for name in self._maps for kind in ("png", "tif")] + [".geojson"] * bool(self._maps)
 
     def _check_kind(self, slide: Slide, record: Mapping[str, Any]) -> None:
-        method = record.get("made_with", {}).get("explain", "gradient")
+        made_with = record.get("made_with", {})
+        if "kind" in made_with:
+            raise InputError(
+                f"{self.output / slide.name}.* was made by a run of the task {made_with['kind']}, and answers on whole "
+                "images would be written over it; give another output folder, or delete what is there"
+            )
+        method = made_with.get("explain", "gradient")
         if method != self.method:
             was, asked = method or "none", self.method or "none"
             raise InputError(
