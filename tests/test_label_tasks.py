@@ -13,7 +13,6 @@ from sklearn.metrics import average_precision_score, f1_score, r2_score, roc_auc
 
 from fitformer import FITImageEncoder
 from fitformer.cli import main
-from fitformer.cli.evaluate import tables
 from fitformer.config import load as config
 from fitformer.errors import InputError
 from fitformer.inference.predictor import Predictor
@@ -167,13 +166,6 @@ def predicted(run, folder, capsys, *words):
 def truths(folder):
     with open(folder / "table.csv", newline="") as file:
         return {str(folder / row["path"]): row for row in csv.DictReader(file)}
-
-
-def test_tables_say_what_their_rows_are():
-    found = {"auc_by_label": {"a": 0.5}, "mae_by_target": {"b": 2.0}, "dice_by_class": {"c": 0.1}}
-    _, *by = tables(list(found.items()), (), "run")
-    names = [[column.header for column in table.columns] for table in by]
-    assert names == [["label", "auc"], ["target", "mae"], ["class", "dice"]]
 
 
 def test_numbers_are_learned_and_told_in_their_own_units(folder, capsys):

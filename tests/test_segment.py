@@ -399,6 +399,7 @@ def test_a_mask_that_does_not_go_with_its_image_is_one_clear_error(tmp_path, wha
         ({"labels": None}, "data.labels is null"),
         ({"labels": "nowhere"}, r"there is no folder nowhere of masks \(data.labels\)"),
         ({"source": "arrays"}, "a folder or a manifest"),
+        ({"patient": "name"}, "remove data.patient"),
     ],
 )
 def test_settings_that_do_not_tell_the_classes(tmp_path, change, said):

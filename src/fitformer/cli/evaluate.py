@@ -143,18 +143,14 @@ def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: st
 
 
 def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
-    """Tables of the metrics: one of single values, one of those by class or target or label, one of the confusion."""
+    """Tables of the metrics: one of single values, one of those by class, one of the confusion."""
     from rich.table import Table
 
     style = _style()
     single = Table("measure", title=title, min_width=30, **style)
     single.add_column("value", justify="right")
-    by_kind: dict[str, dict[str, Mapping[str, float]]] = {}
-    for name, value in metrics:
-        if isinstance(value, dict):
-            measure, kind = name.rsplit("_by_", 1)
-            by_kind.setdefault(kind, {})[measure] = value
-    others = [_by_kind(kind, values, style) for kind, values in by_kind.items()]
+    by_class = {name.removesuffix("_by_class"): value for name, value in metrics if isinstance(value, dict)}
+    others = [_by_class(by_class, style)] if by_class else []
     for name, value in metrics:
         if isinstance(value, dict):
             continue
@@ -165,11 +161,11 @@ def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: st
     return [single, *others]
 
 
-def _by_kind(kind: str, metrics: Mapping[str, Mapping[str, float]], style: dict[str, Any]) -> "Table":
-    """A row for each class, target or label, a column for each metric, empty where there is no value."""
+def _by_class(metrics: Mapping[str, Mapping[str, float]], style: dict[str, Any]) -> "Table":
+    """A row for each class, a column for each metric, empty where a class has no value."""
     from rich.table import Table
 
-    table = Table(kind, title=f"by {kind}", min_width=30, **style)
+    table = Table("class", title="by class", min_width=30, **style)
     for name in metrics:
         table.add_column(name.replace("_", " "), justify="right")
     for key in dict.fromkeys(key for shares in metrics.values() for key in shares):
