@@ -5,7 +5,7 @@ import yaml
 
 from fitformer._support.suggest import suggest
 from fitformer.config import load as config
-from fitformer.config.schema import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe
+from fitformer.config.schema import ByteRecipe, ClassifyRecipe, DiffuseRecipe, PixelRecipe, SegmentRecipe
 from fitformer.errors import InputError
 
 
@@ -24,7 +24,7 @@ def test_packaged_recipes_say_how_to_run_them_and_what_came_out(name):
 
 def test_every_kind_of_recipe_is_packaged():
     kinds = {type(config.load(name)) for name in config.names()}
-    assert kinds == {ClassifyRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe}
+    assert kinds == {ClassifyRecipe, SegmentRecipe, DiffuseRecipe, PixelRecipe, ByteRecipe}
 
 
 @pytest.mark.parametrize("spelling", [["--trainer.steps=5"], ["--trainer.steps", "5"], ["trainer.steps=5"]])

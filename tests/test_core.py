@@ -8,9 +8,10 @@ import importlib, pkgutil, sys
 
 EXTRAS = {"lightning", "torchmetrics", "tensorboard", "sklearn", "scipy", "datasets", "pandas", "pyarrow", "matplotlib",
           "psutil", "tifffile", "imagecodecs", "zarr", "openslide", "pytest", "hypothesis",
-          "transformers", "accelerate"}
+          "transformers", "accelerate", "h5py", "rasterio", "onnx", "onnxruntime", "constriction", "timm", "torchmil"}
 # Modules whose classes are subclasses of an extra's.
-OF_EXTRAS = ("fitformer.training.", "fitformer.interop.transformers", "fitformer.interop.byte_tokenizer")
+OF_EXTRAS = ("fitformer.training.", "fitformer.interop.transformers", "fitformer.interop.byte_tokenizer",
+             "fitformer.interop.timm")
 
 # As if they were not installed: importing one fails, and looking for one finds nothing.
 sys.modules.update(dict.fromkeys(EXTRAS))

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, r2_score, roc_auc
 
 from fitformer import FITImageEncoder
 from fitformer.cli import main
+from fitformer.cli.evaluate import tables
 from fitformer.config import load as config
 from fitformer.errors import InputError
 from fitformer.inference.predictor import Predictor
@@ -347,3 +348,15 @@ def test_weights_of_a_classifier_start_a_regression(tmp_path):
     number.save_pretrained(tmp_path / "number")
     loaded, image = FITImageEncoder.from_pretrained(tmp_path / "number"), torch.rand(1, 8, 8, 1)
     assert torch.equal(loaded.eval()(image), number.eval()(image))
+
+
+def test_measures_of_labels_stand_in_one_table_with_a_row_for_each(capsys):
+    from rich.console import Console
+
+    measures = [("auc", 0.9), ("auc_by_label", {"a": 0.8, "b": 1.0}), ("f1_by_label", {"a": 0.5})]
+    for table in tables(measures, (), "seen"):
+        Console(width=80).print(table)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert ["label", "auc", "f1"] in lines
+    assert ["a", "0.8000", "0.5000"] in lines
+    assert ["b", "1.0000"] in lines

@@ -20,7 +20,8 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from fitformer.config.schema import EncoderModel, Recipe
+from fitformer.config.model_sections import EncoderModel
+from fitformer.config.schema import Recipe
 from fitformer.data.settings import ImageData
 from fitformer.diffusion import pixels_to_signal
 from fitformer.models.image_encoder import FITImageEncoder

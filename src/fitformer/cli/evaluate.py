@@ -143,29 +143,30 @@ def _print(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: st
 
 
 def tables(metrics: Sequence[tuple[str, Any]], classes: Sequence[str], title: str) -> "list[Table]":
-    """Tables of the metrics: one of single values, one of those by class, one of the confusion."""
+    """Tables of the metrics: one of single values, one of those by class, label or target, one of the confusion."""
     from rich.table import Table
 
     style = _style()
     single = Table("measure", title=title, min_width=30, **style)
     single.add_column("value", justify="right")
-    by_class = {name.removesuffix("_by_class"): value for name, value in metrics if isinstance(value, dict)}
-    others = [_by_class(by_class, style)] if by_class else []
+    several: dict[str, dict[str, dict[str, float]]] = {}
+    others = []
     for name, value in metrics:
         if isinstance(value, dict):
-            continue
-        if isinstance(value, list):
+            measure, _, kind = name.rpartition("_by_")
+            several.setdefault(kind, {})[measure] = value
+        elif isinstance(value, list):
             others += [_confusion(value, classes, style)] if len(classes) <= 20 else []
         else:
             single.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-    return [single, *others]
+    return [single, *(_by(kind, measures, style) for kind, measures in several.items()), *others]
 
 
-def _by_class(metrics: Mapping[str, Mapping[str, float]], style: dict[str, Any]) -> "Table":
-    """A row for each class, a column for each metric, empty where a class has no value."""
+def _by(kind: str, metrics: Mapping[str, Mapping[str, float]], style: dict[str, Any]) -> "Table":
+    """A row for each class, label or target, a column for each metric, empty where one has no value."""
     from rich.table import Table
 
-    table = Table("class", title="by class", min_width=30, **style)
+    table = Table(kind, title=f"by {kind}", min_width=30, **style)
     for name in metrics:
         table.add_column(name.replace("_", " "), justify="right")
     for key in dict.fromkeys(key for shares in metrics.values() for key in shares):

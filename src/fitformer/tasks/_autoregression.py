@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fitformer import patching
 from fitformer._support.checks import whole
-from fitformer.config.schema import AudioRecipe, ByteDecoderModel, ByteRecipe, PixelDecoderModel
+from fitformer.config.model_sections import ByteDecoderModel, PixelDecoderModel
+from fitformer.config.schema import AudioRecipe, ByteRecipe
 from fitformer.generation.steps import check_held
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.initialization import zero_branches

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from torch import Tensor
 
-from fitformer.config.schema import Model
+from fitformer.config.model_sections import Model
 from fitformer.errors import InputError
 
 
