@@ -120,7 +120,7 @@ class FolderWork(ABC):
         """
 
     def run(self, slides: Sequence[Slide]) -> int:
-        """Label the images and write their heat maps; complete outputs stay unchanged.
+        """Make the outputs of the images; complete ones stay unchanged.
 
         The tables hold all images of the output folder that were made with the same model and settings. Returns how
         many images were made now.

@@ -1,7 +1,7 @@
 """What a run of images is used for: labels or numbers of image files, and explanations of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,11 @@ class Labeller(ImageRun):
         self._masks([path for paths in patients.values() for path in paths])
         for name, paths in patients.items():
             try:
-                images = opened_together([str(path) for path in paths], options)
-                found.append(self.answers.answer(name, finite(self.network, group(images))))
-                for image in images:
-                    image.close()
+                with ExitStack() as stack:
+                    images = opened_together([str(path) for path in paths], options)
+                    for image in images:
+                        stack.callback(image.close)
+                    found.append(self.answers.answer(name, finite(self.network, group(images))))
             except (InputError, UnreadableImageError, PermissionError) as error:
                 on_unreadable(UnreadableImageError(f"patient {name}", str(error)))
         if not found:
