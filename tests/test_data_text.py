@@ -186,3 +186,19 @@ def test_bad_files(tmp_path):
         BytesDataset(buffer_of(b"abc"), 0, train=True)
     with pytest.raises(IndexError):
         BytesDataset(buffer_of(b"abc"), 3, train=True)[1]
+
+
+def test_short_windows_come_from_anywhere_and_stand_beside_each_long_one():
+    content = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
+    buffer = ByteBuffer([Piece("x", 0, 5000, content)])
+    whole = BytesDataset(buffer, 64, train=True, seed=3)
+    dataset = BytesDataset(buffer, 64, train=True, seed=3, short_length=16)
+    starts = set()
+    for where in [(0, 1), (0, 2), (5, 1)]:
+        item = dataset[where]
+        assert torch.equal(item["tokens"], whole[where]["tokens"])
+        assert item["short"].shape == (4, 16)
+        starts |= {content.index(bytes(row.tolist())) for row in item["short"]}
+        assert torch.equal(item["short"], dataset[where]["short"])
+    assert len(starts) == 12
+    assert "short" not in BytesDataset(buffer, 64, train=False, short_length=16)[0]

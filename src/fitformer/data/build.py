@@ -341,7 +341,14 @@ def _build_bytes(settings: ByteData, split: Split, seed: int) -> BytesDataset:
     if settings.documents:
         dataset: BytesDataset = DocumentsDataset(buffer, document_ends(buffer, separator), settings.length, title=title)
     else:
-        dataset = BytesDataset(buffer, settings.length, train=split == "train", seed=seed, title=title)
+        dataset = BytesDataset(
+            buffer,
+            settings.length,
+            train=split == "train",
+            seed=seed,
+            title=title,
+            short_length=settings.short_length,
+        )
     dataset.is_test = is_test
     return dataset
 

@@ -242,8 +242,8 @@ class ByteData:
         path: a file, or a folder whose files matching `glob` are read in sorted order; only for `files`.
         glob: pattern below the folder, e.g. `**/*.txt`.
         length: tokens of one example; what is missing to whole groups of the model is padding, which counts nowhere.
-        short_length: tokens of an example in the first `short_share` of the training, where each is cut into as many:
-            what is near is learned first, from more places of the data, and then what is far.
+        short_length: tokens of an example in the first `short_share` of the training, where as many as make up `length`
+            take the place of each: what is near is learned first, from more places of the data, and then what is far.
         documents: each file, or each piece of Python's own, is a document of its own: examples are documents packed
             into rows, and none sees another. One that is longer than a row is cut into several.
         separator: text that ends a document, such as a newline, so that a file holds many; only with `documents`.
@@ -335,9 +335,9 @@ def check_pixel_range(pixel_range: tuple[float, float] | None) -> None:
 
 
 def _check_short(short: int, length: int, documents: bool) -> None:
-    """Raise InputError if examples of a length cannot be cut into ones of `short`."""
+    """Raise InputError if no examples of `short` make up one of a length."""
     if documents:
-        raise InputError("short_length cuts examples of one text, and documents are packed in rows: remove one of them")
+        raise InputError("short_length draws windows of one text, and documents are packed in rows: remove one of them")
     if not 1 <= short <= length or length % short:
         raise InputError(f"short_length is {short}; it must divide length, {length}")
 

@@ -19,6 +19,7 @@ class Batch(TypedDict, total=False):
         labels: classes of pixels, uint8 `(b, H, W)`, or a list of label images that are read on demand.
         label: int64 `(b,)`, -1 where unknown; or float32 `(b, k)`, the numbers of a table.
         index: int64 `(b,)`, the number of the example.
+        short: int64 `(b, k, l)`, k shorter examples that may take the place of each.
         tokens: int64 `(b, L)`. mask: bool `(b, L)`, true where a token counts.
         documents: int64 `(b, t)`, the number of each group's document, see `patching.pack_documents`.
         done: the share of the training's steps that were made before this one; not there in evaluation.
@@ -28,6 +29,7 @@ class Batch(TypedDict, total=False):
     labels: Any
     label: Tensor
     index: Tensor
+    short: Tensor
     tokens: Tensor
     mask: Tensor
     documents: Tensor

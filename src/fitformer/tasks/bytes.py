@@ -46,12 +46,11 @@ def build(recipe: ByteRecipe, dataset: Any) -> FITDecoder:
 def loss(network: FITDecoder, batch: Batch, recipe: ByteRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, and `bits_per_byte`, both means over the bytes that count.
 
-    In the first `data.short_share` of the training each example is cut into ones of `data.short_length`.
+    In the first `data.short_share` of the training shorter examples take the place of each.
     """
     data = recipe.data
     if data.short_length is not None and batch["done"] < data.short_share:
-        tokens, mask = (each.reshape(-1, data.short_length) for each in (batch["tokens"], batch["mask"]))
-        batch = {**batch, "tokens": tokens, "mask": mask}
+        batch = {"tokens": batch["short"].flatten(0, 1)}
     return loss_in_bits(network, UNIT, **sequence_targets(batch, recipe))
 
 

@@ -227,7 +227,8 @@ class BytesDataset(Dataset[dict[str, Any]]):
 
     An item is `tokens` int64 (length,) in 0 .. 255, `mask` bool (length,), true where there is a byte, and `index`.
     In training a window starts anywhere, drawn from (seed, epoch, index), and an epoch has as many as fit side by side.
-    Otherwise windows follow one another and cover every byte exactly once; the last is padded with 0.
+    With `short_length` there are `short` windows then, too, int64 (length / short_length, short_length), each from
+    anywhere. Otherwise windows follow one another and cover every byte exactly once; the last is padded with 0.
 
     Raises:
         InputError: fewer bytes than one training window, or none.
@@ -239,7 +240,16 @@ class BytesDataset(Dataset[dict[str, Any]]):
     unit = "bytes"
     is_test = False
 
-    def __init__(self, buffer: ByteBuffer, length: int, *, train: bool, seed: int = 0, title: str = "bytes"):
+    def __init__(
+        self,
+        buffer: ByteBuffer,
+        length: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        title: str = "bytes",
+        short_length: int | None = None,
+    ):
         if length < 1:
             raise InputError(f"length is {length}: it must be at least 1")
         if len(buffer) < (length if train else 1):
@@ -248,6 +258,7 @@ class BytesDataset(Dataset[dict[str, Any]]):
                 f"set data.length to at most {len(buffer)}, or give more of it"
             )
         self.buffer, self.length, self.train, self.seed, self.title = buffer, length, train, seed, title
+        self.short_length = short_length if train else None
 
     def describe(self) -> str:
         """One line: what and how much."""
@@ -266,13 +277,20 @@ class BytesDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.length
+        random = example_generator(self.seed, epoch, index)
         if self.train:
-            random = example_generator(self.seed, epoch, index)
             start = int(random.integers(len(self.buffer) - self.length + 1))
-        found = torch.from_numpy(self.buffer.window(start, start + self.length).astype(np.int64))
+        found = self._window(start, self.length)
         tokens = torch.zeros(self.length, dtype=torch.int64)
         tokens[: len(found)] = found
-        return {"tokens": tokens, "mask": torch.arange(self.length) < len(found), "index": index}
+        item = {"tokens": tokens, "mask": torch.arange(self.length) < len(found), "index": index}
+        if self.short_length is not None:
+            starts = random.integers(len(self.buffer) - self.short_length + 1, size=self.length // self.short_length)
+            item["short"] = torch.stack([self._window(start, self.short_length) for start in starts.tolist()])
+        return item
+
+    def _window(self, start: int, length: int) -> torch.Tensor:
+        return torch.from_numpy(self.buffer.window(start, start + length).astype(np.int64))
 
 
 def compressed_bits_per_byte(data: bytes, method: str) -> float:
