@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from fitformer._support.processes import from_all_processes
 
 
 class Means:
@@ -32,11 +33,7 @@ class Means:
 
 def joined(own: Means) -> Means:
     """Those of all processes that train together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    every: list[Means | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
     found = Means()
-    for each in every:
-        found.join(each)  # type: ignore[arg-type]
+    for each in from_all_processes(own):
+        found.join(each)
     return found

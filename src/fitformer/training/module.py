@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fitformer._support.processes import from_all_processes
 from fitformer.config.schema import Recipe
 from fitformer.data.order import EvaluationBatches, StepBatches, spread_part
 from fitformer.models.base import FITModel
@@ -101,7 +103,7 @@ class FITModule(pl.LightningModule):
         task = task_of(self.recipe)
         if task.conclude is not None and (means := joined(self._held_out).means()):
             return task.conclude(means, self.trainer.datamodule.held_out.classes)  # type: ignore[attr-defined]
-        if task.scores is not None and (held_out := _of_all_ranks(self._outputs)):
+        if task.scores is not None and (held_out := list(chain.from_iterable(from_all_processes(self._outputs)))):
             outputs, labels = (torch.cat(each).to(self.device) for each in zip(*held_out, strict=True))
             return task.scores(self.network, outputs, labels, self.recipe)
         return ()
@@ -124,15 +126,6 @@ class FITModule(pl.LightningModule):
         """AdamW and its schedule, stepped with the optimizer."""
         adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _of_all_ranks(own: list[Any]) -> list[Any]:
-    """The items of all processes that train together; they need not have equally many."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return [item for items in found for item in items]
 
 
 class StepLoader(DataLoader):

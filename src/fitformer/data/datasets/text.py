@@ -258,7 +258,7 @@ class BytesDataset(Dataset[dict[str, Any]]):
                 f"set data.length to at most {len(buffer)}, or give more of it"
             )
         self.buffer, self.length, self.train, self.seed, self.title = buffer, length, train, seed, title
-        self.short_length = short_length if train else None
+        self.short_length = short_length
 
     def describe(self) -> str:
         """One line: what and how much."""
@@ -276,15 +276,14 @@ class BytesDataset(Dataset[dict[str, Any]]):
         epoch, index = where if isinstance(where, tuple) else (0, where)
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = index * self.length
-        random = example_generator(self.seed, epoch, index)
-        if self.train:
-            start = int(random.integers(len(self.buffer) - self.length + 1))
+        # Held-out windows draw nothing.
+        random = example_generator(self.seed, epoch, index) if self.train else None
+        start = index * self.length if random is None else int(random.integers(len(self.buffer) - self.length + 1))
         found = self._window(start, self.length)
         tokens = torch.zeros(self.length, dtype=torch.int64)
         tokens[: len(found)] = found
         item = {"tokens": tokens, "mask": torch.arange(self.length) < len(found), "index": index}
-        if self.short_length is not None:
+        if random is not None and self.short_length is not None:
             starts = random.integers(len(self.buffer) - self.short_length + 1, size=self.length // self.short_length)
             item["short"] = torch.stack([self._window(start, self.short_length) for start in starts.tolist()])
         return item
