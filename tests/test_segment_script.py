@@ -1,4 +1,4 @@
-"""The benchmark of huge label maps: what it counts at borders, and that it runs beside MONAI, where that is installed."""
+"""The benchmark of huge label maps: what it counts at borders, and that it runs beside MONAI, if that is installed."""
 
 import importlib
 import json
