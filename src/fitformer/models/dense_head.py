@@ -40,7 +40,7 @@ class DenseHead(nn.Module):
         whole("refinement", refinement, 0, MOST_SIZE)
         self.grid, self.refinement = grid, refinement
         per_patch = prod(grid.patch_size) * (refinement or num_classes)  # type: ignore[arg-type]
-        self.numbers = prod(grid.patches) * per_patch  # type: ignore[arg-type]
+        self.numbers = prod(grid.patches) * per_patch
         self.decode = linear(width, per_patch)
         self.mix = self.smooth = self.classes = None
         if refinement:
