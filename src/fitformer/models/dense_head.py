@@ -27,6 +27,9 @@ class DenseHead(nn.Module):
         num_classes: logits of a pixel.
         refinement: numbers of a decoded pixel that the convolutions work on; 0 decodes to logits at once.
 
+    Attributes:
+        numbers: of a group's decoded pixels.
+
     Raises:
         InputError: sizes that are no positive whole numbers, or too large.
     """
@@ -36,7 +39,9 @@ class DenseHead(nn.Module):
         whole("num_classes", num_classes, 1, MOST_SIZE)
         whole("refinement", refinement, 0, MOST_SIZE)
         self.grid, self.refinement = grid, refinement
-        self.decode = linear(width, prod(grid.patch_size) * (refinement or num_classes))  # type: ignore[arg-type]
+        per_patch = prod(grid.patch_size) * (refinement or num_classes)  # type: ignore[arg-type]
+        self.numbers = prod(grid.patches) * per_patch
+        self.decode = linear(width, per_patch)
         self.mix = self.smooth = self.classes = None
         if refinement:
             self.mix = _convolution(refinement + grid.channels, refinement)
