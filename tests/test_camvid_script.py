@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SIZE, COUNTS = (24, 32), {"train": 5, "val": 2, "test": 3}
 WORDS = ["--layers=(1)1(1)", "--dim=16", "--latent-dim=16", "--heads=2", "--latent-heads=2", "--latents-per-group=2"]
-WORDS += ["--image-size=24,32", "--group-size=8", "--refinement=4", "--batch=2", "--points=2", "--threads=1"]
+WORDS += ["--image-size=24,32", "--group-size=8", "--patch-size=4", "--refinement=4"]
+WORDS += ["--batch=2", "--points=2", "--threads=1"]
 
 
 @pytest.fixture
@@ -111,6 +112,13 @@ def test_fit_trains_and_is_measured_on_the_test_part(camvid, monkeypatch, folder
     mean = sum(found["test_iou_by_class"].values()) / len(found["test_iou_by_class"])
     assert found["test_miou"] == pytest.approx(mean)
     assert "| IoU of the test part | sky |" in capsys.readouterr().out
+
+
+def test_the_unet_takes_sizes_that_it_must_pad(camvid):
+    pytest.importorskip("segmentation_models_pytorch")
+    network = camvid.UNet(11).eval()
+    assert network(torch.zeros(1, 40, 72, 3)).shape == (1, 11, 40, 72)
+    assert camvid.step_flops(network, (40, 72)) == camvid.step_flops(network, (64, 96))
 
 
 def test_a_network_that_is_not_there_is_one_clear_error(camvid, monkeypatch, folders, capsys):
