@@ -1,7 +1,7 @@
 """Training a network to a budget of FLOPs or seconds, with a curve of held-out measurements and a checkpoint.
 
 What all comparisons of `race.py` share: `next_token.py` has the networks that predict tokens, `cifar10.py` those that
-classify images.
+classify images, `camvid.py` those that classify their pixels.
 """
 
 import argparse

@@ -33,7 +33,7 @@ PARTS = {
     "compile": ("torch.compile of the layers (bf16)", 90),
     "generation": ("Generation of bytes, small decoder", 60),
     "bf16": ("bf16 autocast against float32", 45),
-    "tests": ("CUDA tests", 60),
+    "tests": ("CUDA tests", 150),
 }
 
 

@@ -147,3 +147,12 @@ def test_only_similar_names_are_suggested():
 def test_numbers_that_mean_nothing_are_refused_by_name(recipe, option, value):
     with pytest.raises(InputError, match=option.rsplit(".", 1)[1]):
         config.load(recipe, [f"--{option}={value}"])
+
+
+@pytest.mark.parametrize("key", ["trainer.steps", "data.split_seed", "optimizer.lr"])
+def test_null_is_refused_where_no_key_may_be_null(key):
+    section, _, name = key.partition(".")
+    recipe = yaml.safe_load(config.dump(config.load("digits-classify")))
+    recipe[section][name] = None
+    with pytest.raises(InputError, match=f"{key} is null; expected"):
+        config.parse(yaml.safe_dump(recipe))

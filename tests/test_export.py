@@ -42,6 +42,11 @@ def image_encoder(sizes=SMALL, **options):
     return fitformer.FITImageEncoder.from_config(**{**sizes, **geometry})
 
 
+def segmenter(sizes=SMALL, **options):
+    geometry = {"image_size": (8, 16), "group_size": 4, "patch_size": 2, **CLASSES, **options}
+    return fitformer.FITImageSegmenter.from_config(**{**closed(sizes), "refinement": 4, **geometry})
+
+
 def image_denoiser(sizes=SMALL, **options):
     return fitformer.FITImageDenoiser(TrunkConfig(**closed(sizes)), DiffusionConfig(), 8, 4, 2, **options)
 
@@ -66,6 +71,10 @@ MODELS = {
     "image encoder that ends in tokens": lambda: image_encoder(closed(LARGER), mask="causal"),
     "images of any size": lambda: image_encoder(**ANY_SIZE),
     "images of any size, glimpses": lambda: image_encoder(closed(LARGER), **ANY_SIZE, glimpses=2),
+    "segmenter": lambda: segmenter(),
+    "segmenter, larger, no refinement": lambda: segmenter(LARGER, refinement=0, image_size=8),
+    "segmenter of any size": lambda: segmenter(**ANY_SIZE),
+    "segmenter of any size, larger, glimpses": lambda: segmenter(LARGER, **ANY_SIZE, glimpses=2),
     "image denoiser": lambda: image_denoiser(),
     "image denoiser, larger, classes": lambda: image_denoiser(LARGER, **CLASSES, self_cond="latent"),
     "decoder": lambda: decoder(),
@@ -117,6 +126,8 @@ def answers(model, inputs):
     """What the plain Python model gives."""
     call = model.logits if isinstance(model, fitformer.FITDecoder) else model
     with torch.no_grad():
+        if isinstance(model, fitformer.FITImageSegmenter) and model.patch_grid.any_size:
+            return (torch.stack(model(list(inputs["images"]))),)
         return as_tuple(call(*inputs.values()) if len(inputs) == 1 else call(**inputs))
 
 

@@ -231,3 +231,21 @@ def test_others_refuse_a_segmenter(runs):
     _, made, _ = runs
     with pytest.raises(InputError, match="task segment"):
         fitformer.Predictor(made["any"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [pytest.param("any", (3, 45, 33), marks=pytest.mark.slow), ("one", (2, 32, 24))]
+)
+def test_an_exported_run_gives_the_logits_of_every_pixel(runs, tmp_path, name, sizes):
+    _, made, _ = runs
+    assert main(["export", made[name], "--output", str(tmp_path / "model.pt2")]) == 0
+    files = {"fitformer.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
+    about = json.loads(files["fitformer.json"])
+    assert about["task"] == "segment"
+    assert about["outputs"]["logits"]["shape"][:2] == ["batch", len(about["classes"])]
+    images = torch.randn(*sizes, about["inputs"]["images"]["shape"][-1])
+    with torch.no_grad():
+        found, model = program(images=images), fitformer.from_pretrained(made[name])
+        wanted = torch.stack([*model(images if name == "one" else list(images))])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

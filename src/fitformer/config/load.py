@@ -207,6 +207,9 @@ def _typed(key: str, kind: Any, value: Any, from_text: bool = False) -> Any:
     # Imported here: listing the recipes does not need it.
     from jsonargparse import ArgumentParser
 
+    # jsonargparse takes None for any type.
+    if value is None and kind is not Any and type(None) not in get_args(kind):
+        raise InputError(f"{key} is null; expected {_type_name(kind)}")
     if isinstance(value, str) and tuple[int, int] in get_args(kind) and (sides := _SIDES.fullmatch(value)):
         value, from_text = [int(side) for side in sides.groups()], False
     parser = ArgumentParser(exit_on_error=False)

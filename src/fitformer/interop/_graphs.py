@@ -15,8 +15,10 @@ from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.encoder import FITEncoder
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
+from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import to_sides
 
 
@@ -81,16 +83,21 @@ def graph_of(model: nn.Module) -> Graph:
     return GRAPHS[type(model)](model)
 
 
-def _image_encoder(model: FITImageEncoder) -> Graph:
-    grid = model.patch_grid
+def _images(grid: PatchGrid) -> Port:
+    """Images as a model takes them that cuts them so."""
+    sides: Sequence[Axis | int]
     if grid.any_size:
         # A graph is traced for one group a side or for several.
-        sides: Sequence[Axis | int] = [
+        sides = [
             Axis(name, 2 * group + 1, least=group + 1)
             for name, group in zip(("rows", "columns"), to_sides(grid.group_size, "hw"), strict=True)
         ]
     else:
         sides = grid.image_size  # type: ignore[assignment]
+    return _floats((BATCH, *sides, grid.channels), PIXELS)
+
+
+def _image_encoder(model: FITImageEncoder) -> Graph:
     name = model.outputs if model.num_classes else "features"
     what = {
         "logits": "logits of the classes",
@@ -99,9 +106,19 @@ def _image_encoder(model: FITImageEncoder) -> Graph:
         "features": "pooled features, of a model without a head",
     }[name]
     return Graph(
-        _AnySize(model) if grid.any_size else model,
-        {"images": _floats((BATCH, *sides, grid.channels), PIXELS)},
+        _AnySize(model) if model.patch_grid.any_size else model,
+        {"images": _images(model.patch_grid)},
         {name: _floats((BATCH, model.num_classes or model.num_features), what)},
+    )
+
+
+def _image_segmenter(model: FITImageSegmenter) -> Graph:
+    images = _images(model.patch_grid)
+    _, rows, columns, _ = images.axes
+    return Graph(
+        _PixelsOfAnySize(model) if model.patch_grid.any_size else model,
+        {"images": images},
+        {"logits": _floats((BATCH, model.num_classes, rows, columns), "logits of the classes of every pixel")},
     )
 
 
@@ -164,6 +181,7 @@ def _decoder(model: FITDecoder) -> Graph:
 
 GRAPHS: Mapping[type[nn.Module], Any] = {
     FITImageEncoder: _image_encoder,
+    FITImageSegmenter: _image_segmenter,
     FITImageDenoiser: _image_denoiser,
     FITDecoder: _decoder,
     FITEncoder: _encoder,
@@ -210,15 +228,26 @@ class _AnySize(nn.Module):
     and glimpses, averages of the whole, stand in front.
     """
 
-    def __init__(self, encoder: FITImageEncoder) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits or features `(b, c)` of images `(b, H, W, channels)`."""
-        model = self.encoder
+        model = self.model
+        tokens, mask, coords, _ = self.grouped(images)
+        x, latents = model.encoder(tokens, mask=mask, coords=coords)
+        if model.ends_in_latents:
+            pooled = latents.mean(dim=(1, 2))
+        else:
+            pooled = (x * mask[..., None]).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))[:, None]
+        return pooled if model.head is None else model.head(pooled)
+
+    def grouped(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Tokens, their mask, rows and columns of the groups, and how many of these there are without glimpses."""
+        model = self.model
         grid, (height, width) = model.patch_grid, images.shape[1:3]
-        (gh, gw), (ph, pw) = grid.group_size, grid.patch_size  # type: ignore[misc]
+        (gh, gw), (ph, pw) = grid.group_size, grid.patch_size
         rows, columns = (height + gh - 1) // gh, (width + gw - 1) // gw
         row, column = torch.arange(rows * gh), torch.arange(columns * gw)
         filled = images[:, row.clamp(max=height - 1)][:, :, column.clamp(max=width - 1)]
@@ -232,21 +261,25 @@ class _AnySize(nn.Module):
             mask = torch.cat([mask.new_ones(model.glimpses, mask.shape[1]), mask])
             number = torch.arange(model.glimpses)
             coords = torch.cat([torch.stack([torch.full_like(number, -1), number], dim=1), coords])
-        return self._answer(tokens, mask[None].expand(tokens.shape[0], -1, -1), coords)
+        return tokens, mask[None].expand(tokens.shape[0], -1, -1), coords, (rows, columns)
 
     def _cut(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Tokens `(b, t, n, token_dim)` of images in `rows` x `columns` whole groups."""
-        grid = self.encoder.patch_grid
-        return cut(images, (rows, columns), grid.patches, grid.patch_size)  # type: ignore[arg-type]
+        grid = self.model.patch_grid
+        return cut(images, (rows, columns), grid.patches, grid.patch_size)
 
-    def _answer(self, tokens: Tensor, mask: Tensor, coords: Tensor) -> Tensor:
-        model = self.encoder
-        x, latents = model.encoder(tokens, mask=mask, coords=coords)
-        if model.ends_in_latents:
-            pooled = latents.mean(dim=(1, 2))
-        else:
-            pooled = (x * mask[..., None]).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))[:, None]
-        return pooled if model.head is None else model.head(pooled)
+
+class _PixelsOfAnySize(_AnySize):
+    """A segmenter of images of any size, likewise."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(b, classes, H, W)` of images `(b, H, W, channels)`."""
+        model, (height, width) = self.model, images.shape[1:3]
+        tokens, mask, coords, groups = self.grouped(images)
+        x, _ = model.encoder(tokens, mask=mask, coords=coords)
+        logits = model.head(x[:, model.glimpses :], tokens[:, model.glimpses :]).unflatten(1, groups)
+        whole = logits.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return whole[:, :, torch.arange(height)][..., torch.arange(width)]
 
 
 def _averaged(images: Tensor, rows: int, columns: int) -> Tensor:

@@ -27,6 +27,9 @@ class DenseHead(nn.Module):
         num_classes: logits of a pixel.
         refinement: numbers of a decoded pixel that the convolutions work on; 0 decodes to logits at once.
 
+    Attributes:
+        numbers: of a group's decoded pixels.
+
     Raises:
         InputError: sizes that are no positive whole numbers, or too large.
     """
@@ -36,7 +39,9 @@ class DenseHead(nn.Module):
         whole("num_classes", num_classes, 1, MOST_SIZE)
         whole("refinement", refinement, 0, MOST_SIZE)
         self.grid, self.refinement = grid, refinement
-        self.decode = linear(width, prod(grid.patch_size) * (refinement or num_classes))  # type: ignore[arg-type]
+        per_patch = prod(grid.patch_size) * (refinement or num_classes)  # type: ignore[arg-type]
+        self.numbers = prod(grid.patches) * per_patch
+        self.decode = linear(width, per_patch)
         self.mix = self.smooth = self.classes = None
         if refinement:
             self.mix = _convolution(refinement + grid.channels, refinement)
@@ -50,18 +55,19 @@ class DenseHead(nn.Module):
             x: data tokens `(b, s, n, c)`.
             patches: the image's pixels as signals `(b, s, n, ph * pw * channels)`, which the refinement sees.
         """
+        # A pixel's numbers stay side by side, as they are decoded: convolutions are faster so, and nothing is copied.
         pixels = self._laid_out(self.decode(x))
         if self.mix is not None and self.smooth is not None and self.classes is not None:
             assert patches is not None
-            seen = torch.cat([pixels, self._laid_out(patches.to(pixels.dtype))], dim=1)
-            pixels = pixels + self.smooth(nn.functional.gelu(self.mix(seen)))
-            pixels = rearrange(self.classes(rearrange(pixels, "g k r c -> g r c k")), "g r c k -> g k r c")
-        return pixels.unflatten(0, x.shape[:2])
+            seen = torch.cat([pixels, self._laid_out(patches.to(pixels.dtype))], dim=-1)
+            mixed = nn.functional.gelu(self.mix(seen.movedim(-1, 1)))
+            pixels = self.classes(pixels + self.smooth(mixed).movedim(1, -1))
+        return pixels.movedim(-1, 1).unflatten(0, x.shape[:2])
 
     def _laid_out(self, patches: Tensor) -> Tensor:
-        """Patches `(b, s, n, ph * pw * k)`, k fastest, as pixels of groups `(b * s, k, rows, columns)`."""
+        """Patches `(b, s, n, ph * pw * k)`, k fastest, as pixels of groups `(b * s, rows, columns, k)`."""
         (high, wide), (ph, pw) = self.grid.patches, self.grid.patch_size  # type: ignore[misc]
-        pattern = "b s (h w) (ph pw k) -> (b s) k (h ph) (w pw)"
+        pattern = "b s (h w) (ph pw k) -> (b s) (h ph) (w pw) k"
         return rearrange(patches, pattern, h=high, w=wide, ph=ph, pw=pw)
 
 

@@ -27,6 +27,11 @@ PixelScore = Callable[[slice, Tensor, Tensor | None], Tensor]
 has, booleans `(b, s, rows, columns)` or None for all: a tensor that is added up over slices."""
 
 
+# Numbers of decoded pixels that are worked on at once, 16 MiB. Tensors above 32 MiB are slower: the C library gives
+# them back to the system each time, and gets new ones page by page.
+_PIECE = 2**22
+
+
 class FITImageSegmenter(FITModel):
     """FIT segmenter of images: a `FITImageEncoder`, and a head that decodes each data token to its patch's pixels.
 
@@ -117,7 +122,7 @@ class FITImageSegmenter(FITModel):
         return found
 
     def score(self, images: Tensor | Sequence[GroupedImage], score: PixelScore) -> Tensor:
-        """The sum of a function over slices of groups: logits of all pixels exist only where the model runs plainly.
+        """The sum of a function over slices of groups: logits of all pixels never exist without a backward pass.
 
         Args:
             images: `(b, H, W, channels)` float, or images with the same number of groups, glimpses counted.
@@ -126,7 +131,13 @@ class FITImageSegmenter(FITModel):
         inputs, patches = self._of_one_size(images) if isinstance(images, Tensor) else self._of_any_size(images)
 
         def scored(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
-            return score(groups, self._decoded(groups, x, patches), None if mask is None else self._of_pixels(mask))
+            found, size = [], max(1, _PIECE // (len(x) * self.head.numbers))
+            for first in range(0, x.shape[1], size):
+                tokens, seen = x[:, first : first + size], None if mask is None else mask[:, first : first + size]
+                piece = slice(groups.start + first, groups.start + first + tokens.shape[1])
+                pixels = None if seen is None else self._of_pixels(seen)
+                found.append(score(piece, self._decoded(piece, tokens, patches), pixels))
+            return torch.stack(found).sum(0)
 
         return self.encoder.answer(replace(inputs, parameters=self.all_parameters()), scored)[0]
 

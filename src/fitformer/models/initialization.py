@@ -3,18 +3,24 @@
 from torch import nn
 
 from fitformer.models.decoder import FITDecoder
+from fitformer.models.trunk import Trunk
 
 EMBEDDING_STD = 0.1
 
 
 def zero_branches(decoder: FITDecoder) -> None:
-    """Let the residual branches of a decoder begin at zero, and its embedding large: short trainings get further.
+    """Let the residual branches of a decoder begin at zero, and its embedding large: short trainings get further."""
+    nn.init.normal_(decoder.embedding.weight, std=EMBEDDING_STD)
+    zero_trunk_branches(decoder.trunk)
+
+
+def zero_trunk_branches(trunk: Trunk) -> None:
+    """Let the residual branches of a trunk begin at zero.
 
     Each local and global layer, and each write, then hands on what it is given. Read stays as it is: latents that were
     given nothing would hold nothing.
     """
-    nn.init.normal_(decoder.embedding.weight, std=EMBEDDING_STD)
-    for block in decoder.trunk.blocks:
+    for block in trunk.blocks:
         for layer in [*block.local_layers, *block.global_layers]:
             nn.init.zeros_(layer.attention.output.weight)
             nn.init.zeros_(layer.ffn.outer.weight)
