@@ -14,7 +14,7 @@ from fitformer._support.checks import check_fields, whole
 from fitformer._support.rng import random_state, set_random_state
 from fitformer._support.system_memory import trim_heap
 from fitformer.execution._gradients import gradients_of, plus, put_slice
-from fitformer.execution.base import Inputs, Trunk, run_blocks
+from fitformer.execution.base import Inputs, Trunk, exchange, run_blocks
 from fitformer.execution.prefetch import prefetch
 from fitformer.execution.selective_checkpoint import SAVE_POLICIES, Recompute, checkpointing, contexts
 from fitformer.execution.token_store import Keep, TokenStore, make_stores
@@ -107,14 +107,14 @@ class StreamedPass:
 
     def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
         """The global phase of block i, with a graph that keeps the inputs of its layers alone."""
-        global_phase, places = self.trunk.blocks[i].global_phase, self.inputs.places
+        global_phase = self.trunk.blocks[i].global_phase
         if not self.graph:
-            latents = global_phase(latents, self.condition, places)
+            latents = exchange(global_phase, self.inputs, latents, self.condition)
         else:
             with torch.enable_grad():
                 leaf = latents.detach().requires_grad_()
                 condition = None if self.condition is None else self.condition.detach().requires_grad_()
-                out = global_phase(leaf, condition, places, checkpointing(self.policy.latents))
+                out = exchange(global_phase, self.inputs, leaf, condition, checkpointing(self.policy.latents))
             self.graphs.append((leaf, condition, out))
             latents = out.detach()
         self._trim()

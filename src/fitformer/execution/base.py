@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fitformer._support.checks import check_fields
+from fitformer.errors import InputError
+from fitformer.execution.examples import Examples
 
 Read = Callable[[slice], tuple[Tensor, Tensor | None]]
 Embed = Callable[[slice, Tensor], Tensor]
@@ -83,9 +85,11 @@ class Inputs:
         parameters: all tensors with gradients that the trunk, `embed` and `score` use.
         places: of the groups in their documents, int64 `(b, t)`: a causal trunk runs each document as if it were alone,
             and one begins where the place is 0. None for one document, at places 0, 1, 2 ...
+        examples: that the groups of one row, `b` = 1, belong to, of which none sees another; `condition` has one of
+            each. None where every row is an example.
 
     Raises:
-        InputError: an attribute of another kind.
+        InputError: an attribute of another kind, or examples of another number of groups.
     """
 
     tokens: Tensor | Read
@@ -97,9 +101,15 @@ class Inputs:
     condition: Tensor | None = None
     parameters: Sequence[Tensor] = ()
     places: Tensor | None = None
+    examples: Examples | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.examples is not None and (1, sum(self.examples.counts)) != tuple(self.latents.shape[:2]):
+            raise InputError(
+                f"examples of {sum(self.examples.counts)} groups in one row given with latents of "
+                f"{tuple(self.latents.shape[:2])} rows and groups"
+            )
 
     @property
     def groups(self) -> int:
@@ -156,6 +166,26 @@ class Phases(Protocol):
         """The global phase of block i: latents `(b, t, m, d)` of all groups in and out."""
 
 
+def exchange(
+    phase: Callable[..., Tensor],
+    inputs: Inputs,
+    latents: Tensor,
+    condition: Tensor | None,
+    call: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """A block's global phase on the latents of some inputs, `(b, t, m, d)` in and out.
+
+    Args:
+        phase: of the block.
+        inputs: whose latents they are. latents: at this block. condition: that of the inputs, if there is one.
+        call: how a layer is called, if not plainly.
+    """
+    if inputs.examples is None:
+        return phase(latents, condition, inputs.places, call)
+    mask = inputs.examples.mask.to(latents.device)
+    return inputs.examples.joined(phase(inputs.examples.apart(latents), condition, None, call, mask))
+
+
 def run_blocks(trunk: Trunk, phases: Phases, latents: Tensor) -> Tensor:
     """The loop over blocks that every way to run goes through; returns the latents `(b, t, m, d)`."""
     for i in range(len(trunk.blocks)):
@@ -185,7 +215,7 @@ class InMemory:
 
     def exchange_latents(self, i: int, latents: Tensor) -> Tensor:
         """As `Phases` has it."""
-        return self.call(self.trunk.blocks[i].global_phase, latents, self.inputs.condition, self.inputs.places)
+        return self.call(exchange, self.trunk.blocks[i].global_phase, self.inputs, latents, self.inputs.condition)
 
     def run(self) -> Outputs:
         """Run all blocks."""

@@ -31,8 +31,8 @@ class Streamed(StreamOptions, Execution):
     """Run the trunk over slices of groups.
 
     Attributes:
-        slice_groups: groups of a slice, the same of all examples of the batch; by default as many as hold 4,096 data
-            tokens, on a GPU 65,536.
+        slice_groups: groups of a slice, the same of all examples of the batch, or where they have different numbers of
+            groups so many for each; by default as many as hold 4,096 data tokens, on a GPU 65,536.
         keep: where the data tokens between blocks are kept: in the `memory` of the device that computes, on the `host`,
             or on `disk`.
         precision: in which they are kept, that of the computation by default; in `bf16` results are no longer exact.
@@ -59,6 +59,8 @@ class Streamed(StreamOptions, Execution):
         """The slices of groups, in their order."""
         latents = inputs.latents
         size = self.slice_groups or default_slice(latents.device.type, trunk.tokens_per_group, latents.shape[0])
+        if self.slice_groups and inputs.examples is not None:
+            size *= len(inputs.examples)
         return [slice(k, min(k + size, inputs.groups)) for k in range(0, inputs.groups, size)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fitformer._support.checks import checked, whole
 from fitformer.errors import InputError
 from fitformer.execution import Inputs, Outputs
+from fitformer.execution.examples import Examples
 from fitformer.models.adapt import Grid
 from fitformer.models.base import FITModel
 from fitformer.models.config import TrunkConfig
@@ -18,7 +19,15 @@ from fitformer.models.layers import MOST_SIZE
 from fitformer.models.positions import GridPositions
 from fitformer.models.trunk import Trunk
 from fitformer.patching import PatchGrid
-from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, alike, stacked, to_signal
+from fitformer.patching.any_size import (
+    GroupedImage,
+    PixelArray,
+    PixelSource,
+    in_a_row,
+    stacked,
+    to_signal,
+    together,
+)
 from fitformer.patching.glimpse import MOST_GLIMPSES
 from fitformer.patching.joined_images import JoinedImages
 from fitformer.patching.sizes import Size
@@ -114,8 +123,8 @@ class FITImageEncoder(FITModel):
         Args:
             images: `(b, H, W, channels)` float, or a sequence of images of any size, each a float tensor
                 `(H, W, channels)`, a `PixelSource` (read slice by slice where the model runs `Streamed`) or a
-                `GroupedImage`, or a tuple or list of such, which is one example. Examples with the same number of
-                groups run as a batch.
+                `GroupedImage`, or a tuple or list of such, which is one example. Examples with about as many groups
+                run as a batch.
 
         Raises:
             InputError: no images, or images of another size or number of channels.
@@ -194,24 +203,29 @@ class FITImageEncoder(FITModel):
         return image
 
     def latents(self, images: Sequence[GroupedImage]) -> Tensor:
-        """The initial latents `(b, t, m, d)` of images with the same number of groups."""
-        trunk, groups = self.trunk, images[0].num_groups
+        """The initial latents `(b, t, m, d)` of images with the same number of groups, else `(1, t, m, d)` in a row."""
+        trunk, examples = self.trunk, _examples(images)
         if not isinstance(trunk.latent_position, GridPositions):
             if any(image.num_groups != self.patch_grid.num_groups for image in images):
                 raise InputError("groups are skipped by their rows and columns; take latent_position='row_column'")
-            return trunk.initial_latents(len(images), groups)
-        coords = torch.stack([image.coords for image in images]).to(trunk.latent_position.slots.device)
-        return trunk.initial_latents(len(images), groups, coords)
+            return trunk.initial_latents(len(images), images[0].num_groups)
+        each = [image.coords for image in images]
+        coords = torch.stack(each) if examples is None else torch.cat(each)[None]
+        batch, groups = coords.shape[:2]
+        return trunk.initial_latents(batch, groups, coords.to(trunk.latent_position.slots.device))
 
     def inputs(self, images: Sequence[GroupedImage]) -> Inputs:
-        """One pass on images with the same number of groups, read slice by slice where the model runs `Streamed`.
+        """One pass on images, read slice by slice where the model runs `Streamed`.
 
-        Its score is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
+        Images with different numbers of groups are one row of the groups of all, see `Inputs.examples`. The score of
+        the pass is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
         """
+        examples = _examples(images)
 
         def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
             x = self.encoder.head(x)
-            return (x if mask is None else x * mask[..., None]).sum(dim=(1, 2))
+            each = (x if mask is None else x * mask[..., None]).sum(dim=2)
+            return each.sum(dim=1) if examples is None else examples.sums(each, groups)
 
         return Inputs(
             tokens=lambda groups: self.read(images, groups),
@@ -219,24 +233,29 @@ class FITImageEncoder(FITModel):
             embed=lambda groups, tokens: self._embed(tokens),
             score=None if self.ends_in_latents else added,
             parameters=self.encoder.all_parameters(),
+            examples=examples,
         )
 
     def pool(self, images: Sequence[GroupedImage], inputs: Inputs) -> Tensor:
         """Means `(b, num_features)` that the head takes, of a pass on these images."""
-        return self.pool_outputs(self.encoder.execute(inputs), [image.count() for image in images])
+        return self.pool_outputs(self.encoder.execute(inputs), [image.count() for image in images], inputs.examples)
 
-    def pool_outputs(self, outputs: Outputs, counts: Sequence[int]) -> Tensor:
+    def pool_outputs(self, outputs: Outputs, counts: Sequence[int], examples: Examples | None = None) -> Tensor:
         """Means `(b, num_features)` that the head takes, of a pass and of how many tokens of each image hold pixels."""
         if outputs.score is None:
-            return self.encoder.latent_norm(outputs.latents).mean(dim=(1, 2))
+            latents = self.encoder.latent_norm(outputs.latents)
+            if examples is None:
+                return latents.mean(dim=(1, 2))
+            groups = torch.tensor(examples.counts, device=latents.device)
+            return examples.sums(latents.mean(dim=2)) / groups[:, None]
         return outputs.score / torch.tensor(counts, device=outputs.score.device)[:, None]
 
     def _pooled(self, images: Sequence[GroupedImage]) -> Tensor:
         """Means `(b, num_features)` over latents, or over the tokens that hold pixels."""
         pooled: dict[int, Tensor] = {}
-        for where in alike(images):
-            together = [images[k] for k in where]
-            pooled.update(zip(where, self.pool(together, self.inputs(together)), strict=True))
+        for where in together(images):
+            batch = [images[k] for k in where]
+            pooled.update(zip(where, self.pool(batch, self.inputs(batch)), strict=True))
         return torch.stack([pooled[k] for k in range(len(images))])
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -244,9 +263,18 @@ class FITImageEncoder(FITModel):
         return self.encoder.embed(to_signal(tokens).to(self.encoder.norm.weight.dtype))
 
     def read(self, images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
-        """Raw tokens of a slice of groups of images with the same number of them, and their mask, on the device."""
-        tokens, mask = stacked(images, groups)
+        """Raw tokens of a slice of groups of images, and their mask, on the device.
+
+        The slice is of each image's groups if all have as many, of the row of the groups of all if not.
+        """
+        tokens, mask = (stacked if _examples(images) is None else in_a_row)(images, groups)
         device = self.encoder.norm.weight.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(device, non_blocking=True), None if mask is None else mask.to(device)
+
+
+def _examples(images: Sequence[GroupedImage]) -> Examples | None:
+    """Images with different numbers of groups as examples of one row; None if all have as many."""
+    counts = tuple(image.num_groups for image in images)
+    return Examples(counts) if len(set(counts)) > 1 else None

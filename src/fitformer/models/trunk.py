@@ -140,6 +140,7 @@ class Block(nn.Module):
         condition: Tensor | None = None,
         places: Tensor | None = None,
         call: Callable[..., Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attention to the condition, and global layers, on all latents `(b, t, m, d)` of each example.
 
@@ -148,6 +149,8 @@ class Block(nn.Module):
             condition: tokens `(b, s, d)` that the latents attend to first, in a trunk built with `condition=True`.
             places: of the groups in their documents, int64 `(t,)` or `(b, t)`, see `Inputs.places`.
             call: how a layer is called, `call(layer, *inputs)`, if not plainly.
+            mask: booleans `(b, t)`, false for groups after an example's last that fill up: no latent of its own attends
+                to theirs.
         """
         t, m = latents.shape[1:3]
         latents = latents.flatten(1, 2)
@@ -158,8 +161,10 @@ class Block(nn.Module):
         if self.rotary:
             places = torch.arange(t, device=latents.device) if places is None else places
             positions = places.repeat_interleave(m, dim=-1)
+        # Where attention is causal, none attends to what comes after it anyway.
+        held = None if mask is None or causal else mask.repeat_interleave(m, dim=1)[:, None, None]
         for layer in self.global_layers:
-            latents = call(layer, latents, None, causal, None, positions)
+            latents = call(layer, latents, held, causal, None, positions)
         return latents.unflatten(1, (t, m))
 
     def _causal(self, places: Tensor | None) -> int | Band:

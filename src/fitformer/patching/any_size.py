@@ -351,14 +351,53 @@ def _shrunk(there: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
     """`GroupedImage.read` of images with the same number of groups: tokens and mask with a batch of them."""
-    if len(images) == 1:
-        return images[0].read(groups)
-    tokens, masks = zip(*(image.read(groups) for image in images), strict=True)
-    shape = tokens[0].shape[1:3]
-    mask = None
-    if any(each is not None for each in masks):
-        mask = torch.cat([torch.ones(1, *shape, dtype=torch.bool) if each is None else each for each in masks])
-    return torch.cat(tokens), mask
+    return _together([image.read(groups) for image in images], dim=0)
+
+
+def in_a_row(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
+    """`GroupedImage.read` of images with any numbers of groups, of a slice of the groups of one after the other."""
+    first, last, _ = groups.indices(sum(image.num_groups for image in images))
+    pieces = []
+    for image in images:
+        if first < image.num_groups and last > 0:
+            pieces.append(image.read(slice(max(first, 0), min(last, image.num_groups))))
+        first, last = first - image.num_groups, last - image.num_groups
+    return _together(pieces, dim=1)
+
+
+def _together(read: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens `(1, s, n, token_dim)` of several images and their masks `(1, s, n)`, as those of one."""
+    tokens, masks = zip(*read, strict=True)
+    if len(tokens) == 1:
+        return tokens[0], masks[0]
+    if len({each.dtype for each in tokens}) > 1:
+        tokens = tuple(to_signal(each) for each in tokens)
+    if all(mask is None for mask in masks):
+        return torch.cat(tokens, dim), None
+    held = [
+        torch.ones(each.shape[:3], dtype=torch.bool) if mask is None else mask
+        for each, mask in zip(tokens, masks, strict=True)
+    ]
+    return torch.cat(tokens, dim), torch.cat(held, dim)
+
+
+# Images with up to so many groups run together whatever the others have.
+FEW_GROUPS = 64
+
+
+def together(images: Sequence[GroupedImage]) -> list[list[int]]:
+    """The places in a sequence of images of those that one pass costs less than several, by numbers of groups.
+
+    Global layers fill all up to the largest, so that images of a pass have at least half as many groups, or few.
+    """
+    found: list[list[int]] = []
+    for place in sorted(range(len(images)), key=lambda place: images[place].num_groups):
+        groups = images[place].num_groups
+        if found and groups <= max(FEW_GROUPS, 2 * images[found[-1][0]].num_groups):
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
 
 
 def alike(images: Sequence[GroupedImage]) -> list[list[int]]:

@@ -234,5 +234,5 @@ class _GroupPhase:
     def group_phase(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.block.group_phase
 
-    def global_phase(self, latents: Tensor, condition: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def global_phase(self, latents: Tensor, *_: object) -> Tensor:
         return latents
