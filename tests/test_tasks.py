@@ -156,6 +156,25 @@ def test_with_branches_at_zero_a_decoder_begins_as_a_table_of_pairs():
     assert before.std() > 0.1
 
 
+@pytest.mark.parametrize("name", ["digits-classify", "camvid-segment"])
+@pytest.mark.parametrize("options", [[], ["--model.xattn_with_mlp=true"], ["--model.x_self_attention=false"]])
+def test_with_branches_at_zero_a_model_of_images_begins_with_groups_that_do_not_meet(name, options):
+    sizes = ["--data.image_size=16", "--model.group_size=8", "--model.patch_size=4", "--model.layers=(1)1(1)"]
+    words = [*sizes, *options, "--model.initialization=zero_branches"]
+    network = build_model(recipe_of(name, *words), Shapes(3)).eval()
+    x = torch.rand(1, 4, 4, 16)
+    changed = torch.cat([torch.rand(1, 1, 4, 16), x[:, 1:]], dim=1)
+    with torch.no_grad():
+        (tokens, latents), (others, read) = network.encoder(x), network.encoder(changed)
+    assert torch.equal(tokens[:, 1:], others[:, 1:])
+    assert torch.equal(latents[:, 1:], read[:, 1:])
+    assert not torch.equal(latents[:, 0], read[:, 0])
+    logits = network(torch.rand(2, 16, 16, 1))
+    logits.square().sum().backward()
+    # What is zero learns with the first step.
+    assert network.trunk.blocks[0].local_layers[0].ffn.outer.weight.grad.any()
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 @pytest.mark.parametrize("self_cond", ["none", "half", "masking"])
 def test_every_way_to_diffuse_trains_and_samples(prediction, self_cond):

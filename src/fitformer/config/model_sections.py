@@ -39,13 +39,15 @@ Initialization = Literal["reference", "zero_branches"]
 class EncoderModel(Model):
     """An encoder of images: `group_size` and `patch_size` in pixels, a side or (rows, columns).
 
-    `glimpses` are copies of the whole image, shrunk to one group, that stand before its groups.
+    `glimpses` are copies of the whole image, shrunk to one group, that stand before its groups. `initialization` as
+    `ByteDecoderModel` has it.
     """
 
     group_size: int | tuple[int, int] = 16
     patch_size: int | tuple[int, int] = 4
     mask: Literal["causal"] | None = None
     glimpses: int = 0
+    initialization: Initialization = "reference"
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def zero_trunk_branches(trunk: Trunk) -> None:
     given nothing would hold nothing.
     """
     for block in trunk.blocks:
-        for layer in [*block.local_layers, *block.global_layers]:
-            nn.init.zeros_(layer.attention.output.weight)
-            nn.init.zeros_(layer.ffn.outer.weight)
-        if block.write is not None:
-            nn.init.zeros_(block.write.attention.output.weight)
+        for layer in [*block.local_layers, *block.global_layers, *([] if block.write is None else [block.write])]:
+            if layer.attention is not None:
+                nn.init.zeros_(layer.attention.output.weight)
+            if layer.ffn is not None:
+                nn.init.zeros_(layer.ffn.outer.weight)

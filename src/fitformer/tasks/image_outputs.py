@@ -10,24 +10,30 @@ from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import InputError
 from fitformer.models.heads import Meaning
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.initialization import zero_trunk_branches
 from fitformer.tasks.batch import Batch, arguments, need_no_levels, size_of_model
 
 
 def build_encoder(recipe: Any, dataset: Any, outputs: int, meaning: Meaning = "logits") -> FITImageEncoder:
-    """An image encoder with a head of so many outputs; of images of any size with `row_column` positions.
+    """An image encoder with a head of so many outputs and the weights that training starts from.
+
+    Of images of any size it has `row_column` positions.
 
     Raises:
         InputError: sizes that do not divide, images of any size for an encoder of one.
     """
     need_no_levels(recipe)
-    return FITImageEncoder.from_preset(
+    network = FITImageEncoder.from_preset(
         recipe.model.preset,
         image_size=size_of_model(recipe),
         channels=dataset.channels,
         num_classes=outputs,
         outputs=meaning,
-        **arguments(recipe.model),
+        **arguments(recipe.model, "initialization"),
     )
+    if recipe.model.initialization == "zero_branches":
+        zero_trunk_branches(network.trunk)
+    return network
 
 
 def outputs_of(network: FITImageEncoder, images: Tensor | Sequence[Any]) -> Tensor:

@@ -17,6 +17,7 @@ from fitformer.data.readers.levels import blocks
 from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import InputError
 from fitformer.models.image_segmenter import FITImageSegmenter
+from fitformer.models.initialization import zero_trunk_branches
 from fitformer.patching.any_size import GroupedImage, PixelArray, alike
 from fitformer.tasks._boundaries import Labels, boundary_counts
 from fitformer.tasks._pixel_sums import confusions, loss_sums, losses, measures
@@ -25,19 +26,24 @@ from fitformer.tasks.registry import TaskSpec
 
 
 def build(recipe: SegmentRecipe, dataset: Any) -> FITImageSegmenter:
-    """A segmenter for the dataset's classes; of images of any size with `row_column` positions.
+    """A segmenter for the dataset's classes, with the weights that training starts from.
+
+    Of images of any size it has `row_column` positions.
 
     Raises:
         InputError: sizes that do not divide, a layer string that ends in global layers, images of any size for a model
             of one.
     """
-    return FITImageSegmenter.from_preset(
+    network = FITImageSegmenter.from_preset(
         recipe.model.preset,
         image_size=size_of_model(recipe),
         channels=dataset.channels,
         num_classes=need_classes(dataset, "segmentation"),
-        **arguments(recipe.model),
+        **arguments(recipe.model, "initialization"),
     )
+    if recipe.model.initialization == "zero_branches":
+        zero_trunk_branches(network.trunk)
+    return network
 
 
 def prepare(recipe: SegmentRecipe, dataset: Any) -> SegmentRecipe:
