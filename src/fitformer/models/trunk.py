@@ -26,6 +26,7 @@ from fitformer.models.config import TrunkConfig
 from fitformer.models.dropout import GroupRandom, draw_keys
 from fitformer.models.layers import CrossLayer, TransformerLayer, triangle
 from fitformer.models.positions import GridPositions, PositionTable, latent_positions, token_positions
+from fitformer.models.present import Present, present
 from fitformer.models.trunk_checks import check_trunk
 
 MOST_LAYERS = 10_000
@@ -70,6 +71,9 @@ class Block(nn.Module):
         causal: see `Trunk`. condition: latents attend to condition tokens.
     """
 
+    # Whether what is absent runs too: each part of the block is then called once, on whole groups in their order.
+    runs_absent = False
+
     @checked
     def __init__(
         self, index: int, local: int, glob: int, config: TrunkConfig, causal: Causal = "none", condition: bool = False
@@ -79,6 +83,7 @@ class Block(nn.Module):
         self.causal_local = causal == "all"
         self.causal_global = config.latents_per_group if causal != "none" else 0
         self.rotary, self.window = config.rotary, config.global_window
+        self.drops_of_tokens = max(config.drop_units, config.drop_att) > 0
         qk_norm: dict[str, Any] = {"qk_norm": config.qk_norm}
         ffn: dict[str, Any] = {"mlp_ratio": config.mlp_ratio, "drop_units": config.drop_units}
         layer = {**ffn, **qk_norm, "drop_path": config.drop_path, "drop_att": config.drop_att, "rotary": config.rotary}
@@ -113,26 +118,57 @@ class Block(nn.Module):
             x: data tokens `(b, t, n, c)`.
             latents: their groups' latents `(b, t, m, d)`.
             write_latents: the latents that write attends to, `Trunk.write_latents` of all groups cut to these.
-            mask: booleans `(b, t, n)`, false for tokens that nothing attends to; at least one of a group is true.
+            mask: booleans `(b, t, n)`, false for absent tokens, which nothing attends to and which stay as they are; at
+                least one of a group is true.
             keys: of these groups' dropout `(b, t)`, see `Trunk.dropout_keys`.
 
         Returns:
             data tokens and latents, of the same shapes.
         """
-        batch, groups = x.shape[:2]
-        x, latents = x.flatten(0, 1), latents.flatten(0, 1)
-        random = None if keys is None else GroupRandom(keys.flatten(), self.index)
-        held = None if mask is None else mask.flatten(0, 1)[:, None, None]
+        shape = x.shape[:2]
+        x, latents, write_latents = x.flatten(0, 1), latents.flatten(0, 1), write_latents.flatten(0, 1)
+        mask, keys = (None if each is None else each.flatten(0, 1) for each in (mask, keys))
+        if (there := self._present(mask, keys)) is not None:
+            taken, run = there.take(x), []
+            for piece, part in zip(there.pieces, taken, strict=True):
+                own, write = piece.of(latents), piece.of(write_latents)
+                key = None if keys is None else piece.of(keys)
+                run.append(self._run(part, own, write, piece.mask, key, piece.tokens))
+            x, latents = there.put(x, taken, [left for left, _ in run]), there.join([read for _, read in run])
+        else:
+            left, latents = self._run(x, latents, write_latents, mask, keys)
+            x = left if mask is None else torch.where(mask[..., None], left, x)
+        return x.unflatten(0, shape), latents.unflatten(0, shape)
+
+    def _present(self, mask: Tensor | None, keys: Tensor | None) -> Present | None:
+        """How groups with a mask `(r, n)` run without what is absent; None if they run whole."""
+        # A traced graph is one for all masks. What is dropped of a token depends on its place among those that run.
+        if mask is None or self.runs_absent or torch.compiler.is_compiling():
+            return None
+        return None if self.drops_of_tokens and keys is not None else present(mask)
+
+    def _run(
+        self,
+        x: Tensor,
+        latents: Tensor,
+        write_latents: Tensor,
+        mask: Tensor | None,
+        keys: Tensor | None,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The group phase of tokens `(r, n, c)`, which are at `places` in their groups, 0, 1, 2 ... by default."""
+        random = None if keys is None else GroupRandom(keys, self.index)
+        held = None if mask is None else mask[:, None, None]
         local: dict[str, Any] = {"mask": held, "causal": int(self.causal_local)}
         if held is not None and self.causal_local:
             local = {"mask": held & triangle(x.shape[1], x.device)}
         if self.write is not None:
-            x = self.write(x, write_latents.flatten(0, 1), random=random)
+            x = self.write(x, write_latents, random=random)
         for layer in self.local_layers:
-            x = layer(x, **local, random=random)
+            x = layer(x, **local, random=random, positions=places)
         if self.read is not None:
             latents = self.read(latents, x, held, random=random)
-        return x.unflatten(0, (batch, groups)), latents.unflatten(0, (batch, groups))
+        return x, latents
 
     def global_phase(
         self,

@@ -216,11 +216,15 @@ def _read_attention(classifier: FITImageEncoder, groups: int, tell: Tell | None)
             tell(sum(done.values()) / (groups * len(reads)))
 
     hooks = [read.register_forward_pre_hook(note) for read in reads]
+    for block in classifier.trunk.blocks:
+        block.runs_absent = True
     try:
         yield attention
     finally:
         for hook in hooks:
             hook.remove()
+        for block in classifier.trunk.blocks:
+            block.runs_absent = False
 
 
 @torch.no_grad()
