@@ -1,5 +1,6 @@
 """Training on files of any size, from the command line: streamed, within a budget, and refused where it must be."""
 
+import json
 import os
 import re
 import shutil
@@ -358,6 +359,31 @@ def test_a_run_says_what_it_skips(recipe, tmp_path, capsys, background):
     # It changes what is learned.
     assert main(["train", recipe, *words, "--data.min_foreground=0.02"]) == 2
     assert "data.min_foreground is 0.01 there, 0.02 here" in said(capsys)
+
+
+def test_patches_of_background_are_absent_in_all_that_a_run_does(recipe, slides, tmp_path, capsys):
+    run, words = tmp_path / "run", ["--data.background_patches=true", "--model.patch_size=4", "--trainer.steps=3"]
+    assert main(["train", recipe, *words, "--run-dir", str(run)]) == 0
+    # Of each image 6 x 7 patches, those of 24 x 24 pixels from (4, 6) on.
+    assert re.search(r"background white: \d% of the patches of the first 8 images hold", capsys.readouterr().out)
+    opened = Run.open(run)
+    assert main(["evaluate", str(run)]) == 0
+    measured = capsys.readouterr().out
+    path = slides / "test" / "marked" / "0.tif"
+    assert main(["predict", str(run), str(path), "--explain", "gradient", "--output", str(tmp_path / "seen")]) == 0
+    record = json.loads((tmp_path / "seen" / "0.tif.json").read_text())
+    for name in ("attention", "relevance"):
+        map_ = tifffile.imread(tmp_path / "seen" / f"0.tif.{name}.tif")
+        assert np.isfinite(map_).sum() == 42
+    image = grouped(opened.model(), open_image(path), opened.recipe.data)
+    assert image.count() == 42
+    with torch.no_grad():
+        probabilities = opened.model().eval()([image]).softmax(-1)[0]
+    named = dict(zip(opened.classes, probabilities.tolist(), strict=True))
+    assert record["probabilities"] == pytest.approx(named, abs=1e-5)
+    assert "accuracy" in measured
+    assert main(["train", recipe, *words[1:], "--run-dir", str(run)]) == 2
+    assert "data.background_patches is true there, false here" in said(capsys)
 
 
 def test_a_run_warns_if_its_background_skips_nothing(recipe, tmp_path):

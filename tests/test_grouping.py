@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fitformer.data.grouping import Grouping
 from fitformer.data.readers import open_image
 from fitformer.data.readers.lazy import LazyImage
 from fitformer.data.settings import ImageData
+from fitformer.errors import EmptyImageError, InputError
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray
 
@@ -141,3 +143,56 @@ def test_read_ahead_gives_what_reading_gives():
         for ours, wanted in zip(ahead.read(groups), image.read(groups), strict=True):
             assert torch.equal(ours, wanted) if wanted is not None else ours is None
     assert image.nbytes == 7 * 32 * 32 * 3
+
+
+@pytest.mark.parametrize("augmentation", ["none", "dihedral"])
+@pytest.mark.parametrize("least", [0.0, 0.05])
+def test_patches_of_background_are_absent_and_what_is_read_is_what_they_hold(slides, augmentation, least):
+    options = {"background_patches": True, "min_foreground": least, "augmentation": augmentation}
+    dataset = dataset_of(slides, **options)
+    groups_alone = dataset_of(slides, min_foreground=least, augmentation=augmentation)
+    for each in (dataset, groups_alone):
+        each._grouping = replace(each._grouping, patch_grid=PatchGrid(None, 32, 8, 3))
+    for k in range(len(dataset)):
+        image, whole = dataset[k]["image"], groups_alone[k]["image"]
+        # A glimpse stands for the whole, and all of it is there.
+        tokens, mask = image.read(slice(None))
+        assert mask is not None
+        assert mask[0, 0].all()
+        assert torch.equal(mask[0, 1:], (tokens[0, 1:] != 255).any(-1) & whole_mask(whole)[0, 1:])
+        assert image.coords.tolist() == whole.coords.tolist()
+        assert torch.equal(tokens, whole.read(slice(None))[0])
+        assert image.count() == int(mask.sum()) < whole.count()
+
+
+def whole_mask(image):
+    mask = image.mask(slice(None))
+    return torch.ones(1, image.num_groups, 16, dtype=torch.bool) if mask is None else mask
+
+
+def test_patches_are_absent_by_a_mask_too_and_a_group_without_any_is_skipped(slides, tmp_path):
+    mask = np.zeros((70, 96), np.uint8)
+    mask[:16, 16:32] = mask[64:, 70:] = 1
+    (tmp_path / "masks").mkdir()
+    tifffile.imwrite(tmp_path / "masks" / "0.tif", mask)
+    image = open_image(slides / "0" / "0.tif")
+    for background, found in [("none", [[0, 0], [2, 2]]), ("white", [[0, 0]])]:
+        settings = ImageData(
+            source="folder", background=background, masks=str(tmp_path / "masks"), background_patches=True
+        )
+        grouped = Grouping(PATCH_GRID, 0, settings)(image)
+        assert grouped.coords.tolist() == found
+        assert grouped.mask(slice(None))[0, 0].tolist() == [False, True, False, False]
+
+
+def test_patches_of_another_number_than_the_image_has_are_refused():
+    source = PixelArray(np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(InputError, match="3 x 3 patches, and `patches` has 2 x 3"):
+        GroupedImage(source, PATCH_GRID, patches=np.ones((2, 3), bool))
+    with pytest.raises(EmptyImageError, match="none is occupied"):
+        GroupedImage(source, PATCH_GRID, patches=np.zeros((3, 3), bool))
+
+
+def test_patches_of_background_need_a_background_or_masks(slides):
+    with pytest.raises(InputError, match="set one of them"):
+        build_dataset(ImageData(source="folder", path=str(slides), image_size=None, background_patches=True), "train")

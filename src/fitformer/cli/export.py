@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from fitformer.training.run_dir import Run
 
 # What a recipe says of how its data are prepared for the model.
-PREPARED = ("image_size", "resize", "channels", "pixel_range", "levels", "background", "min_foreground", "sample_rate")
+PREPARED = (
+    *("image_size", "resize", "channels", "pixel_range", "levels", "sample_rate"),
+    *("background", "background_patches", "min_foreground"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -318,6 +318,8 @@ def _check_skipping(settings: ImageData) -> None:
     for name in ("tolerance", "min_foreground"):
         if not 0 <= getattr(settings, name) < 1:
             raise InputError(f"data.{name} is {getattr(settings, name)}: a share from 0 to below 1")
+    if settings.background_patches and settings.background == "none" and settings.masks is None:
+        raise InputError("data.background_patches is of what data.background or data.masks leave out; set one of them")
     if settings.min_foreground and settings.background == "none" and settings.masks is None:
         warnings.warn(
             "data.min_foreground is of groups that data.background or data.masks leave out: ignored", stacklevel=4

@@ -20,6 +20,7 @@ from fitformer.errors import EmptyImageError
 from fitformer.patching import PatchGrid
 from fitformer.patching.any_size import GroupedImage, PixelArray, PixelSource, check_pixels
 from fitformer.patching.joined_images import JoinedImages
+from fitformer.patching.sizes import Size, to_sides
 
 # A worker reads the groups of an image ahead if they are at most so many bytes; larger ones are read slice by slice.
 MOST_READ_AHEAD = 64 * 2**20
@@ -54,7 +55,7 @@ class Grouping:
         source = PixelArray(image) if isinstance(image, Tensor) else image
         if self.trained is not None:
             check_pixels(str(getattr(source, "path", "an image")), source.dtype, self.trained)
-        grouped = GroupedImage(source, self.patch_grid, self._foreground(source), self.glimpses)
+        grouped = GroupedImage(source, self.patch_grid, self._groups(source), self.glimpses, self._patches(source))
         if get_worker_info() is not None and grouped.nbytes <= MOST_READ_AHEAD:
             grouped.read_ahead()
         return grouped
@@ -75,11 +76,22 @@ class Grouping:
             raise EmptyImageError("; ".join(blank))
         return JoinedImages(grouped)
 
-    def _foreground(self, source: Any) -> np.ndarray | None:
-        """The groups that hold something; None for all."""
+    def _groups(self, source: Any) -> np.ndarray | None:
+        """The groups that hold something; None for all, or where what their patches hold says it."""
         settings = self.settings
-        if settings is None:
+        if settings is None or (settings.background_patches and not settings.min_foreground):
             return None
+        return self._foreground(source, settings, self.patch_grid.group_size, settings.min_foreground)
+
+    def _patches(self, source: Any) -> np.ndarray | None:
+        """The patches that hold something; None for all."""
+        settings = self.settings
+        if settings is None or not settings.background_patches:
+            return None
+        return self._foreground(source, settings, self.patch_grid.patch_size, 0.0)
+
+    def _foreground(self, source: Any, settings: ImageData, size: Size, least: float) -> np.ndarray | None:
+        """The cells of a size of which a larger share than the least is something; None for all."""
         turned = isinstance(source, TransformedImage)
         image, symmetry = (source.source, source.symmetry) if turned else (source, IDENTITY)
         # An image that says itself where it has pixels has its other groups skipped without a scan.
@@ -87,39 +99,47 @@ class Grouping:
         if settings.background == "none" and settings.masks is None and not scanned:
             return None
         if not isinstance(image, LazyImage):
-            return self._scan(image, (symmetry,), None)[0]
+            return _scan(image, settings, (symmetry,), None, size, least)[0]
         symmetries = tuple(self.symmetries) if symmetry in self.symmetries else (symmetry,)
         mask = None if settings.masks is None else Masks(settings.masks).of(image.path)
-        grids = cached(self._identity(image, symmetries, mask), lambda: self._scan(image, symmetries, mask))
+        grids = cached(
+            _identity(image, settings, symmetries, mask, size, least),
+            lambda: _scan(image, settings, symmetries, mask, size, least),
+        )
         if not all(grid.any() for grid in grids):
             raise EmptyImageError(_empty(image, len(symmetries) > 1, settings, mask))
         return grids[symmetries.index(symmetry)]
 
-    def _scan(self, image: Any, symmetries: Sequence[Symmetry], mask: Path | None) -> Grids:
-        assert self.settings is not None
-        background = None if self.settings.background == "none" else self.settings.background
-        found = foreground_groups_transformed(
-            image,
-            self.patch_grid.group_size,
-            symmetries,
-            background=background,
-            tolerance=self.settings.tolerance,
-            mask=mask,
-            min_foreground=self.settings.min_foreground,
-        )
-        return [found[symmetry] for symmetry in symmetries]
 
-    def _identity(self, image: LazyImage, symmetries: Sequence[Symmetry], mask: Path | None) -> dict[str, Any]:
-        assert self.settings is not None
-        return {
-            "image": file_identity(image.path),
-            "pixel_range": image.options.pixel_range,
-            "channels": image.options.channels,
-            "mask": None if mask is None else file_identity(mask),
-            "group_size": list(self.patch_grid.group_size),  # type: ignore[arg-type]
-            "symmetries": [[each.transposed, *each.backwards] for each in symmetries],
-            **{name: getattr(self.settings, name) for name in ("background", "tolerance", "min_foreground")},
-        }
+def _scan(
+    image: Any, settings: ImageData, symmetries: Sequence[Symmetry], mask: Path | None, size: Size, least: float
+) -> Grids:
+    background = None if settings.background == "none" else settings.background
+    found = foreground_groups_transformed(
+        image,
+        size,
+        symmetries,
+        background=background,
+        tolerance=settings.tolerance,
+        mask=mask,
+        min_foreground=least,
+    )
+    return [found[symmetry] for symmetry in symmetries]
+
+
+def _identity(
+    image: LazyImage, settings: ImageData, symmetries: Sequence[Symmetry], mask: Path | None, size: Size, least: float
+) -> dict[str, Any]:
+    return {
+        "image": file_identity(image.path),
+        "pixel_range": image.options.pixel_range,
+        "channels": image.options.channels,
+        "mask": None if mask is None else file_identity(mask),
+        "group_size": list(to_sides(size, "hw")),
+        "symmetries": [[each.transposed, *each.backwards] for each in symmetries],
+        **{name: getattr(settings, name) for name in ("background", "tolerance")},
+        "min_foreground": least,
+    }
 
 
 def _empty(image: LazyImage, turned: bool, settings: ImageData, mask: Path | None) -> str:

@@ -73,6 +73,8 @@ class ImageData:
             `black`, a level or one for each channel, in the numbers of the files (0 .. 65535 with a `pixel_range`);
             `auto` for the commonest colour of each image and its noise; or `none` to skip nothing but what the files
             themselves say has no data. tolerance: how far from it a pixel may be, as a share of the range.
+        background_patches: patches that hold nothing else, or where the mask is 0, are absent too: nothing is computed
+            for them, and what a model finds is of the other patches.
         min_foreground: groups are skipped, too, in which no larger share of the pixels is something else.
         masks: folder of mask files, named as the images but for their endings, in the images' subfolders or in none;
             groups where the mask is 0 are skipped.
@@ -103,6 +105,7 @@ class ImageData:
     augmentation: Augmentation = "none"
     background: Background = "none"
     tolerance: float = 0.1
+    background_patches: bool = False
     min_foreground: float = 0.0
     masks: str | None = None
     max_unreadable: int = 10
@@ -227,6 +230,8 @@ class SegmentData(ImageData):
             raise InputError(f"ignore_index is {self.ignore_index}; with colours, give ignore_colour instead")
         if self.ignore_colour and not self.colours:
             raise InputError(f"ignore_colour is {list(self.ignore_colour)}; without colours, give ignore_index instead")
+        if self.background_patches:
+            raise InputError("background_patches leaves pixels without an answer; label images have all: remove it")
         if self.levels is not None or self.sampling != "uniform":
             name = "levels" if self.levels is not None else "sampling"
             raise InputError(f"{name} is {getattr(self, name)!r}; label images have no use for it: leave it out")

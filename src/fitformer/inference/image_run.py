@@ -18,6 +18,9 @@ from fitformer.training.run_dir import Run
 Made = dict[str, Any]
 Ways = dict[str, Any]
 
+# Settings of the data that say what of images of any size a model sees.
+WHAT_IS_READ = ("background", "tolerance", "background_patches", "min_foreground", "masks", "pixel_range", "channels")
+
 
 class ImageRun:
     """A run of a model that reads images, on the device where the model is.
@@ -58,10 +61,7 @@ class ImageRun:
         """Images, what their outputs depend on beside the model, and how they are read."""
         slides = find(paths, output)
         masks, data = self._masks([slide.path for slide in slides]), self.recipe.data
-        made_with = {
-            name: as_json(getattr(data, name))
-            for name in ("background", "tolerance", "min_foreground", "masks", "pixel_range", "channels")
-        }
+        made_with = {name: as_json(getattr(data, name)) for name in WHAT_IS_READ}
         opened = partial(LazyImage, options=open_options(data))
         beside = None if masks is None else masks.state
         return slides, made_with, {"group": self._grouping(), "beside": beside, "open": opened}

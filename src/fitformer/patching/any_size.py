@@ -137,6 +137,8 @@ class GroupedImage:
         occupied: booleans (rows, columns) of the grid of groups; the others are skipped. All by default. Groups without
             any pixel, of a source that says where it has some, are skipped as well.
         glimpses: copies of the whole image, averaged down to one group, that stand in front as groups of their own.
+        patches: booleans (rows, columns) of the patches of the image; the others are absent, as if there were no
+            pixels, but for glimpses. All by default. Groups without any patch are skipped.
 
     Attributes:
         coords: row and column of each group, int64 `(t, 2)`; glimpse k is at (-1, k).
@@ -144,13 +146,18 @@ class GroupedImage:
 
     Raises:
         InputError: another number of channels, another size than that of the grid, a grid of another size, no
-            occupied group.
+            occupied group or patch.
     """
 
     images = 1
 
     def __init__(
-        self, source: PixelSource, patch_grid: PatchGrid, occupied: np.ndarray | Tensor | None = None, glimpses: int = 0
+        self,
+        source: PixelSource,
+        patch_grid: PatchGrid,
+        occupied: np.ndarray | Tensor | None = None,
+        glimpses: int = 0,
+        patches: np.ndarray | None = None,
     ) -> None:
         if source.shape[2] != patch_grid.channels:
             raise InputError(
@@ -169,6 +176,8 @@ class GroupedImage:
         presence = getattr(source, "presence", None)
         there = None if presence is None else presence.window(0, 0, *self.shape[:2])[..., 0]
         held = None if there is None else _tokens_with_pixels(there, patch_grid)
+        if patches is not None:
+            held = self._tokens_of(patches) if held is None else held & self._tokens_of(patches)
         if held is not None:
             kept = kept & held.any(axis=-1)
         if not kept.any():
@@ -176,8 +185,10 @@ class GroupedImage:
         coarse = np.stack([np.full(glimpses, -1), np.arange(glimpses)], axis=1)
         self.coords = torch.from_numpy(np.concatenate([coarse, np.argwhere(kept)]).astype(np.int64))
         self._held = None if held is None else torch.from_numpy(held[kept])
-        if there is not None and self._held is not None and glimpses:
-            seen = _tokens_with_pixels(_shrunk(there, *patch_grid.group_size), patch_grid).reshape(1, -1)  # type: ignore[misc]
+        if self._held is not None and glimpses:
+            seen = np.ones((1, patch_grid.tokens_per_group), dtype=bool)
+            if there is not None:
+                seen = _tokens_with_pixels(_shrunk(there, *patch_grid.group_size), patch_grid).reshape(1, -1)  # type: ignore[misc]
             self._held = torch.cat([torch.from_numpy(seen).expand(glimpses, -1), self._held])
         self._glimpse: np.ndarray | None = None
         self._pixels: Tensor | None = None
@@ -235,6 +246,19 @@ class GroupedImage:
             )
         ]
         return (inside[0][:, :, None] & inside[1][:, None]).flatten(1)[None]
+
+    def _tokens_of(self, patches: np.ndarray) -> np.ndarray:
+        """Which tokens are there, booleans (rows of groups, columns of groups, n), of patches of the image."""
+        (high, wide), (ph, pw) = self.patch_grid.patches, self.patch_grid.patch_size  # type: ignore[misc]
+        wanted = -(-self.shape[0] // ph), -(-self.shape[1] // pw)
+        if patches.shape != wanted:
+            raise InputError(
+                f"{_name(self.source)} has {format_size(wanted)} patches, and `patches` has "
+                f"{format_size(patches.shape)}"
+            )
+        rows, columns = self.grid
+        whole = np.pad(patches, ((0, rows * high - wanted[0]), (0, columns * wide - wanted[1])))
+        return np.asarray(rearrange(whole, "(r h) (c w) -> r c (h w)", h=high, w=wide))
 
     def count(self) -> int:
         """Tokens that hold pixels."""
@@ -322,7 +346,7 @@ class GroupedImage:
             return self._glimpse
         top, left, height, width = self._place(row, column)
         pixels = self._with_data(self.source.window(top, left, height, width))
-        if self._held is not None:
+        if getattr(self.source, "presence", None) is not None:
             pixels = np.where(self.source.presence.window(top, left, height, width), pixels, pixels.dtype.type(0))  # type: ignore[attr-defined]
         if (height, width) != (gh, gw):
             pixels = np.pad(pixels, ((0, gh - height), (0, gw - width), (0, 0)), mode="edge")

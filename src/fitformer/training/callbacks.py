@@ -159,21 +159,27 @@ def _add_preview(board: Any, preview: Preview, step: int) -> None:
 
 
 class ForegroundReport(Callback):
-    """Reports once, in one line, the share of foreground groups in the first images; warns if it is all of them."""
+    """Reports once, in one line, the share of foreground groups in the first images; warns if it is all of them.
+
+    Where patches of background are absent too, the share is that of patches.
+    """
 
     IMAGES = 8
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
-        self.images, self.kept, self.groups = 0, 0, 0
+        self.images, self.kept, self.all = 0, 0, 0
+        self.parts = "patches" if data.background_patches else "groups"
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
         """Count the groups of a batch, and report once there are enough images."""
         if self.images < self.IMAGES and trainer.is_global_zero:
             for image in batch["image"]:
                 self.images += 1
-                self.kept += image.num_groups - image.glimpses
-                self.groups += image.groups_in_all
+                tokens = image.patch_grid.tokens_per_group
+                by_patch = self.data.background_patches
+                self.kept += image.count() - image.glimpses * tokens if by_patch else image.num_groups - image.glimpses
+                self.all += image.groups_in_all * (tokens if by_patch else 1)
             if self.images >= self.IMAGES:
                 self._tell()
 
@@ -185,8 +191,9 @@ class ForegroundReport(Callback):
     def _tell(self) -> None:
         given = [] if self.data.background == "none" else [f"background {in_short(self.data.background)}"]
         given += [f"masks {self.data.masks}"] if self.data.masks else []
-        words = f"{', '.join(given)}: {self.kept / self.groups:.0%} of the groups of the first {self.images} images"
-        if self.kept < self.groups or self.data.background == "none":
+        share = f"{self.kept / self.all:.0%} of the {self.parts} of the first {self.images} images"
+        words = f"{', '.join(given)}: {share}"
+        if self.kept < self.all or self.data.background == "none":
             print(f"{words} hold something", flush=True)
         else:
             warnings.warn(

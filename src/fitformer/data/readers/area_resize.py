@@ -20,15 +20,23 @@ class Overlap:
         start, stop = np.searchsorted(self.cells, (first, first + len(values)))
         cells, lengths = self.cells[start:stop] - first, self.lengths[start:stop]
         begins = np.flatnonzero(np.diff(self.bins[start:stop], prepend=-1))
+        if len(begins) > 1 and (np.diff(cells) == 1).all() and (lengths == lengths[0]).all():
+            # Whole cells alone, such as the pixels of patches: all bins in one call.
+            whole = np.add.reduceat(values[cells[0] :], begins, axis=0, dtype=_sum_type(values))
+            return whole * lengths[0], int(self.bins[start])
         ends = [*begins[1:], stop - start]
         parts = [_weighted(values[cells[a] : cells[b - 1] + 1], lengths[a:b]) for a, b in zip(begins, ends)]
         return np.stack(parts), int(self.bins[start])
 
 
+def _sum_type(values: np.ndarray) -> type[np.generic]:
+    return np.float64 if values.dtype.kind == "f" else np.uint64
+
+
 def _weighted(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The sum over the first axis, weighted; most of the lengths are the same, the largest."""
     whole = lengths.max()
-    total = values.sum(axis=0, dtype=np.float64 if values.dtype.kind == "f" else np.uint64) * whole
+    total = values.sum(axis=0, dtype=_sum_type(values)) * whole
     for index in np.flatnonzero(lengths != whole):
         total -= (whole - lengths[index]) * values[index]
     return np.asarray(total)
