@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ from fitformer.data.order import step_batch
 from fitformer.data.settings import ImageData
 from fitformer.execution import Streamed, plain
 from fitformer.models.config import TrunkConfig
-from fitformer.patching.any_size import GroupedImage, PixelArray, to_signal
+from fitformer.models.initialization import zero_trunk_branches
+from fitformer.patching.any_size import GroupedImage, to_signal
 from fitformer.patching.image import image_to_groups
 from fitformer.profiling.flops import count_parameters
 from fitformer.tasks.optimizers import parameter_groups
@@ -279,24 +279,15 @@ def say(**values: Any) -> None:
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
 
 
-class Drawn(PixelArray):
-    """A canvas that has pixels only where it is not black."""
-
-    @cached_property
-    def presence(self) -> PixelArray:
-        """Where it has."""
-        return PixelArray(self.window(0, 0, *self.shape[:2]) > 0)
-
-
 @torch.no_grad()
 def test(network: FITImageEncoder, settings: ImageData, most: int, options: argparse.Namespace) -> None:
     """Accuracy on the first canvases of the test part, painted and read by the library, one by one."""
     began, network = time.perf_counter(), network.eval()
     canvases = build_dataset(settings, "test")
+    canvases.group_for(network.patch_grid, 0, settings)
 
     def grouped(index: int) -> tuple[GroupedImage, int]:
-        image = GroupedImage(Drawn(canvases[index]["image"]), network.patch_grid)
-        return image, int(canvases.source.labels[index])
+        return canvases[index]["image"], int(canvases.source.labels[index])
 
     right, nats, groups, k = 0, 0.0, 0, min(most, len(canvases))
     with ThreadPoolExecutor(options.workers) as threads:
@@ -329,12 +320,7 @@ def quick_test(network: FITImageEncoder, settings: ImageData, device: str, batch
 def zero_branches(network: FITImageEncoder, position_std: float) -> None:
     """Residual branches that begin at zero, and positions as large as the tokens that they are added to."""
     nn.init.normal_(network.trunk.position.weight, std=position_std)
-    for block in network.trunk.blocks:
-        for layer in [*block.local_layers, *block.global_layers]:
-            nn.init.zeros_(layer.attention.output.weight)
-            nn.init.zeros_(layer.ffn.outer.weight)
-        if block.write is not None:
-            nn.init.zeros_(block.write.attention.output.weight)
+    zero_trunk_branches(network.trunk)
 
 
 def main() -> None:
@@ -393,7 +379,12 @@ def main() -> None:
 
     def settings(size: int) -> ImageData:
         return ImageData(
-            source="megapixel-mnist", path=options.mnist, image_size=size, background="black", augmentation="none"
+            source="megapixel-mnist",
+            path=options.mnist,
+            image_size=size,
+            background="black",
+            tolerance=0.0,
+            background_patches=True,
         )
 
     training = Training(network, options)
