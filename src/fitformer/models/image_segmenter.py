@@ -131,7 +131,7 @@ class FITImageSegmenter(FITModel):
         inputs, patches = self._of_one_size(images) if isinstance(images, Tensor) else self._of_any_size(images)
 
         def scored(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
-            found, size = [], max(1, _PIECE // (len(x) * self.head.numbers))
+            found, size = [], self.groups_at_once(len(x))
             for first in range(0, x.shape[1], size):
                 tokens, seen = x[:, first : first + size], None if mask is None else mask[:, first : first + size]
                 piece = slice(groups.start + first, groups.start + first + tokens.shape[1])
@@ -140,6 +140,10 @@ class FITImageSegmenter(FITModel):
             return torch.stack(found).sum(0)
 
         return self.encoder.answer(replace(inputs, parameters=self.all_parameters()), scored)[0]
+
+    def groups_at_once(self, batch: int) -> int:
+        """Groups of every example that `score` decodes at once, where a slice has as many."""
+        return max(1, _PIECE // (batch * self.head.numbers))
 
     def _of_one_size(self, images: Tensor) -> tuple[Inputs, Callable[[slice], Tensor]]:
         """One pass, and the raw patches of a slice of groups."""
