@@ -24,6 +24,7 @@ from fitformer.data.labels import UNLABELLED, Coding, LabelImage
 from fitformer.data.settings import SegmentData
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
+from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching.any_size import GroupedImage, PixelArray, alike
 from fitformer.profiling import StepConfig, flops, memory, parts
@@ -482,6 +483,25 @@ def test_a_run_is_trained_and_measured(scenes, tmp_path, capsys, image_size):
     assert 0 < found["most_frequent_class_mIoU"] < found["most_frequent_class_accuracy"] < 1
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "boundary f1" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_classifiers_weights(scenes, tmp_path, capsys):
+    sizes = {**SIZES, **CUT, "layers": "(1)2", "image_size": 48, "num_classes": 7}
+    torch.manual_seed(0)
+    FITImageEncoder.from_config(sizes).save_pretrained(tmp_path / "classifier")
+    path = tmp_path / "segment.yaml"
+    path.write_text(
+        config.dump(recipe(scenes, "--optimizer.lr=1e-9", "--trainer.steps=1", "--trainer.validate_every=1"))
+    )
+    words = ["train", str(path), "--run-dir", str(tmp_path / "run"), "--init-from", str(tmp_path / "classifier")]
+    assert main(words) == 0
+    said = "resized backbone.encoder.trunk.latent_position.weight"
+    assert said in capsys.readouterr().out
+    assert said in json.loads((tmp_path / "run" / "initial_weights.json").read_text())["weights"]
+    ours, theirs = (fitformer.from_pretrained(tmp_path / name) for name in ("run", "classifier"))
+    torch.testing.assert_close(
+        ours.trunk.blocks[0].state_dict(), theirs.trunk.blocks[0].state_dict(), rtol=0, atol=1e-6
+    )
 
 
 def test_what_label_images_decode_at_once_is_planned_for(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -48,6 +49,7 @@ class FITImageSegmenter(FITModel):
 
     free = FITModel.free | {"num_classes", "image_size", "group_size"}
     class_weights = ("head.",)
+    parts: ClassVar[dict[str, str]] = {"FITImageEncoder": "backbone"}
 
     @checked
     def __init__(
@@ -74,6 +76,15 @@ class FITImageSegmenter(FITModel):
             )
         self.channels, self.glimpses = channels, glimpses
         self.head = DenseHead(trunk.dim, self.patch_grid, num_classes, refinement)
+
+    @classmethod
+    def around(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Those of a classifier but for its head, with the local layers of its first block at the end."""
+        own = {name: value for name, value in config.items() if name not in ("num_classes", "outputs")}
+        layers = own.get("layers")
+        if isinstance(layers, str) and ")" in layers and not layers.endswith(")"):
+            own["layers"] = layers + layers[: layers.index(")") + 1]
+        return own
 
     @property
     def trunk(self) -> Trunk:  # type: ignore[override]
