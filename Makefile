@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TIMM := build/timm
+# As many processes as cores, of one thread each; a file's tests stay together, for they share what they train.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --dist loadfile
 
 .PHONY: demo test slow test-timm lint types docs setup clean
 
@@ -11,12 +13,12 @@ demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 # Ray takes 240 MB, transformers 150, which torchmetrics then imports in every process: only the slow tests install them.
 slow: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,transformers]'
-	$(VENV)/bin/python -m pytest --slow -m slow --durations 25
+	$(PYTEST) --slow -m slow --durations 25
 
 # timm imports torchvision, beside which torchmetrics, and so training, cannot be imported where torch is for the CPU.
 test-timm: $(TIMM)/.ready

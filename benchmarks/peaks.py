@@ -35,6 +35,9 @@ GRID = [
     "--preset small --image-size 3200 --execution checkpointed",
     "--preset small --image-size 3200 --execution streamed --keep memory --recompute selective",
     "--preset small --image-size 3200 --execution streamed --keep disk --recompute full",
+    "--preset tiny --image-size 1600 --execution streamed --keep disk --role segmenter",
+    "--preset small --image-size 1600 --execution plain --role segmenter --group-size 400",
+    "--preset small --image-size 1600 --execution streamed --keep disk --role segmenter --group-size 400",
     "--preset small --image-size 64 --role decoder --execution plain",
     "--preset small --image-size 64 --role decoder --execution streamed",
 ]

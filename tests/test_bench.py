@@ -39,7 +39,7 @@ def test_a_generated_image_is_the_same_every_time_and_no_two_tiles_are_alike(tmp
     assert pixels.astype(np.float32).std() > 10
 
 
-@pytest.mark.parametrize("role", ["encoder", "denoiser", "decoder"])
+@pytest.mark.parametrize("role", ["encoder", "segmenter", "denoiser", "decoder"])
 def test_every_way_to_run_measures_the_same_step(role, tmp_path):
     path = tmp_path / "image.tif"
     asked = geometry(role)

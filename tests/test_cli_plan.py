@@ -60,14 +60,29 @@ def test_the_table_ends_in_one_line_with_the_verdict(capsys):
     assert out.splitlines()[-1].startswith("fits: plain execution needs")
 
 
-@pytest.mark.parametrize("role", ["denoiser", "decoder"])
+@pytest.mark.parametrize("role", ["segmenter", "denoiser", "decoder"])
 def test_other_roles_are_planned_too(capsys, role):
     size = ("--image-size", "32", "--group-size", "8") if role == "decoder" else (*TINY[2:], "--group-size", "128")
     found = plan(capsys, "--preset", "tiny", "--role", role, *size)
     assert found["tokens_per_group"] == (8 * 8 * 3 if role == "decoder" else 64)
 
 
+def test_a_segmenter_is_planned_with_its_pixels(capsys):
+    words = (*TINY, "--group-size", "128", "--role", "segmenter", "--num-classes", "5")
+    found = plan(capsys, *words)
+    assert plan(capsys, *words, "--refinement", "0")["memory"]["working"] < found["memory"]["working"] / 2
+    assert plan(capsys, *TINY, "--group-size", "128")["memory"]["working"] < found["memory"]["working"] / 2
+    assert plan(capsys, *words[:-1], "50")["memory"]["working"] > 1.5 * found["memory"]["working"]
+    tight = plan(capsys, *words, "--memory", "600MB")
+    assert tight["setup"]["execution"] == "streamed"
+    assert tight["memory"]["total"] < 600e6 < found["memory"]["total"]
+    assert "the preset slide" in plan(capsys, *words, "--preset", "base", "--memory", "700MB", status=1)["verdict"]
+
+
 def test_bad_input_is_one_line(capsys):
+    assert "--refinement is of the role segmenter" in refusal(capsys, *TINY, "--refinement", "4")
+    denoiser = ("--role", "denoiser", "--num-classes", "4")
+    assert "of the role encoder or segmenter, and the role is denoiser" in refusal(capsys, *TINY, *denoiser)
     assert "--image-size" in refusal(capsys, "--preset", "tiny")
     assert "no preset 'smal'" in refusal(capsys, "--preset", "smal", "--image-size", "512")
     assert "'much'" in refusal(capsys, *TINY, "--memory", "much")

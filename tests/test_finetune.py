@@ -12,6 +12,7 @@ from fitformer.cli import main
 from fitformer.errors import InputError
 from fitformer.models.image_denoiser import FITImageDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 
 SIZES = {"image_size": (16, 24), "group_size": 8, "patch_size": 4, "channels": 3, "num_classes": 5}
 
@@ -143,6 +144,59 @@ def test_reset_classifier_is_saved_with_the_model(folder, tmp_path):
     assert torch.equal(again.head.weight, model.head.weight)
     model.reset_classifier(0)
     assert model(torch.zeros(1, 16, 24, 3)).shape == (1, 64)
+
+
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_a_segmenter_takes_all_but_the_head_of_a_classifier_and_closes_its_trunk(folder, tmp_path, num_classes):
+    saved = FITImageEncoder.from_pretrained(folder, num_classes=num_classes).eval()
+    saved.save_pretrained(tmp_path / "saved")
+    model = FITImageSegmenter.from_pretrained(tmp_path / "saved", num_classes=2, refinement=4)
+    assert model.trunk.config.layers == saved.trunk.config.layers + "(1)"
+    own, report = model.state_dict(), model.loading_report
+    assert all(torch.equal(own[f"backbone.{name}"], t) for name, t in saved.state_dict().items() if "head." not in name)
+    new = {name for name in own if name.startswith(("head.", "backbone.encoder.trunk.blocks.2."))}
+    assert set(report.new) == new == {name for name in own if name.removeprefix("backbone.") not in saved.state_dict()}
+    assert set(report.dropped) == {name for name in saved.state_dict() if name.startswith("head.")}
+    assert str(report).startswith("new backbone.encoder.trunk.blocks.2, head.decode.weight")
+    # Its data tokens are the classifier's, up to the new block.
+    images = torch.randn(2, 16, 24, 3)
+    for ours, theirs in zip(
+        model.backbone.forward_intermediates(images, [0, 1]), saved.forward_intermediates(images), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert model(images).shape == (2, 2, 16, 24)
+    model.save_pretrained(tmp_path / "segmenter")
+    assert isinstance(fitformer.from_pretrained(tmp_path / "segmenter"), FITImageSegmenter)
+
+
+def test_a_segmenter_of_other_sizes_and_channels_takes_a_classifiers_weights(folder):
+    changes = {"image_size": 32, "group_size": 16, "channels": 1, "layers": "(1)2(1)2(3)"}
+    model = FITImageSegmenter.from_pretrained(folder, num_classes=2, **changes)
+    assert list(model.loading_report.resized) == [
+        f"backbone.encoder.{name}.weight" for name in ("stem.projection", "trunk.position", "trunk.latent_position")
+    ]
+    assert model(torch.randn(1, 32, 32, 1)).shape == (1, 2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "needs num_classes"),
+        ({"heads": 4}, "heads is 2 there and 4 here"),
+        ({"layers": "(1)2(1)"}, r"layers is '\(1\)2\(1\)2' there and '\(1\)2\(1\)' here"),
+        ({"layers": "(1)2(1)2(1)2(1)"}, "layers is"),
+        ({"patch_size": 2}, "patch_size is 4 there and 2 here"),
+    ],
+)
+def test_what_no_segmenter_can_take_of_a_classifier(folder, options, words):
+    with pytest.raises(InputError, match=words):
+        FITImageSegmenter.from_pretrained(folder, **options, **({"num_classes": 2} if options else {}))
+
+
+def test_a_classifier_takes_no_segmenters_weights(folder, tmp_path):
+    FITImageSegmenter.from_pretrained(folder, num_classes=2).save_pretrained(tmp_path / "segmenter")
+    with pytest.raises(InputError, match="of a FITImageSegmenter, not of a FITImageEncoder"):
+        FITImageEncoder.from_pretrained(folder).load_weights(tmp_path / "segmenter")
 
 
 def test_the_role_is_found_and_named_if_unknown(folder):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder, profiling
+from fitformer import FITDecoder, FITDenoiser, FITEncoder, FITImageEncoder, FITImageSegmenter, profiling
 from fitformer._support.bytesize import format_bytes, parse_bytes
 from fitformer.errors import InputError
 from fitformer.models.config import TrunkConfig, preset
@@ -26,11 +26,12 @@ from fitformer.profiling import (
     slice_for,
     streaming_for,
 )
-from fitformer.profiling.activations import Numerics, layer_stage
+from fitformer.profiling.activations import Numerics, dense_stage, layer_stage
 from fitformer.profiling.geometry import candidate_group_sizes
 from fitformer.profiling.memory import MOST_BYTES, TRAINER, _Step
 from fitformer.profiling.planner import RECOMPUTES
 from fitformer.profiling.probes import build_layer
+from fitformer.tasks._pixel_sums import loss_sums
 
 SIZE = {"dim": 16, "latent_dim": 24, "heads": 2, "latent_heads": 3, "latents_per_group": 3}
 GROUPS = {"num_groups": 4, "tokens_per_group": 6}
@@ -50,6 +51,13 @@ CASES = {
     "image encoder": lambda: (
         FITImageEncoder.from_config(
             layers="(1)1(1)", image_size=8, group_size=4, patch_size=2, channels=1, num_classes=10, **SIZE
+        ),
+        (torch.rand(1, 8, 8, 1),),
+        {},
+    ),
+    "segmenter": lambda: (
+        FITImageSegmenter.from_config(
+            layers="(1)1(1)", image_size=8, group_size=4, patch_size=2, channels=1, num_classes=3, refinement=4, **SIZE
         ),
         (torch.rand(1, 8, 8, 1),),
         {},
@@ -220,6 +228,31 @@ def test_a_layer_is_counted_to_the_byte(options):
     read = build_layer(config, "read")
     kept, _ = kept_by_autograd(read, lambda: read(latents, x))
     assert layer_stage(config, "read", 3, 4, 10, Numerics()).kept == kept - x.nbytes
+
+
+def segmenter(**options):
+    cut = {"image_size": None, "group_size": 160, "patch_size": 16, "latent_position": "row_column"}
+    return FITImageSegmenter.from_preset("tiny", **cut, num_classes=5, **options)
+
+
+@pytest.mark.parametrize("refinement", [0, 16])
+def test_pixels_that_a_segmenter_decodes_are_counted_to_the_percent(refinement):
+    model = segmenter(refinement=refinement)
+    grid, labels = model.patch_grid, torch.zeros(2, 3, 160, 160, dtype=torch.uint8)
+    x = torch.randn(2, 3, grid.tokens_per_group, 32, requires_grad=True)
+    patches = torch.randn(2, 3, grid.tokens_per_group, grid.token_dim)
+    kept, _ = kept_by_autograd(model.head, lambda: loss_sums(model.head(x, patches), labels))
+    predicted = dense_stage(model, 6, 2, 32)
+    assert predicted.kept == pytest.approx(kept - x.nbytes, rel=0.01)
+
+
+def test_a_slice_of_pixels_is_kept_whole_and_worked_on_in_pieces():
+    model = segmenter()
+    few, many = (dense_stage(model, groups, 1, 32) for groups in (model.groups_at_once(1), 100))
+    assert many.kept / few.kept == pytest.approx(100 / model.groups_at_once(1), rel=0.01)
+    assert many.moment == few.moment
+    more, less = (memory(segmenter(refinement=k), StepConfig(num_groups=100)).working for k in (16, 0))
+    assert more > 2 * less
 
 
 def small(**setup):

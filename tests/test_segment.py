@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from fitformer.data.labels import UNLABELLED, Coding, LabelImage
 from fitformer.data.settings import SegmentData
 from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
+from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching.any_size import GroupedImage, PixelArray, alike
 from fitformer.profiling import StepConfig, flops, memory, parts
@@ -85,6 +87,19 @@ def test_the_loss_of_slices_is_that_of_the_plain_run_and_so_are_gradients(way, r
     images = [network.grouped(PixelArray(image)) for image, _ in scenes]
     labels = [PixelArray(classes[..., None]) for _, classes in scenes]
     check_equal(summed(network, images, labels, way), summed(network, images, labels, plain))
+
+
+@pytest.mark.parametrize("way", [plain, Streamed(4)], ids=str)
+def test_pixels_are_decoded_in_pieces_which_change_no_loss_and_no_gradient(way, monkeypatch):
+    network = model(glimpses=1)
+    scenes = [scene(0), scene(1)]
+    images = [network.grouped(PixelArray(image)) for image, _ in scenes]
+    labels = [PixelArray(classes[..., None]) for _, classes in scenes]
+    assert network.groups_at_once(2) > images[0].num_groups
+    whole = summed(network, images, labels, way)
+    monkeypatch.setattr("fitformer.models.image_segmenter._PIECE", 3 * 2 * network.head.numbers)
+    assert network.groups_at_once(2) == 3
+    check_equal(summed(network, images, labels, way), whole)
 
 
 def test_the_sums_of_slices_are_the_losses_of_whole_logits():
@@ -468,6 +483,49 @@ def test_a_run_is_trained_and_measured(scenes, tmp_path, capsys, image_size):
     assert 0 < found["most_frequent_class_mIoU"] < found["most_frequent_class_accuracy"] < 1
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "boundary f1" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_classifiers_weights(scenes, tmp_path, capsys):
+    sizes = {**SIZES, **CUT, "layers": "(1)2", "image_size": 48, "num_classes": 7}
+    torch.manual_seed(0)
+    FITImageEncoder.from_config(sizes).save_pretrained(tmp_path / "classifier")
+    path = tmp_path / "segment.yaml"
+    path.write_text(
+        config.dump(recipe(scenes, "--optimizer.lr=1e-9", "--trainer.steps=1", "--trainer.validate_every=1"))
+    )
+    words = ["train", str(path), "--run-dir", str(tmp_path / "run"), "--init-from", str(tmp_path / "classifier")]
+    assert main(words) == 0
+    said = "resized backbone.encoder.trunk.latent_position.weight"
+    assert said in capsys.readouterr().out
+    assert said in json.loads((tmp_path / "run" / "initial_weights.json").read_text())["weights"]
+    ours, theirs = (fitformer.from_pretrained(tmp_path / name) for name in ("run", "classifier"))
+    torch.testing.assert_close(
+        ours.trunk.blocks[0].state_dict(), theirs.trunk.blocks[0].state_dict(), rtol=0, atol=1e-6
+    )
+
+
+def test_what_label_images_decode_at_once_is_planned_for(tmp_path):
+    from fitformer.training.memory_check import fit_to_memory
+
+    for part in ("train", "test"):
+        image, _ = scene(len(part), 1000, 1000)
+        write(tmp_path / "images" / part / f"{part}.tif", image, tile=(16, 16))
+        write(tmp_path / "labels" / part / f"{part}.png", image)
+    colours = f"--data.colours={[list(colour) for colour in COLOURS]}"
+    loaded = recipe(tmp_path, colours, "--trainer.execution=streamed", "--trainer.batch_size=1", image_size="null")
+    examples, network = data.build_dataset(loaded.data, "train"), model()
+    grid = network.patch_grid
+    setup = StepConfig(prod(grid.cover(1000, 1000)), "streamed", slice_groups=1, trainer=True, data_bytes=6 * 10**6)
+    needed, tiled = (memory(network, replace(setup, decode_bytes=size)).total for size in (3 * 10**6, 0))
+    assert needed > tiled
+
+    def fitted(budget):
+        training = replace(loaded.trainer, memory=str(budget), slice_groups=1, recompute="full")
+        return fit_to_memory(replace(loaded, trainer=training), network, examples)
+
+    assert fitted(needed).slice_groups == 1
+    with pytest.raises(InputError, match=r"labels/train/train\.png, a PNG that is decoded in pieces of 3 MB"):
+        fitted(tiled)
 
 
 def test_measures_do_not_depend_on_batches_and_name_what_is_not_seen(scenes):

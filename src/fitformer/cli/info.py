@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fitformer._support.checks import whole
 from fitformer._support.json_text import parse_json
-from fitformer.cli.options import add_trunk, positive, size, trunk_of
+from fitformer.cli.options import add_trunk, natural, positive, size, trunk_of
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from fitformer.profiling import Model
 
-ROLES = {"encoder": "FITImageEncoder", "denoiser": "FITImageDenoiser", "decoder": "FITDecoder"}
+ROLES = {
+    "encoder": "FITImageEncoder",
+    "segmenter": "FITImageSegmenter",
+    "denoiser": "FITImageDenoiser",
+    "decoder": "FITDecoder",
+}
 CONFIG = "config.json"
 
 
@@ -39,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_preset.add_argument("--group-size", type=size, metavar="PIXELS", help="of encoder and denoiser; 64 by default")
     of_preset.add_argument("--patch-size", type=size, metavar="PIXELS", help="8 by default")
     of_preset.add_argument("--channels", type=positive, help="of an image; 3 by default")
-    of_preset.add_argument("--num-classes", type=int, help="of an encoder's head or a denoiser's condition; none")
+    words = "of the head of an encoder or segmenter, or of a denoiser's condition; none, 10 for a segmenter"
+    of_preset.add_argument("--num-classes", type=int, help=words)
+    of_preset.add_argument("--refinement", type=natural, help="of a segmenter, see its documentation; 16 by default")
     of_preset.add_argument(
         "--length",
         type=positive,
@@ -86,7 +93,8 @@ def of_preset(arguments: argparse.Namespace) -> "Model":
     if role == "decoder":
         numbers = _sequence(asked)
     else:
-        numbers = {name: asked.pop(name, value) for name, value in DEFAULT_CUT.items()}
+        cut = DEFAULT_CUT | ({"num_classes": 10, "refinement": 16} if role == "segmenter" else {})
+        numbers = {name: asked.pop(name, value) for name, value in cut.items()}
     if asked:
         raise InputError(f"--{next(iter(asked)).replace('_', '-')} does not apply to this {role}; leave it out")
     return on_meta(ROLES[role], {**numbers, **trunk}, preset=arguments.what)

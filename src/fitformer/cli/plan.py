@@ -1,6 +1,7 @@
 """How much a training step on a huge image or a long sequence costs, and how to run it in a given memory.
 
 fitformer plan --image-size 40000x30000 --preset base --memory 16GB
+fitformer plan --role segmenter --num-classes 5 --image-size 65536 --group-size 512 --preset tiny --memory 8GB
 fitformer plan --role decoder --length 1000000 --preset small --memory 4GB
 """
 
@@ -8,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from fitformer.cli.options import add_trunk, positive, size, trunk_of
+from fitformer.cli.options import add_trunk, natural, positive, size, trunk_of
 from fitformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,13 +29,16 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
     """Options of the model and of its input."""
     geometry = parser.add_argument_group("model and image")
     geometry.add_argument(
-        "--role", choices=("encoder", "denoiser", "decoder"), default="encoder", help="default: encoder"
+        "--role", choices=("encoder", "segmenter", "denoiser", "decoder"), default="encoder", help="default: encoder"
     )
     geometry.add_argument("--preset", help="tiny, slide, small, base or large (default: small)")
     geometry.add_argument("--image-size", type=size, metavar="PIXELS", help="side, or ROWSxCOLUMNS")
     geometry.add_argument("--patch-size", type=size, metavar="PIXELS", help="default: 16; 1 for a decoder")
     geometry.add_argument("--group-size", type=size, metavar="PIXELS", help="default: that of the fewest operations")
     geometry.add_argument("--channels", type=positive, help="of the image (default: 3)")
+    geometry.add_argument("--num-classes", type=positive, help="of the head of an encoder or segmenter (default: 10)")
+    words = "of a segmenter: numbers of a pixel that convolutions work on, 0 for none (default: 16)"
+    geometry.add_argument("--refinement", type=natural, metavar="NUMBERS", help=words)
     geometry.add_argument(
         "--length", type=positive, metavar="BYTES", help="of a decoder's sequence, in place of an image"
     )
@@ -81,8 +85,25 @@ def geometry_of(arguments: argparse.Namespace, image_size: int | None = None) ->
             "decoder --length 1000000"
         )
     preset = arguments.preset or "small"
-    found = Geometry.of_preset(arguments.role, preset, wanted, **cut, **trunk_of(arguments))
+    found = Geometry.of_preset(arguments.role, preset, wanted, **cut, **_head(arguments), **trunk_of(arguments))
     return found if found.group_size is None else found.checked()
+
+
+def _head(arguments: argparse.Namespace) -> dict[str, int]:
+    """The options of a head that were given.
+
+    Raises:
+        InputError: the role has no such head.
+    """
+    roles = {"num_classes": ("encoder", "segmenter"), "refinement": ("segmenter",)}
+    given = {name: value for name in roles if (value := getattr(arguments, name)) is not None}
+    for name in given:
+        if arguments.role not in roles[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} is of the role {' or '.join(roles[name])}, and the role is "
+                f"{arguments.role}: leave it out, or add --role {roles[name][-1]}"
+            )
+    return given
 
 
 def _sequence(arguments: argparse.Namespace) -> tuple[tuple[int, int], dict[str, Any]]:

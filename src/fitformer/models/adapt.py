@@ -3,6 +3,7 @@
 What fits is left as it is; what cannot be adapted is left misshapen, for strict loading to refuse.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -32,7 +33,9 @@ class LoadingReport:
 
     def __str__(self) -> str:
         changes = [f"resized {name} {before} -> {after}" for name, (before, after) in self.resized.items()]
-        changes += [f"new {', '.join(self.new)}"] if self.new else []
+        # Of a block that is new as a whole, its name alone.
+        new = dict.fromkeys(re.sub(r"(\.blocks\.\d+)\..*", r"\1", name) for name in self.new)
+        changes += [f"new {', '.join(new)}"] if new else []
         changes += [f"dropped {', '.join(self.dropped)}"] if self.dropped else []
         return "; ".join(changes) or "all weights as they were saved"
 
@@ -47,18 +50,36 @@ def adapt(model: Any, old: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, 
     Returns:
         a state, and what was done to it.
     """
-    own, found = model.state_dict(), dict(state)
+    own, before, found = model.state_dict(), old.state_dict(), dict(state)
     # A tensor that does not have the shape of the old model is left as it is, for strict loading to refuse.
-    whole = [name for name, tensor in old.state_dict().items() if name in state and state[name].shape == tensor.shape]
+    whole = [name for name, tensor in before.items() if name in state and state[name].shape == tensor.shape]
     candidates = {name: _adapted(name, state[name], model, old) for name in whole if name in own}
     changed = {name: tensor for name, tensor in candidates.items() if tensor is not None}
     ours = [name for name in (*own, *state) if name.startswith(model.class_weights)]
     ours = list(dict.fromkeys(ours)) if model.class_weights and _classes_differ(model, old) else []
+    # Blocks that the old one has not, where it is taken as a part of another role.
+    ours += [name for name in own if name not in before and name not in ours and ".blocks." in name]
     new, dropped = [name for name in ours if name in own], [name for name in ours if name not in own]
     found = {name: tensor for name, tensor in found.items() if name not in dropped}
     found |= changed | {name: own[name] for name in new}
     shapes = {name: (tuple(state[name].shape), tuple(tensor.shape)) for name, tensor in changed.items()}
     return found, LoadingReport(shapes, tuple(new), tuple(dropped))
+
+
+def placed(
+    model: Any, prefix: str, state: Mapping[str, Tensor], report: LoadingReport
+) -> tuple[dict[str, Tensor], LoadingReport]:
+    """The state of a part of a model as that of the whole, whose rest is new; and the report likewise.
+
+    Args:
+        model: the whole. prefix: of the names of the part's tensors in it. state, report: as `adapt` gave them.
+    """
+    own = model.state_dict()
+    rest = {name: tensor for name, tensor in own.items() if not name.startswith(prefix)}
+    resized = {f"{prefix}{name}": shapes for name, shapes in report.resized.items()}
+    new = (*(f"{prefix}{name}" for name in report.new), *rest)
+    whole = {f"{prefix}{name}": tensor for name, tensor in state.items()} | rest
+    return whole, LoadingReport(resized, new, report.dropped)
 
 
 def _classes_differ(model: Any, old: Any) -> bool:

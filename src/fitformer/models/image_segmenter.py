@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -48,6 +49,7 @@ class FITImageSegmenter(FITModel):
 
     free = FITModel.free | {"num_classes", "image_size", "group_size"}
     class_weights = ("head.",)
+    parts: ClassVar[dict[str, str]] = {"FITImageEncoder": "backbone"}
 
     @checked
     def __init__(
@@ -74,6 +76,15 @@ class FITImageSegmenter(FITModel):
             )
         self.channels, self.glimpses = channels, glimpses
         self.head = DenseHead(trunk.dim, self.patch_grid, num_classes, refinement)
+
+    @classmethod
+    def around(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Those of a classifier but for its head, with the local layers of its first block at the end."""
+        own = {name: value for name, value in config.items() if name not in ("num_classes", "outputs")}
+        layers = own.get("layers")
+        if isinstance(layers, str) and ")" in layers and not layers.endswith(")"):
+            own["layers"] = layers + layers[: layers.index(")") + 1]
+        return own
 
     @property
     def trunk(self) -> Trunk:  # type: ignore[override]
@@ -131,7 +142,7 @@ class FITImageSegmenter(FITModel):
         inputs, patches = self._of_one_size(images) if isinstance(images, Tensor) else self._of_any_size(images)
 
         def scored(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
-            found, size = [], max(1, _PIECE // (len(x) * self.head.numbers))
+            found, size = [], self.groups_at_once(len(x))
             for first in range(0, x.shape[1], size):
                 tokens, seen = x[:, first : first + size], None if mask is None else mask[:, first : first + size]
                 piece = slice(groups.start + first, groups.start + first + tokens.shape[1])
@@ -140,6 +151,10 @@ class FITImageSegmenter(FITModel):
             return torch.stack(found).sum(0)
 
         return self.encoder.answer(replace(inputs, parameters=self.all_parameters()), scored)[0]
+
+    def groups_at_once(self, batch: int) -> int:
+        """Groups of every example that `score` decodes at once, where a slice has as many."""
+        return max(1, _PIECE // (batch * self.head.numbers))
 
     def _of_one_size(self, images: Tensor) -> tuple[Inputs, Callable[[slice], Tensor]]:
         """One pass, and the raw patches of a slice of groups."""

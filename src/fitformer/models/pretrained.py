@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.json_text import parse_json
 from fitformer.errors import InputError
-from fitformer.models.adapt import LoadingReport, adapt
+from fitformer.models.adapt import LoadingReport, adapt, placed
 from fitformer.models.config import SIZES, TrunkConfig, preset
 
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
@@ -58,6 +59,8 @@ class Pretrained(
     free: ClassVar[frozenset[str]] = frozenset(
         {"drop_path", "drop_units", "drop_att", "num_groups", "tokens_per_group", "global_window"}
     )
+    # Other roles whose saved models this one takes as a part of itself: the part's attribute, by role.
+    parts: ClassVar[Mapping[str, str]] = {}
     loading_report = LoadingReport()
     nested: ClassVar[dict[str, type]] = {"trunk": TrunkConfig}
 
@@ -81,6 +84,11 @@ class Pretrained(
         _check_arguments(cls, values)
         built = {name: kind(**_take(values, kind)) for name, kind in cls.nested.items()}
         return cls(**built, **values)
+
+    @classmethod
+    def around(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the configuration of a model of `parts` gives this role."""
+        return config
 
     @property
     def config(self) -> dict[str, Any]:
@@ -162,15 +170,19 @@ class Pretrained(
         """
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         config = read_config(source, **hub)
-        if config["role"] != cls.__name__:
-            role = config["role"]
+        role = config["role"]
+        if role != cls.__name__ and role not in cls.parts:
             raise InputError(f"{source} holds a {role}, not a {cls.__name__}: load it with fitformer.{role}")
-        model = _built(cls, {**without_role(config), **options}, str(source))
+        own = without_role(config) if role == cls.__name__ else cls.around(without_role(config))
+        model = _built(cls, {**own, **options}, str(source))
         model.load_weights(source, **hub)
         return model.eval().to(map_location)
 
     def load_weights(self, source: str | Path, **hub: Any) -> LoadingReport:
         """Take the weights of a saved model, adapted where this one has other classes, channels, sizes or groups.
+
+        The model may be of a role in `parts`: what this one has beside it is new, and so are local layers at the end
+        of its trunk, if the saved one ends in global layers.
 
         Args:
             source: a folder, a run directory, or a name on the Hub; `hub` as in `from_pretrained`.
@@ -184,19 +196,25 @@ class Pretrained(
             FileNotFoundError: as `from_pretrained`.
         """
         config = read_config(source, **hub)
-        if config["role"] != type(self).__name__:
-            raise InputError(f"the weights of {source} are of a {config['role']}, not of a {type(self).__name__}")
+        role, part, prefix = config["role"], self, ""
+        if role in self.parts:
+            part, prefix = getattr(self, self.parts[role]), f"{self.parts[role]}."
+        elif role != type(self).__name__:
+            raise InputError(f"the weights of {source} are of a {role}, not of a {type(self).__name__}")
         with torch.device("meta"):
-            old = _built(type(self), without_role(config), str(source))
-        if differing := _differing(old, self):
+            old = _built(type(part), without_role(config), str(source))
+        if differing := _differing(old, part, closing=bool(prefix)):
             raise InputError(f"the weights of {source} do not fit: {differing}")
         path = file_of(source, constants.SAFETENSORS_SINGLE_FILE, **hub)
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from error
-        state, self.loading_report = adapt(self, old, state)
+        state, report = adapt(part, old, state)
+        if prefix:
+            state, report = placed(self, prefix, state, report)
         load_strictly(self, state, str(path))  # type: ignore[arg-type]
+        self.loading_report = report
         logging.getLogger("fitformer").info("%s: %s", source, self.loading_report)
         return self.loading_report
 
@@ -225,9 +243,15 @@ def without_role(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "role"}
 
 
-def _differing(old: Pretrained, new: Pretrained) -> str:
-    """The options on which two models of a role differ and weights cannot be adapted, each with both values."""
+def _differing(old: Pretrained, new: Pretrained, closing: bool) -> str:
+    """The options on which two models of a role differ and weights cannot be adapted, each with both values.
+
+    With `closing`, the new one may have local layers at the end that the old one lacks.
+    """
     pairs = {name: (value, new.config[name]) for name, value in old.config.items() if name not in new.free}
+    there, here = pairs["layers"]
+    if closing and here.startswith(there) and re.fullmatch(r"\(\d+\)", here.removeprefix(there)):
+        del pairs["layers"]
     return "; ".join(
         f"{name} is {there!r} there and {here!r} here"
         for name, (there, here) in pairs.items()

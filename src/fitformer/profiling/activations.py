@@ -163,17 +163,22 @@ def head_stage(model: Any, tokens: int, precision: Any) -> Stage:
     return Stage(cost.kept, LOSS_TENSORS * cost.moment, parameters)
 
 
+def dense_stage(model: FITImageSegmenter, groups: int, batch: int, precision: Any) -> Stage:
+    """From data tokens to the sums that the loss of a segmenter is made of, of `groups` groups of a batch in all."""
+    piece = min(groups, batch * model.groups_at_once(batch))
+    cost, at_once = (_dense_cost(model, model.patch_grid, each, precision) for each in (groups, piece))
+    return Stage(cost.kept, LOSS_TENSORS * at_once.moment, cost.parameters)
+
+
 @cached_by_shapes
-def dense_stage(model: FITImageSegmenter, grid: PatchGrid, groups: int, precision: Any) -> Stage:
-    """From data tokens to the sums that the loss of a segmenter is made of."""
+def _dense_cost(model: FITImageSegmenter, grid: PatchGrid, groups: int, precision: Any) -> _Cost:
     rows, columns = grid.group_size  # type: ignore[misc]
     with fake_mode():
         ends = without_trunk(model, "cpu").head
         x = torch.empty(1, groups, grid.tokens_per_group, model.trunk.config.dim, requires_grad=True)
         patches = torch.empty(1, groups, grid.tokens_per_group, grid.token_dim)
         labels = torch.zeros(1, groups, rows, columns, dtype=torch.uint8)
-        cost = _measure(ends, lambda: loss_sums(ends(x, patches), labels), precision, [x, patches])
-    return Stage(cost.kept, LOSS_TENSORS * cost.moment, cost.parameters)
+        return _measure(ends, lambda: loss_sums(ends(x, patches), labels), precision, [x, patches])
 
 
 @cached_by_shapes

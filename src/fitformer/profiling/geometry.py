@@ -13,7 +13,7 @@ from fitformer.patching import PatchGrid
 from fitformer.patching.sizes import Size, format_size, to_sides
 from fitformer.profiling.flops import Flops, Model, on_meta, parts, sum_flops
 
-ROLE_NAMES = ("encoder", "denoiser", "decoder")
+ROLE_NAMES = ("encoder", "segmenter", "denoiser", "decoder")
 # Patches along the side of a square group that are tried; of another shape, groups of as many patches.
 SIDES = range(4, 65)
 
@@ -23,10 +23,12 @@ class Geometry:
     """What is asked for: a role, its size, and the image.
 
     Attributes:
-        role: `encoder`, `denoiser`, or `decoder`, whose tokens are the values of pixels, so that a patch is one pixel.
+        role: `encoder`, `segmenter`, `denoiser`, or `decoder`, whose tokens are the values of pixels, so that a patch
+            is one pixel.
         sizes: arguments of the constructors, as `fitformer.models.config.preset` gives them.
         image_size, patch_size, group_size: in pixels, one number or (rows, columns); a group of None is chosen.
-        channels: of the image. num_classes: of the encoder's head.
+        channels: of the image. num_classes: of the head of an encoder or a segmenter.
+        refinement: of a segmenter, see `FITImageSegmenter`.
 
     Raises:
         InputError: an unknown role, sizes that are no sizes, or patches of several pixels for a decoder.
@@ -39,6 +41,7 @@ class Geometry:
     group_size: Size | None = None
     channels: int = 3
     num_classes: int = 10
+    refinement: int = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -109,10 +112,12 @@ class Geometry:
             InputError: as `patch_grid`.
         """
         grid = self.patch_grid
-        if self.role == "encoder":
+        if self.role in ("encoder", "segmenter"):
             cut = {"image_size": None, "group_size": grid.group_size, "patch_size": grid.patch_size}
             rest = {"channels": self.channels, "num_classes": self.num_classes, "latent_position": "row_column"}
-            return "FITImageEncoder", {**self.sizes, **cut, **rest}
+            if self.role == "encoder":
+                return "FITImageEncoder", {**self.sizes, **cut, **rest}
+            return "FITImageSegmenter", {**self.sizes, **cut, **rest, "refinement": self.refinement}
         of_groups: dict[str, Any] = {"tokens_per_group": self.tokens_per_group, "num_groups": None}
         if self.role == "denoiser":
             of_groups |= {"out_dim": grid.token_dim, "latent_position": "row_column"}

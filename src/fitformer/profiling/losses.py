@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fitformer.data.labels import UNLABELLED
 from fitformer.execution import Inputs
 from fitformer.models.decoder import FITDecoder
 from fitformer.models.denoiser import FITDenoiser
 from fitformer.models.image_encoder import FITImageEncoder
+from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching.any_size import GroupedImage, PixelSource, stacked, to_signal
 from fitformer.profiling import Geometry
+from fitformer.tasks._pixel_sums import loss_sums, losses
 
 # Noise level of the denoiser's step.
 GAMMA = 0.5
@@ -25,10 +28,24 @@ def loss_of(
     if isinstance(model, FITImageEncoder):
         labels = torch.arange(len(images), device=device) % model.num_classes
         return lambda: F.cross_entropy(model(images), labels)
+    if isinstance(model, FITImageSegmenter):
+        return lambda: _classes_of_pixels(model, images)
     if isinstance(model, FITDenoiser):
         return lambda: _denoising(model, images, device)
     assert isinstance(model, FITDecoder)
     return lambda: _next_value(model, images, device)
+
+
+def _classes_of_pixels(model: FITImageSegmenter, images: list[GroupedImage]) -> Tensor:
+    """Cross-entropy and Dice loss of classes that go round from group to group."""
+
+    def score(groups: slice, logits: Tensor, mask: Tensor | None) -> Tensor:
+        own = torch.arange(groups.start, groups.stop, device=logits.device) % model.num_classes
+        labels = own.to(torch.uint8)[:, None, None].expand(logits[:, :, 0].shape)
+        return loss_sums(logits, labels if mask is None else labels.masked_fill(~mask, UNLABELLED))
+
+    cross, dice, _ = losses(model.score(images, score))
+    return cross + dice
 
 
 def _denoising(model: FITDenoiser, images: list[GroupedImage], device: torch.device) -> Tensor:

@@ -138,12 +138,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Bytes at one time of a step: kept, working, gradients of parameters so far, remembered results."""
+    """Bytes at one time of a step: kept, working, gradients of parameters so far, remembered results.
+
+    `dense` are those of the working bytes that a segmenter's head keeps of pixels.
+    """
 
     kept: int
     working: int
     gradients: int
     remembered: int = 0
+    dense: int = 0
 
     @property
     def total(self) -> int:
@@ -182,7 +186,9 @@ def _decoded(step: "_Step") -> int:
 
 def _heap(most: _Snapshot, step: "_Step") -> int:
     """Bytes that are free at the peak and not returned to the system, see `HEAP`."""
-    execution, used, later = step.setup.execution, most.working, step.parameters * FLOAT
+    execution, later = step.setup.execution, step.parameters * FLOAT
+    # What a segmenter keeps of pixels is in pieces of a few sizes, between which little is free.
+    used = most.working - most.dense
     kind: str = execution
     if execution == "checkpointed":
         kind += ", small" if step.tokens * step.x < SMALL_TENSOR else ""
@@ -240,11 +246,15 @@ class _Step:
         """From raw tokens to data tokens."""
         return stem_stage(self.model, tokens, self.setup.precision)
 
+    def dense(self, tokens: int) -> int:
+        """Bytes that a segmenter's head keeps of pixels."""
+        return 0 if self.segmenter is None else self.head(tokens)[0].kept
+
     def head(self, tokens: int) -> list[Stage]:
         """From data tokens to the loss; nothing in an encoder that pools."""
         if self.segmenter is not None:
-            grid = self.segmenter.patch_grid
-            return [dense_stage(self.segmenter, grid, tokens // grid.tokens_per_group, self.setup.precision)]
+            groups = tokens // self.plan.tokens_per_group
+            return [dense_stage(self.segmenter, groups, self.setup.batch, self.setup.precision)]
         return [] if isinstance(self.model, FITEncoder) else [head_stage(self.model, tokens, self.setup.precision)]
 
     def initial_latents(self) -> int:
@@ -280,7 +290,8 @@ class _Step:
         stages += self.head(self.tokens)
         stages = [*self._with_gradient(stages[:1]), *stages[1:]]
         activations, gradients = peak(stages, self.held)
-        yield _Snapshot(0, pixels + self.initial_latents() + activations, min(gradients, self.parameters * FLOAT))
+        working, gradients = pixels + self.initial_latents() + activations, min(gradients, self.parameters * FLOAT)
+        yield _Snapshot(0, working, gradients, dense=self.dense(self.tokens))
 
     def _with_gradient(self, stages: list[Stage], copies: int = 1) -> list[Stage]:
         """Stages during whose backward pass the gradient of all data tokens exists."""
@@ -293,10 +304,12 @@ class _Step:
         kept += (self.blocks - 1) * self.tokens * self.x
         phases = [phase for i in range(self.blocks) for phase in (self.group_phase(i, self.rows), self.global_phase(i))]
         phases[-1] += self.head(self.tokens)
+        dense = self.dense(self.tokens)
         gradients, incoming = self.held, self.tokens * self.x + self.of_latents
         for phase in reversed(phases):
             activations, most = peak(phase, gradients)
-            yield _Snapshot(kept, pixels + incoming + activations, min(most, self.parameters * FLOAT))
+            most = min(most, self.parameters * FLOAT)
+            yield _Snapshot(kept, pixels + incoming + activations, most, dense=dense if phase is phases[-1] else 0)
             gradients += sum(stage.parameters for stage in phase) * FLOAT
 
     def streamed(self) -> Iterator[_Snapshot]:
@@ -317,7 +330,7 @@ class _Step:
                 gradients += stage.parameters * FLOAT
             working, own, parameters = self._slice(i)
             gradients += parameters * FLOAT
-            yield _Snapshot(kept, working, gradients, remembered - own)
+            yield _Snapshot(kept, working, gradients, remembered - own, self._dense_of_slice(i))
             remembered -= _remembered(phases[i][0])
 
     def _kept_tokens(self, i: int) -> int:
@@ -327,10 +340,18 @@ class _Step:
         stores = min(i + 1, self.blocks - 1)
         return stores * self.boundaries // max(self.blocks - 1, 1)
 
+    @property
+    def _slice_rows(self) -> int:
+        """Groups of a slice, of all examples together."""
+        return self.setup.batch * min(self.slice_groups, self.plan.num_groups)
+
+    def _dense_of_slice(self, i: int) -> int:
+        """Bytes that a segmenter's head keeps of the pixels of a slice that leaves block i."""
+        return self.dense(self._slice_rows * self.plan.tokens_per_group) if self.is_last(i) else 0
+
     def _slice(self, i: int) -> tuple[int, int, int]:
         """A slice of the group phase of block i backward: working and remembered bytes, and number of parameters."""
-        rows = self.setup.batch * min(self.slice_groups, self.plan.num_groups)
-        tokens = rows * self.plan.tokens_per_group
+        rows, tokens = self._slice_rows, self._slice_rows * self.plan.tokens_per_group
         groups = self.group_phase(i, rows)
         stages = [*([] if i else [self.stem(tokens)]), *groups, *(self.head(tokens) if self.is_last(i) else [])]
         # The gradients of parameters of this slice exist beside the sums over slices, which the caller counts.

@@ -16,6 +16,7 @@ from fitformer._support.system_memory import available_memory, total_memory
 from fitformer.config.schema import Recipe, Training
 from fitformer.data.datasets.lazy_source import opened_examples
 from fitformer.data.foreground import foreground_groups_transformed
+from fitformer.data.labels import Labels
 from fitformer.data.masks import Masks
 from fitformer.data.readers import LazyImage
 from fitformer.data.readers.levels import RETILE
@@ -30,19 +31,22 @@ from fitformer.profiling import StepConfig, check_fits, memory, streaming_for
 
 @dataclass
 class _Headers:
-    """What the headers of images say: whether masks fit, all bytes to decode, and the most that decode at once.
+    """What the headers of images and label images say: all bytes to decode, most at once, and whether masks fit.
 
     What decodes at once is the largest tile of a file, or a whole PNG or JPEG.
     """
 
     masks: Masks | None
+    labels: Labels | None
     largest: str = ""
     decode_bytes: int = 0
     data_bytes: int = 0
 
     def add(self, image: LazyImage) -> None:
-        self.data_bytes += prod(image.shape) * image.dtype.itemsize
-        for path, size in [(image.path, image.decode_bytes), *([self.masks.check(image)] if self.masks else [])]:
+        files = [image, *([self.labels.of(image.path).image] if self.labels else [])]
+        self.data_bytes += sum(prod(file.shape) * file.dtype.itemsize for file in files)
+        pieces = [(file.path, file.decode_bytes) for file in files]
+        for path, size in [*pieces, *([self.masks.check(image)] if self.masks else [])]:
             if size > self.decode_bytes:
                 self.largest, self.decode_bytes = path, size
 
@@ -50,7 +54,7 @@ class _Headers:
 def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Masks | None = None) -> Training:
     """The recipe's training section, with slice size and recomputation chosen where they are left open.
 
-    The headers of all images of any size are read, and those of their `masks`.
+    The headers of all images of any size are read, and those of their label images and `masks`.
 
     Raises:
         InputError: images or masks do not go together; or a step needs more memory than `trainer.memory`, or than
@@ -58,7 +62,8 @@ def fit_to_memory(recipe: Recipe, network: nn.Module, examples: Any, masks: Mask
     """
     training = recipe.trainer
     device = _device(training)
-    headers = _Headers(masks)
+    labels = getattr(examples, "labels", None)
+    headers = _Headers(masks, labels if isinstance(labels, Labels) else None)
     setup = StepConfig(
         num_groups=_most_groups(network, examples, headers.add),
         decode_bytes=headers.decode_bytes,
