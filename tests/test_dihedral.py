@@ -195,4 +195,4 @@ def test_the_largest_image_is_counted_in_the_turns_it_may_take(tmp_path, augment
         latent_position="row_column",
     )
     dataset = lazy(open_image(tmp_path / "image.npy"), augmentation)
-    assert _most_groups(network, dataset, _Headers(None).add) == 1 + most
+    assert _most_groups(network, dataset, _Headers(None, None).add) == 1 + most

@@ -34,7 +34,7 @@ def build_decoder(
         tokens_per_group=tokens_per_group,
         vocab_size=vocab_size,
         num_classes=num_classes,
-        **arguments(model, "patch_size", "tokens_per_group", "initialization"),
+        **arguments(model, "patch_size", "tokens_per_group"),
     )
     if model.initialization == "zero_branches":
         zero_branches(network)

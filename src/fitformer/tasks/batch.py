@@ -37,8 +37,12 @@ class Batch(TypedDict, total=False):
 
 
 def arguments(model: Model, *drop: str) -> dict[str, Any]:
-    """Arguments of `from_preset`: the fields of a model section that are not None, without `preset` and `drop`."""
-    return {key: value for key, value in asdict(model).items() if value is not None and key not in {"preset", *drop}}
+    """Arguments of `from_preset`: the fields of a model section that are not None, without `drop`.
+
+    `preset` and `initialization` are no such arguments: the one names the sizes, the other the weights afterwards.
+    """
+    left_out = {"preset", "initialization", *drop}
+    return {key: value for key, value in asdict(model).items() if value is not None and key not in left_out}
 
 
 def one_size(recipe: Any) -> int | tuple[int, int]:

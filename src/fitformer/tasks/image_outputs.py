@@ -29,7 +29,7 @@ def build_encoder(recipe: Any, dataset: Any, outputs: int, meaning: Meaning = "l
         channels=dataset.channels,
         num_classes=outputs,
         outputs=meaning,
-        **arguments(recipe.model, "initialization"),
+        **arguments(recipe.model),
     )
     if recipe.model.initialization == "zero_branches":
         zero_trunk_branches(network.trunk)

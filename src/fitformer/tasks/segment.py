@@ -39,7 +39,7 @@ def build(recipe: SegmentRecipe, dataset: Any) -> FITImageSegmenter:
         image_size=size_of_model(recipe),
         channels=dataset.channels,
         num_classes=need_classes(dataset, "segmentation"),
-        **arguments(recipe.model, "initialization"),
+        **arguments(recipe.model),
     )
     if recipe.model.initialization == "zero_branches":
         zero_trunk_branches(network.trunk)
