@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from fitformer import cli
@@ -24,6 +26,22 @@ def test_help_imports_nothing_slow():
     assert done.stderr.strip() == "set()"
     for verb in cli.VERBS:
         assert verb in done.stdout
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def test_memory_that_does_not_suffice_is_one_line(allocate, capsys, monkeypatch):
+    monkeypatch.setattr("fitformer.cli.info.run", lambda arguments: allocate(2**55))
+    assert cli.main(["info", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fitformer: error: the memory does not suffice; a smaller batch")
+    assert said.count("\n") == 1
+
+    def fails(arguments):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("fitformer.cli.info.run", fails)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main(["info", "tiny"])
 
 
 def test_list_shows_every_recipe(capsys):

@@ -1,6 +1,7 @@
 """Exceptions for problems that the user can solve. Any other exception is a bug of ours."""
 
 import importlib
+import re
 from types import ModuleType
 
 
@@ -14,6 +15,12 @@ class EmptyImageError(InputError):
 
 class MissingDependencyError(ImportError):
     """An optional package is missing. The message names the extra that installs it."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, a graphics card's or the machine's, did not suffice. For the latter torch has no error type."""
+    found = isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory|enough memory", str(error))
+    return isinstance(error, MemoryError) or bool(found)
 
 
 def require(package: str, extra: str) -> ModuleType:

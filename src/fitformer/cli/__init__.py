@@ -15,7 +15,7 @@ from typing import NoReturn
 from fitformer import __version__
 from fitformer._support.suggest import suggest
 from fitformer.data.workers import message_of
-from fitformer.errors import InputError, MissingDependencyError
+from fitformer.errors import InputError, MissingDependencyError, ran_out_of_memory
 
 VERBS = {
     "train": "train a model from a recipe, or continue its run",
@@ -31,6 +31,11 @@ VERBS = {
     "plan": "how to train on a huge image in a given memory, and what it costs",
     "bench": "measure training steps on a huge image, or generation",
 }
+
+_TOO_LARGE = (
+    "the memory does not suffice; a smaller batch takes less, and so does training with trainer.execution=streamed: "
+    "`fitformer plan` says what it takes"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (InputError, MissingDependencyError, OSError) as error:
         print(f"fitformer: error: {message_of(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        print(f"fitformer: error: {_TOO_LARGE} ({message_of(error)})", file=sys.stderr)
         return 2
 
 

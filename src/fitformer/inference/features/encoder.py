@@ -12,7 +12,7 @@ from torch import Tensor
 from fitformer.data.pixels import MODES
 from fitformer.data.readers import LazyImage, check_channels
 from fitformer.data.readers.levels import OpenOptions
-from fitformer.errors import InputError
+from fitformer.errors import InputError, ran_out_of_memory
 from fitformer.patching.any_size import check_pixels, to_signal
 
 Size = tuple[int, int]
@@ -142,7 +142,7 @@ class PatchEncoder:
             return self.features(np.zeros((1, patch_size, patch_size, self.channels), np.float32), patch_size).shape[1]
         except Exception as error:
             # Whatever runs the encoder has errors of its own kinds.
-            if isinstance(error, InputError | MemoryError | torch.OutOfMemoryError):
+            if isinstance(error, InputError) or ran_out_of_memory(error):
                 raise
             raise InputError(
                 f"{self.name} does not take patches of {patch_size} x {patch_size} pixels and {self.channels} "
