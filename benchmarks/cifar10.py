@@ -6,8 +6,10 @@
 FOLDER holds train/CLASS/ and test/CLASS/ with pictures. The ViT (patches, learned positions, pre-norm layers, mean over
 tokens) is made of the library's own layers, as deep as FIT's FLOPs of an image allow. Both get the same budget of
 FLOPs, forward and backward, and so read as many images. Pictures are shifted by up to 4 pixels and flipped; labels are
-smoothed by 0.1; the rate rises and falls on lines. A tenth of the training part is held out: curves are measured on it,
-and by it each network's first seed chooses among `--lrs`. The test part is read once, by what is trained to the end."""
+smoothed by 0.1; the rate rises and falls on lines; the residual branches of both begin at zero. A tenth of the training
+part is held out: curves are measured on it, and by it each network's first seed chooses among `--lrs`. The test part is
+read once, by what is trained to the end.
+"""
 
 import argparse
 import statistics
@@ -31,6 +33,7 @@ from fitformer.data.settings import ImageData
 from fitformer.diffusion import pixels_to_signal
 from fitformer.models.config import TrunkConfig
 from fitformer.models.encoder import Stem
+from fitformer.models.initialization import zero_layer_branches, zero_trunk_branches
 from fitformer.models.layers import TransformerLayer, layer_norm, linear
 from fitformer.patching import PatchGrid
 from fitformer.profiling.flops import count_parameters
@@ -54,6 +57,7 @@ class ViT(nn.Module):
             nn.Parameter(torch.randn(self.grid.tokens_per_group, dim) * 0.02),
         )
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, drop_path=drop_path) for _ in range(layers))
+        zero_layer_branches(self.layers)
         self.norm, self.head = layer_norm(dim), linear(dim, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -184,7 +188,9 @@ def main() -> None:
 
     def fit() -> FITImageEncoder:
         size = (SIDE, arguments.group_size, arguments.patch_size)
-        return FITImageEncoder(TrunkConfig(**trunk), *size, channels=CHANNELS, num_classes=CLASSES)
+        model = FITImageEncoder(TrunkConfig(**trunk), *size, channels=CHANNELS, num_classes=CLASSES)
+        zero_trunk_branches(model.trunk)
+        return model
 
     vit = vit_like(fit(), arguments.vit_patch_size, arguments.vit_dim, arguments.vit_heads, arguments.drop_path)
     makers: dict[str, Callable[[], nn.Module]] = {"FIT": fit, "ViT": vit}
