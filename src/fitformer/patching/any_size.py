@@ -199,6 +199,19 @@ class GroupedImage:
         return self.source.path  # type: ignore[attr-defined]
 
     @property
+    def parts(self) -> "tuple[GroupedImage, ...]":
+        """Itself."""
+        return (self,)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """What belongs to the groups of each part, of values `(t, ...)` of all groups: all."""
+        return [x]
+
+    def origin(self, group: int) -> tuple[int, int]:
+        """Which part a group is of, and its number there."""
+        return 0, group
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pixels of all groups that are read."""
         return self.num_groups * prod(self.patch_grid.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
