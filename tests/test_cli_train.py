@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +94,35 @@ def test_an_error_in_a_worker_process_is_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr("fitformer.cli.train.run", train)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "fitformer: error: image 0 is broken\n"
+
+
+def test_a_warning_of_a_recipe_is_one_line(capsys, tmp_path):
+    pytest.importorskip("lightning", reason="needs the extra train")
+    sizes = ("dim", "latent_dim", "heads", "latent_heads")
+    words = [f"--model.{name}=4" for name in sizes] + ["--data.path=nowhere", "--trainer.steps=1"]
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        assert cli.main(["train", "digits-classify", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "nowhere" in line or "warning" in line.lower()]
+    assert said == ["fitformer: warning: data source 'digits' does not read path: ignored"]
+    assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_warning_of_any_verb_is_one_line(verb, capsys, monkeypatch):
+    """Names no file and no category, whatever the verb and whoever warns."""
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=warn)
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main([verb]) == 0
+    assert capsys.readouterr().err == "fitformer: warning: two lines\n"
+
+
+def warn(arguments):
+    warnings.warn("two\n lines", FutureWarning, stacklevel=1)
+    return 0
 
 
 @pytest.mark.parametrize("package", ["lightning", "tensorboard"])

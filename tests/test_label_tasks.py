@@ -264,15 +264,19 @@ def patients_are_predicted_by_a_table(run, folder, capsys):
     with torch.no_grad():
         wanted = float(risk(model([pair])[0], model.head.cuts))
     assert float(rows[1]["risk"]) == pytest.approx(wanted, abs=1e-5)
-    # A patient with a broken slide is left out, and named; maps are of single slides.
+    # A patient with a broken slide is left out, and named.
     (folder / "some.csv").write_text("path,patient\n0.h5,A\n1.h5,A\ngone.h5,B\n2.h5,B\n")
     assert main(["predict", str(run), str(folder / "some.csv")]) == 0
     out, err = capsys.readouterr()
     assert [row["file"] for row in csv.DictReader(out.splitlines())] == ["A"]
     assert "patient B" in err
     assert "gone.h5" in err
-    assert main(["predict", str(run), table, "--output", str(folder / "new")]) == 2
-    assert "maps are of single images" in capsys.readouterr().err
+    # Maps of a patient's risk lie over each of its slides.
+    assert main(["predict", str(run), str(folder / "some.csv"), "--output", str(folder / "new")]) == 0
+    for slide in ("0.h5", "1.h5"):
+        whole = json.loads((folder / "new" / "A" / f"{slide}.geojson").read_text())["features"][0]["properties"]
+        assert whole["measurements"]["risk"] == pytest.approx(float(rows[0]["risk"]), abs=1e-5)
+    assert not (folder / "new" / "B").exists()
     assert main(["predict", str(run), str(folder / "0.h5")]) == 0
     assert "a patient of its own" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import fitformer
 from fitformer import data
 from fitformer.cli import main
 from fitformer.config import load as config
+from fitformer.config.objectives import SegmentObjective
 from fitformer.data.datasets.images import AUGMENTATIONS
 from fitformer.data.labels import UNLABELLED, Coding, LabelImage
 from fitformer.data.settings import SegmentData
@@ -26,7 +28,7 @@ from fitformer.errors import InputError
 from fitformer.execution import Streamed, checkpointed, plain
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.models.image_segmenter import FITImageSegmenter
-from fitformer.patching.any_size import GroupedImage, PixelArray, alike
+from fitformer.patching.any_size import GroupedImage, PixelArray
 from fitformer.profiling import StepConfig, flops, memory, parts
 from fitformer.tasks import segment
 from fitformer.tasks._boundaries import TOLERANCE, boundary_counts
@@ -59,22 +61,40 @@ def scene(seed, rows=37, columns=29):
 
 
 def summed(network, images, labels, way):
-    """Sums of the loss of each image, and gradients, in a way to run."""
+    """Sums of the loss of each of some images with as many groups, and gradients, in a way to run."""
     network.set_execution(way)
     network.zero_grad()
     torch.manual_seed(3)
-    sums = []
-    for places in alike(images):
-        some = [images[k] for k in places]
 
-        def score(groups, logits, mask, places=places, some=some):
-            read = [image.beside(labels[k], groups, UNLABELLED) for k, image in zip(places, some, strict=True)]
-            return loss_sums(logits, torch.from_numpy(np.stack(read)))
+    def score(groups, logits, mask):
+        read = [image.beside(true, groups, UNLABELLED) for image, true in zip(images, labels, strict=True)]
+        return loss_sums(logits, torch.from_numpy(np.stack(read)))
 
-        sums.append(network.score(some, score))
-    cross, dice, _ = losses(torch.cat(sums))
+    sums = network.score(images, score)
+    cross, dice, _ = losses(sums)
     (cross + dice).backward()
-    return [torch.cat(sums).detach()], {name: p.grad for name, p in network.named_parameters()}
+    return [sums.detach()], gradients(network)
+
+
+def gradients(network):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
+
+
+def lost(network, images, labels, way, weights="none"):
+    """The task's loss of a batch of images of any size with what it logs, and gradients, in a way to run."""
+    network.set_execution(way)
+    network.zero_grad()
+    torch.manual_seed(3)
+    settings = SimpleNamespace(objective=SegmentObjective(class_weights=weights))
+    value, logged = segment.loss(network, {"image": images, "labels": labels}, settings)
+    value.backward()
+    return [value.detach(), *logged.values()], gradients(network)
+
+
+def scenes_of(network, *scenes):
+    """Images as a network cuts them, and their labels."""
+    images = [network.grouped(PixelArray(image)) for image, _ in scenes]
+    return images, [PixelArray(classes[..., None]) for _, classes in scenes]
 
 
 WAYS = [(checkpointed, 4), (Streamed(2), 0), (Streamed(1), 4), (Streamed(4, keep="disk", recompute="selective"), 4)]
@@ -83,18 +103,51 @@ WAYS = [(checkpointed, 4), (Streamed(2), 0), (Streamed(1), 4), (Streamed(4, keep
 @pytest.mark.parametrize(("way", "refinement"), WAYS, ids=str)
 def test_the_loss_of_slices_is_that_of_the_plain_run_and_so_are_gradients(way, refinement):
     network = model(refinement=refinement, glimpses=1, **DROPS)
-    scenes = [scene(0), scene(1), scene(2, 20, 50)]
-    images = [network.grouped(PixelArray(image)) for image, _ in scenes]
-    labels = [PixelArray(classes[..., None]) for _, classes in scenes]
-    check_equal(summed(network, images, labels, way), summed(network, images, labels, plain))
+    for ragged in (scene(2, 20, 50), scene(2)):
+        images, labels = scenes_of(network, scene(0), scene(1), ragged)
+        check_equal(lost(network, images, labels, way), lost(network, images, labels, plain))
+
+
+@pytest.mark.parametrize(("way", "refinement"), [(plain, 4), (plain, 0), *WAYS[1:]], ids=str)
+def test_images_of_several_sizes_in_one_row_are_those_one_by_one(way, refinement, monkeypatch):
+    network, random = model(refinement=refinement, glimpses=1).double(), np.random.default_rng(0)
+    images, labels = scenes_of(network, scene(0), scene(1, 90, 20), scene(2, 5, 7), scene(3, 20, 50))
+    # Some groups of the second are skipped, and some pixels of the last have no label.
+    kept = random.random(images[1].grid) < 0.5
+    images[1] = GroupedImage(images[1].source, network.patch_grid, kept, glimpses=1)
+    labels[3].pixels[:9] = UNLABELLED
+    weights = (0.5, 1.0, 2.0)
+    alone = [lost(network, [image], [true], plain, weights) for image, true in zip(images, labels, strict=True)]
+    passes = []
+    monkeypatch.setattr(network, "score", lambda *of: passes.append(len(of[0])) or type(network).score(network, *of))
+    for first in (None, 1):
+        if first:
+            monkeypatch.setattr("fitformer.models.image_segmenter._PIECE", first)
+        (value, cross, dice, right), found = lost(network, images, labels, way, weights)
+        assert passes.pop() == 4
+        assert not passes
+        for k, mean in enumerate((value, cross, dice)):
+            torch.testing.assert_close(mean, torch.stack([one[0][k] for one in alone]).mean())
+        known = torch.tensor([int((true.pixels != UNLABELLED).sum()) for true in labels])
+        # Of groups that are skipped, nothing is known.
+        known[1] = int((images[1].beside(labels[1], slice(None), UNLABELLED) != UNLABELLED).sum())
+        torch.testing.assert_close(right, (torch.stack([one[0][3] for one in alone]) * known).sum() / known.sum())
+        largest = max(each.abs().max() for each in found.values() if each is not None)
+        for name, each in found.items():
+            parts = [one[1][name] for one in alone]
+            if each is not None:
+                torch.testing.assert_close(each, torch.stack(parts).mean(0), rtol=1e-5, atol=1e-6 * largest, msg=name)
+    whole, _ = segment.measure(network, {"image": images, "labels": labels}, None)
+    each = [segment.measure(network, {"image": [one], "labels": [true]}, None)[0]
+            for one, true in zip(images, labels, strict=True)]  # fmt: skip
+    for name, value in whole.items():
+        torch.testing.assert_close(value, torch.stack([one[name] for one in each]).mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", [plain, Streamed(4)], ids=str)
 def test_pixels_are_decoded_in_pieces_which_change_no_loss_and_no_gradient(way, monkeypatch):
     network = model(glimpses=1)
-    scenes = [scene(0), scene(1)]
-    images = [network.grouped(PixelArray(image)) for image, _ in scenes]
-    labels = [PixelArray(classes[..., None]) for _, classes in scenes]
+    images, labels = scenes_of(network, scene(0), scene(1))
     assert network.groups_at_once(2) > images[0].num_groups
     whole = summed(network, images, labels, way)
     monkeypatch.setattr("fitformer.models.image_segmenter._PIECE", 3 * 2 * network.head.numbers)
@@ -561,4 +614,10 @@ def test_pixels_without_end_are_named(scenes, tmp_path):
     image = PixelArray(np.full((20, 20, 1), np.nan, np.float32))
     batch = {"image": [image], "labels": [PixelArray(np.zeros((20, 20, 1), np.uint8))]}
     with pytest.raises(InputError, match="NaN or infinite"):
+        segment.loss(network, batch, recipe(scenes, image_size="null"))
+    # In a row with others, the broken one alone is named.
+    sound = PixelArray(np.zeros((40, 20, 1), np.float32))
+    image.path, sound.path = "broken.tif", "sound.tif"
+    batch = {"image": [sound, image], "labels": [PixelArray(np.zeros((rows, 20, 1), np.uint8)) for rows in (40, 20)]}
+    with pytest.raises(InputError, match=r"^broken\.tif: NaN or infinite"):
         segment.loss(network, batch, recipe(scenes, image_size="null"))

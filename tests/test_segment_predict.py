@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -227,10 +228,76 @@ def test_label_maps_are_not_written_over_by_a_classifier(runs, tmp_path, capsys)
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_others_refuse_a_segmenter(runs):
+@pytest.mark.parametrize("name", ["any", "one"])
+def test_a_predictor_gives_what_predict_writes(runs, tmp_path, capsys, name):
+    _, made, images = runs
+    words = ["--output", tmp_path / "seen", "--probabilities", "--no-polygons"]
+    assert predict(capsys, made[name], images, *words)[0] == 0
+    names = ["placed.tif", "below/plain.png"]
+    with open_image(images / names[0]) as image:
+        pixels = image.window(0, 0, 70, 45)
+    (tmp_path / "no.png").write_bytes(b"no image")
+    cells = [
+        str(images / names[0]),
+        images / names[1],
+        pixels,
+        str(tmp_path / "no.png"),
+        None,
+        [str(images / names[0])],
+    ]
+    predictor = fitformer.Predictor(made[name], device="cpu", probabilities=True)
+    batch = predictor({"path": cells, "patient": list("abcdef")})
+    assert list(batch) == ["path", "patient", "labels", "probabilities", "share_a", "share_b", "share_c", "error"]
+    shares = {row["file"]: row for row in csv.DictReader((tmp_path / "seen" / "results.csv").read_text().splitlines())}
+    for k, image in enumerate([*names, names[0]]):
+        written = tmp_path / "seen" / image
+        with tifffile.TiffFile(f"{written}.labels.tif") as file:
+            assert np.array_equal(file.pages[0].asarray(), batch["labels"][k])
+        with open_image(f"{written}.probabilities.tif") as file:
+            assert np.array_equal(file.window(0, 0, *file.shape[:2]), batch["probabilities"][k])
+        assert f"{batch['share_b'][k]:.6f}" == shares[str(images / image)]["b"]
+    assert batch["error"][:3].tolist() == [""] * 3
+    assert batch["labels"][3:].tolist() == [None] * 3
+    assert np.isnan(batch["share_a"][3:]).all()
+    for error, said in zip(
+        batch["error"][3:], ["no.png", "no path and no pixels", "each has a label map"], strict=True
+    ):
+        assert said in error
+    # Of one shape, each is a cell of its own; without probabilities there is no column of them.
+    frame = pytest.importorskip("pandas").DataFrame({"path": [pixels, pixels[:, ::-1]]})
+    found = pickle.loads(pickle.dumps(fitformer.Predictor(made[name], device="cpu")))(frame)
+    assert list(found) == ["path", "labels", "share_a", "share_b", "share_c", "error"]
+    assert np.array_equal(found["labels"][0], batch["labels"][0])
+    assert found["labels"][1].shape == (70, 45)
+
+
+def test_arrays_are_read_as_files_of_the_same_pixels(runs, tmp_path):
     _, made, _ = runs
-    with pytest.raises(InputError, match="task segment"):
-        fitformer.Predictor(made["any"])
+    random = np.random.default_rng(1)
+    grey, deep = random.integers(0, 256, (40, 30), np.uint8), random.integers(0, 2**16, (40, 30, 3), np.uint16)
+    for name in ("any", "one"):
+        predictor, read = fitformer.Predictor(made[name], device="cpu"), 0
+        for k, pixels in enumerate((grey, deep, np.dstack([deep, deep[..., 0]]), deep.astype(np.float32))):
+            np.save(tmp_path / f"{k}.npy", pixels)
+            found = predictor({"path": [pixels, tmp_path / f"{k}.npy"]})
+            assert [bool(error) for error in found["error"]] == [bool(found["error"][0])] * 2
+            if not found["error"][0]:
+                assert np.array_equal(*found["labels"])
+                read += 1
+        # One size: with other channels, too, but without floats; any size: of three channels, without floats.
+        assert read == {"any": 1, "one": 3}[name]
+    found = predictor({"path": [np.zeros((2, 3, 4, 5), np.uint8), np.zeros((3, 4), object), np.zeros(3)]})
+    assert "an image is an array (rows, columns) or (rows, columns, channels), not (2, 3, 4, 5)" in found["error"][0]
+    assert all(error.startswith("no path and no pixels: ndarray") for error in found["error"][1:])
+
+
+def test_probabilities_of_pixels_are_those_of_a_segmenter(runs, tmp_path):
+    classifier = untrained_run(tmp_path / "classifier", "digits-classify")
+    with pytest.raises(InputError, match=r"probabilities are of pixels, and .* of the task classify, labels images"):
+        fitformer.Predictor(classifier, probabilities=True)
+    denoiser = untrained_run(tmp_path / "denoiser", "digits-diffuse")
+    with pytest.raises(InputError, match="a run of the task diffuse"):
+        fitformer.Predictor(denoiser)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -198,6 +199,25 @@ def test_a_predictor_says_what_predict_says(run, runs, images, tmp_path, capsys)
     pandas = pytest.importorskip("pandas")
     framed = predictor(pandas.DataFrame({"path": paths}))
     assert framed["label"].tolist() == found["label"].tolist()[:14]
+
+
+@pytest.mark.parametrize("run", ["one", "any"])
+def test_a_predictor_takes_pixels_for_files_of_them(run, runs, images):
+    predictor = fitformer.Predictor(runs[run], device="cpu")
+    paths = [path for path in table(images) if "broken" not in path]
+    of_files = predictor({"path": paths})
+    of_pixels = predictor({"path": [tifffile.imread(path) for path in paths]})
+    assert of_files["error"].tolist() == of_pixels["error"].tolist() == [""] * 12
+    for name in predictor.columns[:-1]:
+        assert of_files[name].tolist() == of_pixels[name].tolist()
+    # A column that is one array holds an image a row.
+    same = np.stack([tifffile.imread(paths[0])] * 2)
+    assert predictor({"path": same})["p_3"].tolist() == [of_files["p_3"][0]] * 2
+    odd = predictor({"path": [[paths[0], paths[1]], [], np.zeros((4, 4, 7), np.uint8), np.zeros((4, 4), np.int64)]})
+    for error, said in zip(
+        odd["error"], ["no data.patient", "an empty list", "7 channels", "int64|signed"], strict=True
+    ):
+        assert re.search(said, error)
 
 
 def test_a_predictor_is_pickled_as_its_arguments(runs, images):

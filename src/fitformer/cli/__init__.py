@@ -9,8 +9,9 @@ import argparse
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fitformer import __version__
 from fitformer._support.suggest import suggest
@@ -39,8 +40,26 @@ _TOO_LARGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit status: 0, 2 for bad input, 130 if interrupted.
+
+    An error is one line on standard error, and so is a warning that is not filtered out, each told once.
+    """
+    told = set[str]()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        # The parts of one data set often warn of the same.
+        if line not in told:
+            print(f"fitformer: warning: {line}", file=sys.stderr)
+        told.add(line)
+
+    with warnings.catch_warnings():
+        # Python's own words name a line of code, which a user of commands did not write.
+        warnings.showwarning = show
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a letter shows its code, and ends nothing.

@@ -10,6 +10,10 @@ A run that takes images of any size reads them piece by piece, however large.
 
 fitformer predict RUN slides/ --output seen/ --explain leave-out
 
+A table of images and their patients, of a run with data.patient, gives a label for each patient and maps of each image.
+
+fitformer predict RUN table.csv --output seen/ --explain leave-out
+
 Several processes or machines share the work, each with its part.
 
 fitformer predict RUN slides/ --output seen/ --explain none --shard 2/8
@@ -22,6 +26,7 @@ fitformer predict SEGMENTER slides/ --output seen/
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard", type=shard, metavar="I/N",
-        help="label part I of N of the images into the folder of --output, beside other processes or machines that do "
-        "the other parts; the tables are whole when all have ended",
+        help="label part I of N of the images, or patients, into the folder of --output, beside other processes or "
+        "machines that do the other parts; the tables are whole when all have ended",
     )  # fmt: skip
     parser.add_argument(
         "--y", choices=("down", "up"), default="down",
@@ -95,8 +100,12 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} is for a run that labels pixels; {arguments.run} labels images"
             )
     labeller = Labeller(run, network)
-    if labeller.recipe.data.patient is not None:
-        _check_patients(arguments)
+    if labeller.recipe.data.patient is not None and _table(arguments) is None:
+        print(
+            "fitformer: this run learned patients of several images, and each image here is taken for a patient of its "
+            "own; a table of images and patients in place of images joins them",
+            file=sys.stderr,
+        )
     labels_only = _labels_only(arguments, labeller)
     _check_maps(arguments, labels_only)
     return _streamed(arguments, labeller, lambda: (_label if labels_only else _explain)(arguments, labeller))
@@ -140,26 +149,6 @@ def _labels_only(arguments: argparse.Namespace, labeller: "Labeller") -> bool:
     # Labels of images of one size go into a file of any name, as they did before there were maps of them.
     named = arguments.format is not None or arguments.output.suffix != ""
     return named and not labeller.takes_any_size and arguments.explain is None
-
-
-def _check_patients(arguments: argparse.Namespace) -> None:
-    """Refuse maps of patients, and say that single images are taken for patients of one image.
-
-    Raises:
-        InputError: a folder for maps beside a table.
-    """
-    table = _table(arguments)
-    if table is None:
-        print(
-            "fitformer: this run learned patients of several images, and each image here is taken for a patient of its "
-            "own; a table of images and patients in place of images joins them",
-            file=sys.stderr,
-        )
-    elif arguments.output is not None and arguments.output.suffix.lower() not in (".csv", ".json"):
-        raise InputError(
-            f"--output is {arguments.output}: maps are of single images, and {table} joins those of patients; give "
-            "--output a name that ends in .csv or .json, or the images themselves for maps"
-        )
 
 
 def _table(arguments: argparse.Namespace) -> Path | None:
@@ -209,9 +198,10 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
     from fitformer.inference.find import Shard
 
     method: Method | None = None if arguments.explain == "none" else arguments.explain or "gradient"
+    table = _table(arguments)
+    explain = partial(labeller.explain, arguments.files) if table is None else partial(labeller.explain_patients, table)
     with progress("label" if method is None else "explain") as show:
-        work, count, made = labeller.explain(
-            arguments.files,
+        work, count, made = explain(
             arguments.output,
             method,
             None if arguments.shard is None else Shard(*arguments.shard),
@@ -220,8 +210,9 @@ def _explain(arguments: argparse.Namespace, labeller: "Labeller") -> int:
             show=lambda done, total: show(round(1000 * done), 1000 * total),
             on_broken=_skipped,
         )
-    print(_summary(arguments, work, count, made))
-    if method is not None and (said := _agreement(*work.agreement(), method)):
+    kind = "images" if table is None else "patients"
+    print(_summary(arguments, work, count, made, kind))
+    if method is not None and (said := _agreement(*work.agreement(), method, kind)):
         print(said, file=sys.stderr)
     return 0
 
@@ -255,21 +246,21 @@ def _skipped(file: str, reason: str) -> None:
     print(f"fitformer: skipped {file} ({reason})", file=sys.stderr)
 
 
-def _summary(arguments: argparse.Namespace, work: "FolderWork", count: int, made: int) -> str:
-    """How many images were done, were there, and failed."""
+def _summary(arguments: argparse.Namespace, work: "FolderWork", count: int, made: int, kind: str = "images") -> str:
+    """How many images, or patients, were done, were there, and failed."""
     kept = count - made - len(work.broken)
     there = f", {kept} were there already" if kept else ""
     part = "" if arguments.shard is None else " of part {}/{}".format(*arguments.shard)
-    return f"{arguments.output}: {made} of {count} images{part} labelled now{there}{_counted(work.broken)}"
+    return f"{arguments.output}: {made} of {count} {kind}{part} labelled now{there}{_counted(work.broken)}"
 
 
-def _agreement(images: int, means: Mapping[str, float], method: str) -> str:
+def _agreement(count: int, means: Mapping[str, float], method: str, kind: str) -> str:
     """How far the maps agree with leaving their largest groups out; nothing where it was not measured."""
     words = {"rank_correlation": "rank correlation {:.2f}", "same_sign": "the same sign on {:.0%}"}
     said = [text.format(means[key]) for key, text in words.items() if key in means]
     if not said:
         return ""
-    return f"fitformer: {method} against leave-out, largest groups of {images} images: {', '.join(said)}"
+    return f"fitformer: {method} against leave-out, largest groups of {count} {kind}: {', '.join(said)}"
 
 
 def _counted(broken: "Mapping[str, Failure]") -> str:

@@ -19,8 +19,8 @@ from fitformer.errors import InputError, MissingDependencyError
 # What Pillow can name but not decode by itself, or takes for documents rather than pictures.
 _NOT_PICTURES = {".h5", ".hdf", ".grib", ".bufr", ".mpg", ".mpeg", ".wmf", ".emf", ".eps", ".ps", ".pdf", ".fits"}
 
-File = str | os.PathLike[str] | bytes
-"""A path, or the contents of an image file."""
+File = str | os.PathLike[str] | bytes | np.ndarray
+"""A path, the contents of an image file, or pixels (H, W) or (H, W, ch)."""
 
 
 class UnreadableImageError(Exception):
@@ -53,7 +53,7 @@ def header_channels(file: File, name: str, pixel_range: tuple[float, float] | No
 def decode(
     file: File, name: str, channels: int | None = None, pixel_range: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Pixels (H, W, ch) uint8 of an image file, turned upright, with `channels` or its own number of them.
+    """Pixels (H, W, ch) uint8 of an image, turned upright, with `channels` or its own number of them.
 
     Sixteen bits are divided by 257, whatever the largest of them in this file; the numbers of a `pixel_range` become 0
     and 255.
@@ -90,7 +90,7 @@ def _check(level: Level) -> None:
 
 @contextmanager
 def _opened(file: File, name: str, pixel_range: tuple[float, float] | None = None) -> Iterator[Level]:
-    """The full size of an image file, open."""
+    """The full size of an image, open."""
     options = OpenOptions(pixel_range=pixel_range)
     try:
         with _as_path(file) as path:
@@ -109,18 +109,21 @@ def _opened(file: File, name: str, pixel_range: tuple[float, float] | None = Non
 
 def _reason(error: Exception, file: File) -> str:
     """What is wrong, without the name of the file before it."""
-    if not isinstance(file, bytes) and not os.path.exists(file):
-        return "there is no such file"
     text = " ".join(str(error).split())
-    for path in () if isinstance(file, bytes) else (os.path.abspath(file), os.fspath(file)):
-        text = text.removeprefix(f"{path} ").removeprefix(f"{path}: ")
+    if not isinstance(file, bytes | np.ndarray):
+        if not os.path.exists(file):
+            return "there is no such file"
+        for path in (os.path.abspath(file), os.fspath(file)):
+            text = text.removeprefix(f"{path} ").removeprefix(f"{path}: ")
     return text.removeprefix("cannot be read: ")
 
 
 @contextmanager
-def _as_path(file: File) -> Iterator[str | bytes]:
-    """A path; bytes as they are, but those of a TIFF, whose reader wants a file."""
-    if not isinstance(file, bytes):
+def _as_path(file: File) -> Iterator[str | bytes | np.ndarray]:
+    """A path; what is in memory as it is, but the bytes of a TIFF, whose reader wants a file."""
+    if isinstance(file, np.ndarray):
+        yield file
+    elif not isinstance(file, bytes):
         yield os.path.abspath(os.path.expanduser(os.fspath(file)))
     elif not file.startswith(MAGIC):
         yield file

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from fitformer.data.datasets.folders import LAZY, image_files
 from fitformer.data.datasets.lazy_source import is_image_folder, lazy_suffixes
@@ -17,6 +19,57 @@ class Slide:
 
     path: Path
     name: str
+
+    @property
+    def title(self) -> str:
+        """What tables and messages call it."""
+        return str(self.path)
+
+    @property
+    def slides(self) -> tuple["Slide", ...]:
+        """Itself."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """Images that are one example; names as those of a `Slide`.
+
+    Attributes:
+        title: the patient's name. name: that of its outputs.
+        slides: whose outputs lie in a folder of that name.
+    """
+
+    title: str
+    name: str
+    slides: tuple[Slide, ...]
+
+    @classmethod
+    def of(cls, title: str, paths: Sequence[Path]) -> "Patient":
+        """A patient by name, and its images, which are called by their paths below the folder that holds them all.
+
+        Raises:
+            InputError: two paths of one image.
+        """
+        name = _NO_NAME.sub(lambda found: f"%{ord(found[0]):02X}", title)
+        whole = [Path(os.path.abspath(path)) for path in paths]
+        folder = os.path.commonpath([path.parent for path in whole])
+        slides = tuple(
+            Slide(path, f"{name}/{each.relative_to(folder).as_posix()}")
+            for path, each in zip(paths, whole, strict=True)
+        )
+        if len({slide.name for slide in slides}) < len(slides):
+            raise InputError(f"an image of the patient {title!r} is listed twice; list each image once")
+        return cls(title, name, slides)
+
+
+Item = Slide | Patient
+"""What has one answer."""
+
+# What no file or folder is called on some system, and what other outputs are called.
+_NO_NAME = re.compile(r'[%/\\:*?"<>|\x00-\x1f]|^\.|\.(?=(?:json|failed|csv)$)')
+
+Items = TypeVar("Items", Slide, Patient)
 
 
 def find(paths: Iterable[str | Path], output: Path | None = None, endings: frozenset[str] | None = None) -> list[Slide]:
@@ -68,7 +121,8 @@ def _below(folder: Path, output: Path | None, known: frozenset[str]) -> Iterator
 class Shard:
     """The images of one process of several that share a folder: part `number` of `count`, from 1.
 
-    To which part an image belongs follows from its name alone, so that none changes its part when others are added.
+    To which part an image belongs follows from its name alone, so that none changes its part when others are added;
+    the images of a patient follow the patient's.
 
     Raises:
         InputError: no such part.
@@ -81,9 +135,9 @@ class Shard:
         if not 1 <= self.number <= self.count:
             raise InputError(f"shard {self.number}/{self.count}: parts are numbered from 1 to their count")
 
-    def of(self, slides: Iterable[Slide]) -> list[Slide]:
-        """Those of the images that are in this part."""
-        return [slide for slide in slides if self._part(slide.name) == self.number - 1]
+    def of(self, items: Iterable[Items]) -> list[Items]:
+        """Those of the images, or patients, that are in this part."""
+        return [item for item in items if self._part(item.name) == self.number - 1]
 
     def _part(self, name: str) -> int:
         digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()

@@ -5,8 +5,9 @@ Below the output folder an image `a/b.svs` of the input folder has outputs `a/b.
     a/b.svs.json     is the record: what was found, and what it was made from; written last
     a/b.svs.failed   stands in place of all, and says why the image could not be read, in JSON
 
-and the folder has tables that are written from these, one of them `broken.csv` with the images that failed, by one
-process at a time, so that whoever ends last of several leaves all of it there.
+A patient `P` of several images has one record `P.json`, or `P.failed`, and outputs `P/b.svs.*` of each image. The
+folder has tables that are written from these, one of them `broken.csv` with what failed, by one process at a time, so
+that whoever ends last of several leaves all of it there.
 """
 
 import csv
@@ -16,7 +17,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
@@ -26,8 +27,9 @@ from filelock import FileLock
 
 from fitformer._support.atomic_files import write_atomically
 from fitformer._support.json_text import parse_json
+from fitformer._support.listed import listed
 from fitformer.errors import EmptyImageError, InputError
-from fitformer.inference.find import Slide, same_file
+from fitformer.inference.find import Item, Patient, Slide, same_file
 from fitformer.inference.identity import file_state
 
 Tell = Callable[[float], None]
@@ -67,7 +69,7 @@ class Failure:
 
 
 class FolderWork(ABC):
-    """The work on a folder of images: `run` does what is not there yet.
+    """The work on a folder of images, or of patients: `run` does what is not there yet.
 
     Attributes:
         output: the folder to write to.
@@ -90,8 +92,8 @@ class FolderWork(ABC):
     broken: dict[str, Failure]
 
     @abstractmethod
-    def _look(self, slide: Slide, image: Any, tell: Tell) -> Finish:
-        """Read an image, and say how its outputs are written, its record last.
+    def _look(self, slide: Any, image: Any, tell: Tell) -> Finish:
+        """Read an image, or a tuple of those of a patient, and say how its outputs are written, its record last.
 
         Raises:
             InputError: it cannot be read.
@@ -112,15 +114,15 @@ class FolderWork(ABC):
         """Names and texts of the tables, from the records that are there."""
 
     @abstractmethod
-    def _check_kind(self, slide: Slide, record: Mapping[str, Any]) -> None:
+    def _check_kind(self, slide: Item, record: Mapping[str, Any]) -> None:
         """Refuse to write over outputs of another kind.
 
         Raises:
             InputError: names both.
         """
 
-    def run(self, slides: Sequence[Slide]) -> int:
-        """Make the outputs of the images; complete ones stay unchanged.
+    def run(self, slides: Sequence[Item]) -> int:
+        """Make the outputs of the images, or patients; complete ones stay unchanged.
 
         The tables hold all images of the output folder that were made with the same model and settings. Returns how
         many images were made now.
@@ -150,23 +152,24 @@ class FolderWork(ABC):
         if self.alone and len(self.broken) == len(slides):
             few = "; ".join(each.reason for each in list(self.broken.values())[:5])
             more = f"; and {len(self.broken) - 5} more" if len(self.broken) > 5 else ""
-            raise InputError(f"none of the {len(slides)} images can be labelled: {few}{more}")
+            kind = "patients" if any(isinstance(slide, Patient) for slide in slides) else "images"
+            raise InputError(f"none of the {len(slides)} {kind} can be labelled: {few}{more}")
         return made
 
-    def _forget_failures_of_files_that_are_gone(self, slides: Sequence[Slide]) -> None:
+    def _forget_failures_of_files_that_are_gone(self, slides: Sequence[Item]) -> None:
         asked = {slide.name for slide in slides}
         for name, record in list(self._recorded(FAILED)):
-            if name not in asked and not Path(record["path"]).exists():
+            if name not in asked and not any(path.exists() for path in _paths(record)):
                 (self.output / (name + FAILED)).unlink(missing_ok=True)
 
-    def _one(self, slide: Slide, tell: Tell) -> bool:
+    def _one(self, slide: Item, tell: Tell) -> bool:
         """Whether the image was made now."""
-        of = {**file_state(slide.path), **(self.beside(slide.path) if self.beside else {})}
+        of = self._state(slide)
         if self._is_complete(slide, of):
             self._rename(slide)
             return False
         try:
-            with self.open(slide.path) as image:
+            with self._opened(slide) as image:
                 finish = self._look(slide, image, tell)
         except (InputError, PermissionError) as error:
             self._note_broken(slide, Failure.by(error))
@@ -175,56 +178,91 @@ class FolderWork(ABC):
         finish(of)
         return True
 
-    def _need_own_name(self, slide: Slide) -> None:
+    def _state(self, slide: Item) -> dict[str, Any]:
+        """The state of the files that the outputs of an image, or of a patient's images, depend on."""
+        each = [{**file_state(own.path), **(self.beside(own.path) if self.beside else {})} for own in slide.slides]
+        return {"slides": each} if isinstance(slide, Patient) else each[0]
+
+    @contextmanager
+    def _opened(self, slide: Item) -> Iterator[Any]:
+        with ExitStack() as stack:
+            images = tuple(stack.enter_context(self.open(own.path)) for own in slide.slides)
+            yield images if isinstance(slide, Patient) else images[0]
+
+    def _need_own_name(self, slide: Item) -> None:
         """Refuse to overwrite the outputs of another image or kind; a moved, unchanged image is the same.
 
         Raises:
             InputError: they are another image's or of another kind; names both.
         """
         record = _read(self.output / (slide.name + RECORD))
-        if not isinstance(record, dict) or "path" not in record:
+        if not isinstance(record, dict) or not (earlier := _paths(record)):
             return
         self._check_kind(slide, record)
-        earlier = Path(record["path"])
-        was_moved = not earlier.exists() and record["of"].items() >= file_state(slide.path).items()
-        if not (same_file(earlier, slide.path) or was_moved):
+        was_moved = not any(path.exists() for path in earlier) and self._is_of(record, slide)
+        shared = any(same_file(path, own.path) for path in earlier for own in slide.slides)
+        if not (shared or was_moved):
             raise InputError(
-                f"{self.output / slide.name}.* was made of {earlier}, and {slide.path} would be written over it; give "
-                "another output folder, label both by one command on the folder above them, or delete what is there"
+                f"{self.output / slide.name}.* was made of {listed(earlier, 3)}, and "
+                f"{listed([own.path for own in slide.slides], 3)} would be written over it; give another output "
+                "folder, label both by one command on the folder above them, or delete what is there"
             )
 
-    def _rename(self, slide: Slide) -> None:
+    def _is_of(self, record: Mapping[str, Any], slide: Item) -> bool:
+        """Whether a record is of files in the state of these."""
+        each = record["of"].get("slides", [record["of"]])
+        states = [file_state(own.path) for own in slide.slides]
+        return len(each) == len(states) and all(
+            of.items() >= state.items() for of, state in zip(each, states, strict=True)
+        )
+
+    def _rename(self, slide: Item) -> None:
         """Have the outputs that are there name their image as it is called now, if it was moved since."""
         path = self.output / (slide.name + RECORD)
         record = _read(path)
-        if not same_file(Path(record["path"]), slide.path):
+        if isinstance(slide, Slide) and not same_file(_paths(record)[0], slide.path):
             _write_text(path, _as_json({**record, **_names(slide)}))
 
-    def _note_broken(self, slide: Slide, broken: Failure) -> None:
-        file = str(slide.path)
+    def _note_broken(self, slide: Item, broken: Failure) -> None:
+        file = slide.title
         self.broken[file] = broken
         (self.output / (slide.name + RECORD)).unlink(missing_ok=True)
         _write_text(self._fresh(slide, FAILED), _as_json({**_names(slide), **asdict(broken), "made_with": self._key}))
         self.on_broken(file, broken.reason)
 
-    def _write_record(self, slide: Slide, record: Mapping[str, Any], of: Mapping[str, Any]) -> None:
+    def _write_record(self, slide: Item, record: Mapping[str, Any], of: Mapping[str, Any]) -> None:
         whole = {**record, **_names(slide), "of": of, "made_with": self._key}
         _write_text(self._fresh(slide, RECORD), _as_json(whole))
 
-    def _fresh(self, slide: Slide, ending: str) -> Path:
+    def _fresh(self, slide: Item, ending: str) -> Path:
         """The path of an output, cleared of what a killed process left beside it."""
         path = self.output / (slide.name + ending)
         for scratch in path.parent.glob(f".{escape(path.name)}.*.tmp"):
             scratch.unlink(missing_ok=True)
         return path
 
-    def _is_complete(self, slide: Slide, of: dict[str, Any]) -> bool:
+    def _is_complete(self, slide: Item, of: dict[str, Any]) -> bool:
         record = _read(self.output / (slide.name + RECORD))
         return (
             self._is_ours(record)
             and record["of"] == of
-            and all((self.output / (slide.name + ending)).is_file() for ending in self._endings)
+            and (isinstance(slide, Slide) or record["paths"] == _names(slide)["paths"])
+            and all(path.is_file() for path in self._outputs_of(slide.name, record))
         )
+
+    def _outputs_of(self, name: str, record: Mapping[str, Any]) -> list[Path]:
+        """The outputs beside a record: of an image, or of each image of a patient."""
+        names = [each["name"] for each in record["slides"]] if "slides" in record else [name]
+        return [self.output / (each + ending) for each in names for ending in self._endings]
+
+    def _forget_others(self, patient: Patient, slides: Sequence[Mapping[str, Any]]) -> None:
+        """Remove the outputs of images that a patient had before and has no more; `slides` are those of its record."""
+        earlier = _read(self.output / (patient.name + RECORD))
+        if isinstance(earlier, dict):
+            kept = set(self._outputs_of(patient.name, {"slides": slides}))
+            for path in self._outputs_of(patient.name, earlier):
+                if path not in kept:
+                    path.unlink(missing_ok=True)
 
     def _is_ours(self, record: Any) -> bool:
         return isinstance(record, dict) and record.get("made_with") == self._key
@@ -258,9 +296,15 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _names(slide: Slide) -> dict[str, str]:
-    """Of an image, for its record: as it was given, and wherever the command is run."""
-    return {"file": str(slide.path), "path": os.path.abspath(slide.path)}
+def _names(slide: Item) -> dict[str, Any]:
+    """Of an image or a patient, for its record: as it was given, and wherever the command is run."""
+    paths = [os.path.abspath(own.path) for own in slide.slides]
+    return {"file": slide.title, **({"paths": paths} if isinstance(slide, Patient) else {"path": paths[0]})}
+
+
+def _paths(record: Mapping[str, Any]) -> list[Path]:
+    """The files that a record is of; none of one that is no record."""
+    return [Path(path) for path in record.get("paths", [record["path"]] if "path" in record else [])]
 
 
 def _as_json(record: Mapping[str, Any]) -> str:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fitformer.data.build import open_options
+from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.grouping import Grouping
 from fitformer.data.masks import Masks, masks_of
 from fitformer.data.readers import LazyImage
 from fitformer.errors import InputError
 from fitformer.execution import Streamed
 from fitformer.execution.token_store import Keep
-from fitformer.inference.find import Slide, find
+from fitformer.inference.find import Slide
+from fitformer.inference.predict import Example, name_of, paths_of
 from fitformer.training.run_dir import Run
 
 Made = dict[str, Any]
@@ -57,18 +59,30 @@ class ImageRun:
         folder = scratch or training.scratch
         self.network.set_execution(Streamed(training.slice_groups, keep, training.keep_precision, folder))
 
-    def _of_any_size(self, paths: Iterable[str | Path], output: Path) -> tuple[list[Slide], Made, Ways]:
-        """Images, what their outputs depend on beside the model, and how they are read."""
-        slides = find(paths, output)
+    def _of_any_size(self, slides: Iterable[Slide]) -> tuple[Made, Ways]:
+        """What outputs of images of any size depend on beside the model, and how they are read.
+
+        Raises:
+            InputError: masks that do not go with the images.
+        """
         masks, data = self._masks([slide.path for slide in slides]), self.recipe.data
         made_with = {name: as_json(getattr(data, name)) for name in WHAT_IS_READ}
         opened = partial(LazyImage, options=open_options(data))
         beside = None if masks is None else masks.state
-        return slides, made_with, {"group": self._grouping(), "beside": beside, "open": opened}
+        return made_with, {"group": self._grouping(), "beside": beside, "open": opened}
 
     def _grouping(self) -> Grouping:
         network = self.network
         return Grouping(network.patch_grid, network.glimpses, self.recipe.data, trained=self.run.pixels)
+
+    def _without_mask(self, example: Example) -> UnreadableImageError | None:
+        """A fault of an example with an array, which has no name to find a mask by, where the run has masks."""
+        images = example if isinstance(example, tuple) else (example,)
+        if self.takes_any_size and self.recipe.data.masks is not None and len(paths_of(example)) < len(images):
+            return UnreadableImageError(
+                name_of(example), "the run has data.masks, which are found by an image's path: give its file"
+            )
+        return None
 
     def _masks(self, files: Sequence[Path]) -> Masks | None:
         """The masks of the run's data, none of which two of these images share."""

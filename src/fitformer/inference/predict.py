@@ -4,10 +4,11 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,19 +18,24 @@ from fitformer.data.datasets.folders import image_files
 from fitformer.data.decoding import UnreadableImageError, decode, suffixes
 from fitformer.data.pixels import convert, fit
 from fitformer.data.readers import LazyImage
+from fitformer.data.readers.area_resize import average
+from fitformer.data.readers.lazy import open_levels
 from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import InputError
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching import PatchGrid
-from fitformer.patching.any_size import GroupedImage
+from fitformer.patching.any_size import GroupedImage, PixelArray
 from fitformer.tasks.answers import Answer, Answers
 from fitformer.tasks.image_outputs import outputs_of
 
 Resize = Literal["crop", "stretch", "pad"]
 FORMATS = ("csv", "json")
 
-Group = Callable[[LazyImage], GroupedImage]
-"""Cuts an image into groups, without those that are skipped."""
+Example = Path | np.ndarray | tuple[Path | np.ndarray, ...]
+"""An image, by its file or as pixels (H, W) or (H, W, ch); or all images of a patient."""
+
+Group = Callable[[Any], GroupedImage]
+"""Cuts an image, or a tuple of those of a patient, into groups, without those that are skipped."""
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
@@ -96,11 +102,8 @@ def predict_readable(
     files: Sequence[Path],
     answers: Answers,
     *,
-    resize: Resize,
-    options: OpenOptions | None,
-    batch_size: int,
-    group: Group | None,
     on_unreadable: Callable[[UnreadableImageError], None],
+    **reading: Any,
 ) -> Iterator[Answer]:
     """As `predict`, also where no file can be read.
 
@@ -108,15 +111,66 @@ def predict_readable(
         InputError: `answers` are of another number of outputs than the classifier's.
     """
     answers.check_outputs(classifier.num_classes)
-    found = (
-        _of_any_size(classifier, files, options, group or classifier.grouped, on_unreadable)
-        if classifier.patch_grid.any_size
-        else _of_one_size(
-            classifier, _readable(classifier.patch_grid, files, resize, options, on_unreadable), batch_size
-        )
-    )
-    for file, outputs in found:
-        yield answers.answer(str(file), outputs)
+    for file, found in zip(files, outputs_of_each(classifier, files, **reading), strict=True):
+        if isinstance(found, UnreadableImageError):
+            on_unreadable(found)
+        else:
+            yield answers.answer(str(file), found)
+
+
+def outputs_of_each(
+    classifier: FITImageEncoder,
+    examples: Iterable[Example],
+    *,
+    resize: Resize,
+    options: OpenOptions | None,
+    batch_size: int,
+    group: Group | None,
+) -> Iterator[Tensor | UnreadableImageError]:
+    """Outputs `(k,)` for each example, or why it cannot be read; arguments as in `predict`.
+
+    Several images that are one example are for a classifier of any size.
+    """
+    if classifier.patch_grid.any_size:
+        return _of_any_size(classifier, examples, options, group or classifier.grouped)
+    return _of_one_size(classifier, examples, resize, options, batch_size)
+
+
+@contextmanager
+def opened(example: Example, options: OpenOptions | None) -> Iterator[Any]:
+    """An image as a source of pixels, several as a tuple of them; what is wrong with a file shows when it is read.
+
+    Raises:
+        InputError: an array that is no image.
+    """
+    if isinstance(example, tuple):
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(opened(each, options)) for each in example)
+    elif isinstance(example, Path):
+        with LazyImage(example, options) as image:
+            yield image
+    else:
+        level = open_levels(name_of(example), options or OpenOptions(), example).levels[0]
+        yield _InMemory(level.window(0, 0, *level.shape[:2]))
+
+
+class _InMemory(PixelArray):
+    """An array as a file of it is read: glimpses are the same averages."""
+
+    def thumbnail(self, rows: int, columns: int) -> np.ndarray:
+        return average(self, rows, columns)
+
+
+def paths_of(example: Example) -> list[Path]:
+    """The files of an example."""
+    return [each for each in (example if isinstance(example, tuple) else (example,)) if isinstance(each, Path)]
+
+
+def name_of(example: Example) -> str:
+    """An example in an error's words: its path or paths; an array has no name."""
+    if isinstance(example, tuple):
+        return ", ".join(map(name_of, example))
+    return str(example) if isinstance(example, Path) else "an array"
 
 
 def match_classifier_input(images: Tensor, classifier: FITImageEncoder) -> Tensor:
@@ -143,30 +197,33 @@ def classify(classifier: FITImageEncoder, images: Tensor, batch_size: int = 256)
 
 
 def _of_one_size(
-    classifier: FITImageEncoder, read: Iterator[tuple[Path, np.ndarray]], batch_size: int
-) -> Iterator[tuple[Path, Tensor]]:
+    classifier: FITImageEncoder,
+    examples: Iterable[Example],
+    resize: Resize,
+    options: OpenOptions | None,
+    batch_size: int,
+) -> Iterator[Tensor | UnreadableImageError]:
+    read = _fitted(classifier.patch_grid, examples, resize, options)
     while part := list(islice(read, batch_size)):
-        images = torch.from_numpy(np.stack([pixels for _, pixels in part]))
-        yield from zip((file for file, _ in part), outputs_for(classifier, images), strict=True)
+        images = [each for each in part if not isinstance(each, UnreadableImageError)]
+        found = iter(outputs_for(classifier, torch.from_numpy(np.stack(images))) if images else ())
+        for each in part:
+            yield each if isinstance(each, UnreadableImageError) else next(found)
 
 
 @torch.inference_mode()
 def _of_any_size(
-    classifier: FITImageEncoder,
-    files: Iterable[Path],
-    options: OpenOptions | None,
-    group: Group,
-    on_unreadable: Callable[[UnreadableImageError], None],
-) -> Iterator[tuple[Path, Tensor]]:
+    classifier: FITImageEncoder, examples: Iterable[Example], options: OpenOptions | None, group: Group
+) -> Iterator[Tensor | UnreadableImageError]:
     """Outputs for images that are read as the classifier's way to run asks for their pixels."""
-    for file in files:
+    for example in examples:
+        found: Tensor | UnreadableImageError
         try:
-            with LazyImage(file, options) as image:
+            with opened(example, options) as image:
                 found = finite(classifier, group(image))
         except (InputError, PermissionError) as error:
-            on_unreadable(UnreadableImageError(str(file), str(error)))
-            continue
-        yield file, found
+            found = UnreadableImageError(name_of(example), str(error))
+        yield found
 
 
 @torch.inference_mode()
@@ -182,22 +239,17 @@ def finite(classifier: FITImageEncoder, image: GroupedImage) -> Tensor:
     return found
 
 
-def _readable(
-    grid: PatchGrid,
-    files: Iterable[Path],
-    resize: Resize,
-    options: OpenOptions | None,
-    on_unreadable: Callable[[UnreadableImageError], None],
-) -> Iterator[tuple[Path, np.ndarray]]:
-    rows, columns = grid.image_size  # type: ignore[misc]
+def _fitted(
+    grid: PatchGrid, examples: Iterable[Example], resize: Resize, options: OpenOptions | None
+) -> Iterator[np.ndarray | UnreadableImageError]:
+    """Pixels of each image, brought to the size of the grid."""
     pixel_range = None if options is None else options.pixel_range
-    for file in files:
+    for example in examples:
+        assert not isinstance(example, tuple)
         try:
-            pixels = decode(file, str(file), grid.channels, pixel_range)
+            yield fit(decode(example, name_of(example), grid.channels, pixel_range), grid.image_size, resize)  # type: ignore[arg-type]
         except UnreadableImageError as fault:
-            on_unreadable(fault)
-            continue
-        yield file, fit(pixels, (rows, columns), resize)
+            yield fault
 
 
 def as_text(found: Sequence[Answer], columns: Sequence[str], kind: str = "csv") -> str:

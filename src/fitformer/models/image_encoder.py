@@ -204,7 +204,7 @@ class FITImageEncoder(FITModel):
 
     def latents(self, images: Sequence[GroupedImage]) -> Tensor:
         """The initial latents `(b, t, m, d)` of images with the same number of groups, else `(1, t, m, d)` in a row."""
-        trunk, examples = self.trunk, _examples(images)
+        trunk, examples = self.trunk, examples_of(images)
         if not isinstance(trunk.latent_position, GridPositions):
             if any(image.num_groups != self.patch_grid.num_groups for image in images):
                 raise InputError("groups are skipped by their rows and columns; take latent_position='row_column'")
@@ -220,7 +220,7 @@ class FITImageEncoder(FITModel):
         Images with different numbers of groups are one row of the groups of all, see `Inputs.examples`. The score of
         the pass is the sum over the tokens that hold pixels, `(b, c)`; none where the encoder ends in latents.
         """
-        examples = _examples(images)
+        examples = examples_of(images)
 
         def added(groups: slice, x: Tensor, mask: Tensor | None) -> Tensor:
             x = self.encoder.head(x)
@@ -267,14 +267,14 @@ class FITImageEncoder(FITModel):
 
         The slice is of each image's groups if all have as many, of the row of the groups of all if not.
         """
-        tokens, mask = (stacked if _examples(images) is None else in_a_row)(images, groups)
+        tokens, mask = (stacked if examples_of(images) is None else in_a_row)(images, groups)
         device = self.encoder.norm.weight.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(device, non_blocking=True), None if mask is None else mask.to(device)
 
 
-def _examples(images: Sequence[GroupedImage]) -> Examples | None:
+def examples_of(images: Sequence[GroupedImage]) -> Examples | None:
     """Images with different numbers of groups as examples of one row; None if all have as many."""
     counts = tuple(image.num_groups for image in images)
     return Examples(counts) if len(set(counts)) > 1 else None

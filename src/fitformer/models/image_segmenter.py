@@ -136,7 +136,8 @@ class FITImageSegmenter(FITModel):
         """The sum of a function over slices of groups: logits of all pixels never exist without a backward pass.
 
         Args:
-            images: `(b, H, W, channels)` float, or images with the same number of groups, glimpses counted.
+            images: `(b, H, W, channels)` float, or images of any size. Those with different numbers of groups are one
+                row of the groups of all, b = 1, see `image_encoder.examples_of`.
             score: see `PixelScore`. It may run in the backward pass again, and must then do the same.
         """
         inputs, patches = self._of_one_size(images) if isinstance(images, Tensor) else self._of_any_size(images)

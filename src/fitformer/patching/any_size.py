@@ -199,6 +199,19 @@ class GroupedImage:
         return self.source.path  # type: ignore[attr-defined]
 
     @property
+    def parts(self) -> "tuple[GroupedImage, ...]":
+        """Itself."""
+        return (self,)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """What belongs to the groups of each part, of values `(t, ...)` of all groups: all."""
+        return [x]
+
+    def origin(self, group: int) -> tuple[int, int]:
+        """Which part a group is of, and its number there."""
+        return 0, group
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pixels of all groups that are read."""
         return self.num_groups * prod(self.patch_grid.group_size) * self.shape[2] * self.dtype.itemsize  # type: ignore[arg-type]
@@ -380,13 +393,18 @@ def stacked(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tens
 
 def in_a_row(images: Sequence[GroupedImage], groups: slice) -> tuple[Tensor, Tensor | None]:
     """`GroupedImage.read` of images with any numbers of groups, of a slice of the groups of one after the other."""
+    return _together([images[k].read(own) for k, own in pieces_of_row(images, groups)], dim=1)
+
+
+def pieces_of_row(images: Sequence[GroupedImage], groups: slice) -> list[tuple[int, slice]]:
+    """Which images a slice of the groups of one after the other is of, and which groups of each, in their order."""
     first, last, _ = groups.indices(sum(image.num_groups for image in images))
     pieces = []
-    for image in images:
+    for k, image in enumerate(images):
         if first < image.num_groups and last > 0:
-            pieces.append(image.read(slice(max(first, 0), min(last, image.num_groups))))
+            pieces.append((k, slice(max(first, 0), min(last, image.num_groups))))
         first, last = first - image.num_groups, last - image.num_groups
-    return _together(pieces, dim=1)
+    return pieces
 
 
 def _together(read: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
@@ -422,14 +440,6 @@ def together(images: Sequence[GroupedImage]) -> list[list[int]]:
         else:
             found.append([place])
     return found
-
-
-def alike(images: Sequence[GroupedImage]) -> list[list[int]]:
-    """The places in a sequence of images that have the same number of groups, and so run as a batch."""
-    found: dict[int, list[int]] = {}
-    for place, image in enumerate(images):
-        found.setdefault(image.num_groups, []).append(place)
-    return list(found.values())
 
 
 def _name(source: Any) -> str:

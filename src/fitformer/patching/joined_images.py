@@ -17,7 +17,7 @@ class JoinedImages(GroupedImage):
     of those of the image before. Glimpses of all images stand in front.
 
     Attributes:
-        parts: the images. images: how many they are.
+        images: how many they are.
 
     Raises:
         InputError: no images, or images that are cut differently or hold whole numbers and floats.
@@ -38,7 +38,7 @@ class JoinedImages(GroupedImage):
                     f"images of one example hold {first.dtype} and {part.dtype} pixels; floats are read as they are, "
                     "whole numbers scaled to -1 .. 1: convert the one or the other"
                 )
-        self.parts, self.images = tuple(parts), len(parts)
+        self._parts, self.images = tuple(parts), len(parts)
         self.patch_grid, self.glimpses = first.patch_grid, first.glimpses * len(parts)
         self.dtype = first.dtype
         # Unless all are stored alike, whole numbers become floats in -1 .. 1 when they are read.
@@ -62,6 +62,11 @@ class JoinedImages(GroupedImage):
             coords[part.glimpses :, 1] += offset
             shifted.append(coords)
         self.coords = torch.stack([shifted[k][own] for k, own in self._which.tolist()])
+
+    @property
+    def parts(self) -> tuple[GroupedImage, ...]:
+        """The images."""
+        return self._parts
 
     @property
     def path(self) -> str:
@@ -114,6 +119,11 @@ class JoinedImages(GroupedImage):
     def split(self, x: Tensor) -> list[Tensor]:
         """What belongs to each image's own groups, of values `(t, ...)` of all groups."""
         return [x[self._which[:, 0].to(x.device) == k] for k in range(self.images)]
+
+    def origin(self, group: int) -> tuple[int, int]:
+        """Which part a group is of, and its number there."""
+        part, own = self._which[group].tolist()
+        return part, own
 
     def _pieces(self, groups: slice) -> list[tuple[int, slice]]:
         """Slices of the parts' own groups that make up a slice of all."""

@@ -16,9 +16,11 @@ from fitformer.data.labels import UNLABELLED
 from fitformer.data.readers.levels import blocks
 from fitformer.diffusion import pixels_to_signal
 from fitformer.errors import InputError
+from fitformer.execution.examples import Examples
+from fitformer.models.image_encoder import examples_of
 from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.models.initialization import zero_trunk_branches
-from fitformer.patching.any_size import GroupedImage, PixelArray, alike
+from fitformer.patching.any_size import GroupedImage, PixelArray, pieces_of_row, together
 from fitformer.tasks._boundaries import Labels, boundary_counts
 from fitformer.tasks._pixel_sums import confusions, loss_sums, losses, measures
 from fitformer.tasks.batch import Batch, arguments, need_classes, scaled_weights, size_of_model
@@ -66,11 +68,31 @@ class _Part:
 
     Attributes:
         labels: of a slice of groups, classes of the pixels `(b, s, rows, columns)` uint8 on the model's device.
+        examples: of images in one row, b = 1; None where every image is a row.
     """
 
     places: Sequence[int]
     images: Tensor | list[GroupedImage]
     labels: Callable[[slice], Tensor]
+    examples: Examples | None = None
+
+    def sums(self, of: Callable[..., Tensor], groups: slice, *values: Tensor) -> Tensor:
+        """Sums `(images, k)` over the pixels of a slice of groups, `of` values `(b, s, ...)` for each of b."""
+        if self.examples is None:
+            return of(*values)
+        # In a row each group by itself, then those of each image together.
+        return self.examples.sums(of(*(each[0, :, None] for each in values))[None], groups)
+
+    def pieces(self, groups: slice, values: np.ndarray) -> Iterator[tuple[int, slice, np.ndarray]]:
+        """Values `(b, s, ...)` of a slice of groups image by image: which, which of its groups, and theirs."""
+        if self.examples is None:
+            yield from ((k, groups, own) for k, own in enumerate(values))
+            return
+        first = 0
+        for k, own in pieces_of_row(self.images, groups):  # type: ignore[arg-type]
+            last = first + own.stop - own.start
+            yield k, own, values[0, first:last]
+            first = last
 
 
 def _parts(network: FITImageSegmenter, batch: Batch) -> Iterator[_Part]:
@@ -80,15 +102,25 @@ def _parts(network: FITImageSegmenter, batch: Batch) -> Iterator[_Part]:
         grouped = rearrange(labels, "b (gr r) (gc c) -> b (gr gc) r c", gr=rows, gc=columns)
         yield _Part(range(len(images)), pixels_to_signal(images), lambda groups: grouped[:, groups])
         return
-    device = next(network.parameters()).device
-
-    def read(places: Sequence[int], groups: slice) -> Tensor:
-        found = [every[k].beside(labels[k], groups, UNLABELLED) for k in places]
-        return torch.from_numpy(np.stack(found)).to(device)
-
     every = [network.grouped(image) for image in images]
-    for places in alike(every):
-        yield _Part(places, [every[k] for k in places], partial(read, places))
+    device = next(network.parameters()).device
+    for places in together(every):
+        some = [every[k] for k in places]
+        examples = examples_of(some)
+        read = partial(_read_labels, some, [labels[k] for k in places], in_a_row=examples is not None, device=device)
+        yield _Part(places, some, read, examples)
+
+
+def _read_labels(
+    images: Sequence[GroupedImage], labels: Sequence[Any], groups: slice, *, in_a_row: bool, device: torch.device
+) -> Tensor:
+    """Classes `(b, s, rows, columns)` of a slice of the groups of images, or `(1, s, rows, columns)` of their row."""
+    if in_a_row:
+        pieces = [images[k].beside(labels[k], own, UNLABELLED) for k, own in pieces_of_row(images, groups)]
+        found = np.concatenate(pieces)[None]
+    else:
+        found = np.stack([image.beside(own, groups, UNLABELLED) for image, own in zip(images, labels, strict=True)])
+    return torch.from_numpy(found).to(device)
 
 
 def _labels(part: _Part, groups: slice, mask: Tensor | None) -> Tensor:
@@ -109,11 +141,16 @@ def loss(network: FITImageSegmenter, batch: Batch, recipe: SegmentRecipe) -> tup
     for part in _parts(network, batch):
 
         def score(groups: slice, logits: Tensor, mask: Tensor | None, part: _Part = part) -> Tensor:
-            return loss_sums(logits, _labels(part, groups, mask), given)
+            return part.sums(partial(loss_sums, weights=given), groups, logits, _labels(part, groups, mask))
 
         found.append(network.score(part.images, score))
         if network.patch_grid.any_size and not bool(found[-1].isfinite().all()):
-            names = [getattr(image, "path", "an image of a batch") for image in part.images]
+            broken = (~found[-1].isfinite()).any(dim=1).tolist()
+            names = [
+                getattr(image, "path", "an image of a batch")
+                for image, is_broken in zip(part.images, broken, strict=True)
+                if is_broken
+            ]
             raise InputError(
                 f"{', '.join(names)}: NaN or infinite logits; look for NaN or infinite pixels, else training diverged: "
                 "lower optimizer.lr"
@@ -139,9 +176,12 @@ def _measured(network: FITImageSegmenter, part: _Part, labels: Any) -> Iterator[
     maps = [scratch_array(image.shape[:2], UNLABELLED) for image in images]
 
     def score(groups: slice, logits: Tensor, mask: Tensor | None) -> Tensor:
-        true, guess = _labels(part, groups, mask), logits.argmax(2)
-        for image, whole, own in zip(images, maps, guess.to(torch.uint8).cpu().numpy(), strict=True):
-            image.put(whole, groups, own)
+        guess = logits.argmax(2)
+        for k, own, classes_of in part.pieces(groups, guess.to(torch.uint8).cpu().numpy()):
+            images[k].put(maps[k], own, classes_of)
+        return part.sums(counts, groups, logits, guess, _labels(part, groups, mask))
+
+    def counts(logits: Tensor, guess: Tensor, true: Tensor) -> Tensor:
         return torch.cat([loss_sums(logits, true)[:, :2].double(), confusions(guess, true, classes).flatten(1)], dim=1)
 
     sums = network.score(part.images, score).cpu()

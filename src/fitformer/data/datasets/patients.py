@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from fitformer._support.listed import listed
-from fitformer.data.datasets.lazy_source import LazySource, opened
+from fitformer.data.datasets.lazy_source import LazySource
 from fitformer.data.datasets.sources import Subset
 from fitformer.data.decoding import UnreadableImageError
 from fitformer.data.readers import LazyImage
-from fitformer.data.readers.levels import OpenOptions
 from fitformer.errors import EmptyImageError, InputError
 
 
@@ -82,15 +81,6 @@ def members(source: Any) -> list[int] | None:
         counts = members(source.whole)
         return None if counts is None else [counts[int(k)] for k in source.indices]
     return [len(each) for each in source.members] if isinstance(source, PatientSource) else None
-
-
-def opened_together(paths: Sequence[str], options: OpenOptions) -> tuple[LazyImage, ...]:
-    """The images of a patient by their headers, without those that say themselves that they are empty.
-
-    Raises:
-        UnreadableImageError: one is missing or broken, or all are empty.
-    """
-    return _without_empty([partial(opened, path, options) for path in paths])
 
 
 def _without_empty(opens: Sequence[Callable[[], LazyImage]]) -> tuple[LazyImage, ...]:

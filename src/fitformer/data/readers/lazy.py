@@ -13,6 +13,7 @@ from fitformer.data.readers.channels import with_channels
 from fitformer.data.readers.features import open_hdf5, open_without_coordinates
 from fitformer.data.readers.levels import (
     WHOLE_BYTES,
+    ArrayLevel,
     Level,
     OpenImage,
     OpenOptions,
@@ -194,15 +195,19 @@ class LazyImage:
         return opened[1]
 
 
-def open_levels(path: str, options: OpenOptions, content: bytes | None = None) -> OpenImage:
-    """Open a file, or the `content` of a picture that has the path for a name; whoever opens it closes it.
+def open_levels(path: str, options: OpenOptions, content: bytes | np.ndarray | None = None) -> OpenImage:
+    """Open a file, or `content` that has the path for a name, a picture or pixels; whoever opens it closes it.
 
     Raises:
         InputError: it is missing (with the nearest name), broken, or of a kind that cannot be read.
         MissingDependencyError: the package that reads such files is not installed.
     """
     if content is not None:
-        return _in_pixels(open_picture(path, options, content), path, options)
+        if isinstance(content, np.ndarray):
+            opened = OpenImage([ArrayLevel(content)])
+        else:
+            opened = open_picture(path, options, content)
+        return _in_pixels(opened, path, options)
     if not os.path.exists(path):
         beside = Path(path).parent
         # Not itself: a link that leads nowhere.

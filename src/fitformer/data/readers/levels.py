@@ -1,7 +1,7 @@
 """What a file backend yields: levels of an image, full size first, each read window by window.
 
-A level is stored in tiles (`Tiles`), lies in the file as it is (`MemmapLevel`), or is another one with changed pixels
-(`ConvertedLevel`) or set upright (`TurnedLevel`).
+A level is stored in tiles (`Tiles`), lies in the file as it is (`MemmapLevel`) or in memory (`ArrayLevel`), or is
+another one with changed pixels (`ConvertedLevel`) or set upright (`TurnedLevel`).
 """
 
 import itertools
@@ -213,6 +213,29 @@ class MemmapLevel:
 
     def forget(self) -> None:
         """Nothing is kept."""
+
+
+class ArrayLevel:
+    """An array (H, W) or (H, W, ch) in memory.
+
+    Raises:
+        InputError: another number of axes.
+    """
+
+    def __init__(self, pixels: np.ndarray):
+        if pixels.ndim not in (2, 3):
+            raise InputError(f"an image is an array (rows, columns) or (rows, columns, channels), not {pixels.shape}")
+        self._pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        rows, columns, channels = self._pixels.shape
+        self.shape, self.tile = (rows, columns, channels), (rows, columns)
+        self.dtype = pixels.dtype.newbyteorder("=")
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Pixels (height, width, channels), copied."""
+        return np.array(self._pixels[top : top + height, left : left + width], dtype=self.dtype)
+
+    def forget(self) -> None:
+        """Nothing is kept beside the array."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ and beside them
     a/b.svs.json             label, probabilities, agreement and what they were made from; written last
     a/b.svs.failed           in place of all these, why the image could not be labelled, in JSON
 
-and the folder `results.csv`, a line an image, see `folder_work`.
+A patient `P` of several images has its label in `P.json`, and maps of each image, `P/b.svs.*`, in that image's pixels.
+The folder has `results.csv`, a line an image or a patient, see `folder_work`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,13 +33,14 @@ from fitformer.inference.explain.explanation import MAPS, SIGNED, Explanation, M
 from fitformer.inference.explain.geojson import write_geojson
 from fitformer.inference.explain.geotiff import write_tiff
 from fitformer.inference.explain.heatmap import HeatMap
-from fitformer.inference.explain.overlay import thumbnail_of, write_overlay
-from fitformer.inference.find import Slide
+from fitformer.inference.explain.overlay import Colours, thumbnail_of, write_overlay
+from fitformer.inference.find import Item, Slide
 from fitformer.inference.folder_work import RECORD, Failure, Finish, FolderWork, NonFiniteError, Tell
 from fitformer.inference.predict import Group, as_text
 from fitformer.models.image_encoder import FITImageEncoder
 from fitformer.patching.any_size import GroupedImage
-from fitformer.tasks.answers import Answer, Answers, Prediction
+from fitformer.patching.joined_images import JoinedImages
+from fitformer.tasks.answers import Answer, Answers, Prediction, Said
 
 # Version of the outputs: those of an earlier version are made again.
 VERSIONS = {"relevance": "log-odds, against the average patch, faded", "leave-out": "log-odds"}
@@ -46,7 +48,7 @@ VERSIONS = {"relevance": "log-odds, against the average patch, faded", "leave-ou
 
 @dataclass
 class Slides(FolderWork):
-    """The labels and maps of a folder of images.
+    """The labels and maps of a folder of images, or of patients.
 
     Attributes:
         classifier: in eval mode.
@@ -56,7 +58,7 @@ class Slides(FolderWork):
         method: how decisions are explained; None labels only.
         target: the name of what maps explain; None for the default of `answers`.
         open: an image's file as a source of pixels, which has a `path` if it is the file pixel by pixel.
-        group: cuts an image into groups, without those to be skipped; by default none is.
+        group: cuts an image, or those of a patient, into groups, without those to be skipped; by default none is.
         beside: says of an image's path in which state the other files are that its outputs depend on, as its mask.
         y: see `write_geojson`.
         alone: no other process labels a part of the images; then it is an error if none can be labelled.
@@ -87,14 +89,14 @@ class Slides(FolderWork):
     def __post_init__(self) -> None:
         self.answers.check_outputs(self.classifier.num_classes)
 
-    def _look(self, slide: Slide, image: Any, tell: Tell) -> Finish:
+    def _look(self, slide: Item, image: Any, tell: Tell) -> Finish:
         seen = self._seen(image, tell)
         if not bool(seen.logits.isfinite().all()):
             logits = seen.logits.tolist()
-            raise NonFiniteError(f"{slide.path} is answered with {logits}: it has NaN or infinite pixels")
-        small = thumbnail_of(image) if seen.maps else None
-        own, placement = getattr(image, "path", None), getattr(image, "placement", None)
-        return lambda of: self._write(slide, seen, small, own, of, placement)
+            raise NonFiniteError(f"{slide.title} is answered with {logits}: it has NaN or infinite pixels")
+        opened = image if isinstance(image, tuple) else (image,)
+        parts = [_Part.of(slide.slides, opened, seen, k) for k in range(seen.image.images)]
+        return lambda of: self._write(slide, seen, parts, of)
 
     def _seen(self, image: Any, tell: Tell) -> Explanation:
         grouped = self._grouped(image)
@@ -106,47 +108,50 @@ class Slides(FolderWork):
     def _grouped(self, image: Any) -> GroupedImage:
         return self.classifier.grouped(image) if self.group is None else self.group(image)
 
-    def _write(
-        self,
-        slide: Slide,
-        seen: Explanation,
-        thumbnail: np.ndarray | None,
-        own: str | None,
-        of: Mapping[str, Any],
-        placement: Placement | None,
-    ) -> None:
-        """Write all outputs of an image.
-
-        Args:
-            slide, seen, thumbnail: the image.
-            own: its file if that may have coordinates of its own.
-            of: the state of the files that the outputs depend on.
-            placement: where it lies in a slide, of an image of patches.
-        """
-        said = self.answers.said(seen.logits, self.target)
-        maps = {name: HeatMap.of(values, seen.image) for name, values in seen.maps.items()}
-        for name, heatmap in maps.items():
-            assert thumbnail is not None
-            write_overlay(
-                self._fresh(slide, f".{name}.png"), thumbnail, heatmap, "signed" if name in SIGNED else "heat"
-            )
-            write_tiff(self._fresh(slide, f".{name}.tif"), heatmap, name, own, placement or ITSELF)
-        if maps:
-            shapes = self._fresh(slide, ".geojson")
-            write_geojson(shapes, maps, said, self.y, placement or ITSELF)
-        agreement = None if seen.agreement is None else _agreement(seen.agreement, seen.image, self._maps[-1])
-        rows, columns = seen.image.shape[:2]
+    def _write(self, slide: Item, seen: Explanation, parts: "Sequence[_Part]", of: Mapping[str, Any]) -> None:
+        """Write all outputs of an image or a patient, of whose files `of` is the state."""
+        for part in parts if seen.maps else ():
+            self._write_maps(part, self.answers.said(seen.logits, self.target))
         record = {
-            **asdict(self.answers.answer(str(slide.path), seen.logits)),
+            **asdict(self.answers.answer(slide.title, seen.logits)),
             **self._explained(seen.logits),
-            "rows": rows,
-            "columns": columns,
-            "groups": seen.image.num_groups - seen.image.glimpses,
-            "groups_in_all": seen.image.groups_in_all,
-            **({} if agreement is None else {"agreement": agreement}),
-            **({} if placement is None else {"placement": asdict(placement)}),
+            **({} if seen.agreement is None else {"agreement": self._agreement(seen.agreement, parts, seen.image)}),
         }
-        self._write_record(slide, record, of)
+        if isinstance(slide, Slide):
+            self._write_record(slide, {**record, **parts[0].record}, of)
+            return
+        named = [{"file": part.slide.title, "name": part.slide.name, **part.record} for part in parts]
+        seen_names = {part.slide.name for part in parts}
+        blank = [own.title for own in slide.slides if own.name not in seen_names]
+        self._forget_others(slide, named)
+        self._write_record(slide, {**record, "slides": named, "blank": blank}, of)
+
+    def _write_maps(self, part: "_Part", said: Said) -> None:
+        maps = {name: HeatMap.of(values, part.grouped) for name, values in part.maps.items()}
+        placement = part.placement or ITSELF
+        for name, heatmap in maps.items():
+            assert part.thumbnail is not None
+            colours: Colours = "signed" if name in SIGNED else "heat"
+            write_overlay(self._fresh(part.slide, f".{name}.png"), part.thumbnail, heatmap, colours)
+            write_tiff(self._fresh(part.slide, f".{name}.tif"), heatmap, name, part.own, placement)
+        write_geojson(self._fresh(part.slide, ".geojson"), maps, said, self.y, placement)
+
+    def _agreement(self, found: Agreement, parts: "Sequence[_Part]", image: GroupedImage) -> dict[str, Any]:
+        """An agreement of a map as it is written: groups by the corner of their first pixel in their image."""
+        high, wide = image.patch_grid.group_size  # type: ignore[misc]
+        name, groups = self._maps[-1], []
+        for group, claimed, added in zip(found.groups, found.claimed.tolist(), found.added.tolist(), strict=True):
+            which, own = image.origin(group)
+            row, column = parts[which].grouped.coords[own].tolist()
+            of = {"slide": parts[which].slide.name} if isinstance(image, JoinedImages) else {}
+            groups.append({**of, "row": row * high, "column": column * wide, name: claimed, "leave-out": added})
+        return {
+            "of": name,
+            "with": "leave-out",
+            "rank_correlation": found.rank_correlation,
+            "same_sign": found.same_sign,
+            "groups": groups,
+        }
 
     def _explained(self, outputs: Tensor) -> dict[str, Any]:
         """What maps are of: of classes their log-odds, of other answers a name."""
@@ -178,7 +183,7 @@ class Slides(FolderWork):
         """Of the outputs beside the record."""
         return [f".{name}.{kind}" for name in self._maps for kind in ("png", "tif")] + [".geojson"] * bool(self._maps)
 
-    def _check_kind(self, slide: Slide, record: Mapping[str, Any]) -> None:
+    def _check_kind(self, slide: Item, record: Mapping[str, Any]) -> None:
         made_with = record.get("made_with", {})
         if "kind" in made_with:
             raise InputError(
@@ -210,17 +215,43 @@ class Slides(FolderWork):
                 self.agreements[name] = record["agreement"]
 
 
-def _agreement(found: Agreement, image: GroupedImage, name: str) -> dict[str, Any]:
-    """An agreement of a map as it is written: groups by the corner of their first pixel."""
-    high, wide = image.patch_grid.group_size  # type: ignore[misc]
-    places = image.coords[found.groups].tolist()
-    return {
-        "of": name,
-        "with": "leave-out",
-        "rank_correlation": found.rank_correlation,
-        "same_sign": found.same_sign,
-        "groups": [
-            {"row": row * high, "column": column * wide, name: claimed, "leave-out": added}
-            for (row, column), claimed, added in zip(places, found.claimed.tolist(), found.added.tolist(), strict=True)
-        ],
-    }
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An image of what was answered on, or all of it, as far as its outputs take it.
+
+    Attributes:
+        slide: its name. grouped: its own groups.
+        maps: `(t, n)` by name.
+        thumbnail: for pictures, where there are maps.
+        own: its file if that may have coordinates of its own.
+        placement: where it lies in a slide, of an image of patches.
+    """
+
+    slide: Slide
+    grouped: GroupedImage
+    maps: Mapping[str, Tensor]
+    thumbnail: np.ndarray | None
+    own: str | None
+    placement: Placement | None
+
+    @classmethod
+    def of(cls, slides: Sequence[Slide], opened: Sequence[Any], seen: Explanation, number: int) -> "_Part":
+        """Part `number` of what was seen of images, of which those that hold nothing are no part."""
+        grouped = seen.image.parts[number]
+        place = 0 if len(opened) == 1 else [image is grouped.source for image in opened].index(True)
+        image, maps = opened[place], {name: seen.image.split(values)[number] for name, values in seen.maps.items()}
+        small = thumbnail_of(image) if maps else None
+        own, placement = getattr(image, "path", None), getattr(image, "placement", None)
+        return cls(slides[place], grouped, maps, small, own, placement)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its size, and where it lies."""
+        rows, columns = self.grouped.shape[:2]
+        return {
+            "rows": rows,
+            "columns": columns,
+            "groups": self.grouped.num_groups - self.grouped.glimpses,
+            "groups_in_all": self.grouped.groups_in_all,
+            **({} if self.placement is None else {"placement": asdict(self.placement)}),
+        }

@@ -22,16 +22,16 @@ from typing import Any, Literal
 import numpy as np
 
 from fitformer.data.labels import UNLABELLED
-from fitformer.data.readers.levels import ITSELF, blocks
+from fitformer.data.readers.levels import ITSELF
 from fitformer.data.readers.writing import write_tiled_tiff
 from fitformer.data.settings import Colour
 from fitformer.errors import InputError
 from fitformer.inference.explain.geotiff import georeference, no_data
 from fitformer.inference.explain.overlay import thumbnail_of
-from fitformer.inference.find import Slide
+from fitformer.inference.find import Item, Slide
 from fitformer.inference.folder_work import RECORD, Failure, Finish, FolderWork, Tell
 from fitformer.inference.segmentation.colours import write_overlay
-from fitformer.inference.segmentation.label_map import LabelMap
+from fitformer.inference.segmentation.label_map import LabelMap, class_shares
 from fitformer.inference.segmentation.polygons import write_polygons
 from fitformer.patching.any_size import PixelArray
 
@@ -102,7 +102,7 @@ class Segmentations(FolderWork):
         record = {
             "rows": rows,
             "columns": columns,
-            "shares": _shares(labels, self.classes),
+            "shares": class_shares(labels, self.classes),
             "groups": found.groups,
             "groups_in_all": found.groups_in_all,
             **traced,
@@ -120,7 +120,7 @@ class Segmentations(FolderWork):
         asked = {"polygons": self.polygons, "y": self.y, "probabilities": self.probabilities}
         return {**self.made_with, "kind": KIND, **asked}
 
-    def _check_kind(self, slide: Slide, record: Mapping[str, Any]) -> None:
+    def _check_kind(self, slide: Item, record: Mapping[str, Any]) -> None:
         if record.get("made_with", {}).get("kind") != KIND:
             raise InputError(
                 f"{self.output / slide.name}.* was made by a classifier, and label maps would be written over it; give "
@@ -138,13 +138,3 @@ class Segmentations(FolderWork):
             shares = [f"{record['shares'][name]:.6f}" for name in self.classes]
             table.writerow([record["file"], record["rows"], record["columns"], *shares])
         yield "results.csv", text.getvalue()
-
-
-def _shares(labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """The share of each class in the labelled pixels of a map (H, W)."""
-    counts = np.zeros(UNLABELLED + 1, dtype=np.int64)
-    image = PixelArray(labels[..., None])
-    for window in blocks(image):
-        counts += np.bincount(image.window(*window).ravel(), minlength=len(counts))
-    whole = max(int(counts[:UNLABELLED].sum()), 1)
-    return {name: int(count) / whole for name, count in zip(classes, counts)}

@@ -1,5 +1,6 @@
 """The class of every pixel of an image, read and written piece by piece."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from fitformer._support.scratch_array import scratch_array
 from fitformer.data.labels import UNLABELLED
 from fitformer.data.pixels import convert, fit, unfit
+from fitformer.data.readers.levels import blocks
 from fitformer.inference.folder_work import NonFiniteError, Tell
 from fitformer.models.image_segmenter import FITImageSegmenter
 from fitformer.patching.any_size import GroupedImage, PixelArray
@@ -98,3 +100,13 @@ def labels_of_fitted(
     if shares is not None:
         shares = np.stack([unfit(shares[..., k], size, resize, 0) for k in range(shares.shape[2])], axis=-1)
     return LabelMap(unfit(found.labels, size, resize, UNLABELLED), shares, found.groups, found.groups_in_all)
+
+
+def class_shares(labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """The share of each class in the labelled pixels of a map uint8 (H, W), by name; all 0 where none is labelled."""
+    counts = np.zeros(UNLABELLED + 1, dtype=np.int64)
+    image = PixelArray(labels[..., None])
+    for window in blocks(image):
+        counts += np.bincount(image.window(*window).ravel(), minlength=len(counts))
+    whole = max(int(counts[:UNLABELLED].sum()), 1)
+    return {name: int(count) / whole for name, count in zip(classes, counts)}
