@@ -1,8 +1,9 @@
 """Generated slides of features, of which the class is known: by how tissues lie to each other, or by how much there is.
 
-A slide is a square grid with tissue on some of its cells. Each patch has a type: common tissue, or A, B, C. Its
-features are the type's vector plus noise. In the tasks of layout both classes have as many patches of each type on
-average: nothing but where they lie tells them apart.
+A slide is a square grid with tissue on some of its cells: ragged, with holes, or in pieces, as a random smooth height
+above a threshold has it, so that rows differ in length as those of scanned tissue do. Each patch has a type: common
+tissue, or A, B, C. Its features are the type's vector plus noise. In the tasks of layout both classes have as many
+patches of each type on average: nothing but where they lie tells them apart.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIDE, PATCHES, WIDTH = 24, 400, 32
+SIDE, PATCHES, WIDTH = 32, 600, 32
 ABSENT, COMMON, A, B, C = range(-1, 4)
-TYPES, STRENGTH, GAP = 4, 5.0, 5
+TYPES, STRENGTH, LACKING, ROUGH = 4, 5.0, 10, 4
 STEPS = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 
 
@@ -39,13 +40,14 @@ class Slide:
 
     def __init__(self, random: np.random.Generator) -> None:
         self.random = random
-        middle = np.arange(SIDE) - (SIDE - 1) / 2
-        waves = random.normal(size=(2, 3)) / 3
-        angle = np.arctan2(middle[:, None], middle[None])
-        edge = sum(w * np.cos((k + 2) * angle) + v * np.sin((k + 2) * angle) for k, (w, v) in enumerate(waves.T))
-        distance = np.hypot(middle[:, None], middle[None]) * (1 + 0.15 * edge)
+        # Tissue lies where smooth noise, which falls off to the edges, is greatest: ragged, with holes, or in pieces.
+        waves = np.fft.rfft2(random.normal(size=(SIDE, SIDE)))
+        rows, columns = np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None]
+        noise = np.fft.irfft2(waves * np.exp(-((ROUGH * np.pi) ** 2) * (rows**2 + columns**2)), (SIDE, SIDE))
+        middle = (np.arange(SIDE) - (SIDE - 1) / 2) / (SIDE / 2)
+        height = noise / noise.std() - 2 * (middle[:, None] ** 2 + middle[None] ** 2)
         self.types = np.full((SIDE, SIDE), ABSENT)
-        self.types.flat[np.argsort(distance, axis=None)[:PATCHES]] = COMMON
+        self.types.flat[np.argsort(-height, axis=None)[:PATCHES]] = COMMON
 
     def free(self, distance: int = 0) -> np.ndarray:
         """Cells of common tissue with none but common tissue, or none at all, within so many steps."""
@@ -106,23 +108,23 @@ def neighbours(slide: Slide, label: int) -> None:
 
 
 def ring(slide: Slide, label: int) -> None:
-    """A ring of A, closed in class 1, with a gap in class 0; loose patches of A make up for what the gap lacks."""
-    high, wide = slide.random.integers(7, 12, 2)
-    top, left = slide.random.integers(0, SIDE - high + 1), slide.random.integers(0, SIDE - wide + 1)
-    line = np.zeros_like(slide.types, dtype=bool)
-    line[top : top + high, left : left + wide] = True
-    line[top + 1 : top + high - 1, left + 1 : left + wide - 1] = False
-    if (slide.types[line] == ABSENT).any():
-        raise Full
-    slide.types[line] = A
-    # Before the gap is made, so that none of them lies in it or at its ends.
-    slide.scatter(slide.random.integers(0, 9) + (0 if label else GAP), A)
-    if not label:
-        cells = np.argwhere(line)
-        down, across = (cells - (top + high / 2 - 0.5, left + wide / 2 - 0.5)).T
-        along = cells[np.argsort(np.arctan2(down, across))]
-        gap = along[(slide.random.integers(len(along)) + np.arange(GAP)) % len(along)]
-        slide.types[tuple(gap.T)] = COMMON
+    """A nest of B in a ring of A two patches thick, as of a tumour in its capsule, that lacks ten patches of it.
+
+    In class 1 they lack on the outside, so that the ring is thin there but closed; in class 0 they are a gap.
+    """
+    high, wide = slide.random.integers(9, 14, 2)
+    layer = np.full((high, wide), 2)
+    layer[1:-1, 1:-1], layer[2:-2, 2:-2] = 1, 0
+    corners = np.lib.stride_tricks.sliding_window_view(slide.types == COMMON, (high, wide))
+    top, left = slide.pick((corners | (layer == 0)).all(axis=(2, 3)))
+    inside = slide.types[top : top + high, left : left + wide]
+    inside[(inside == COMMON) & (layer == 0)] = B
+    inside[layer > 0] = A
+    cells = np.argwhere(layer == 2 if label else layer > 0)
+    down, across = (cells - ((high - 1) / 2, (wide - 1) / 2)).T
+    along = cells[np.argsort(np.arctan2(down, across))]
+    lacking = along[(slide.random.integers(len(along)) + np.arange(LACKING)) % len(along)]
+    inside[tuple(lacking.T)] = COMMON
 
 
 def clusters(slide: Slide, label: int) -> None:

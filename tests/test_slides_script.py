@@ -53,6 +53,8 @@ def test_classes_are_what_the_tasks_say(tasks, label):
         assert [(cells == kind).sum() for kind in (tasks.A, tasks.B, tasks.C)] == [9, 9, 9]
     for cells in types(tasks, "ring", label):
         assert inside(tasks, cells) == label
+        # One piece and no loose patches, whose number could give the class away.
+        assert pieces(tasks, cells == tasks.A) == 1
     for cells in types(tasks, "clusters", label):
         assert (cells == tasks.A).sum() == 36
         assert (pieces(tasks, cells == tasks.A) > 3) == label
