@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fitformer._support.atomic_files import write_atomically
-from fitformer.tasks.optimizers import parameter_groups
+from fitformer.config.schema import Optimizer
+from fitformer.tasks.optimizers import optimizer_of
 
 # In bf16, on a CPU, torch's fused attention of spans up to this is slower than its products by themselves.
 MOST_SPAN = 128
@@ -30,7 +31,7 @@ class Settings:
     """How a network is trained.
 
     Attributes:
-        lr: peak of AdamW's learning rate. betas, weight_decay, clip: as usual.
+        lr: peak learning rate. optimizer: `adamw` or `muon`. betas, weight_decay, clip: as usual.
         batch: examples of a step.
         warmup: share of the budget with a rising learning rate; after it the rate falls on a line to `end` of the peak.
         mixed: bf16 autocast. seed: of weights and of the order of examples.
@@ -49,6 +50,7 @@ class Settings:
     seed: int = 0
     average: float = 0.0
     device: str = "cpu"
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def at(self, share: float) -> "Settings":
         """Those of a step after a share of the budget."""
@@ -112,8 +114,8 @@ class Run:
         made = self.settings
         self.network.to(made.device)
         self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(made.average))
-        groups = parameter_groups(self.network, made.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=made.lr, betas=made.betas, fused=True)
+        settings = Optimizer(made.optimizer, lr=made.lr, betas=made.betas, weight_decay=made.weight_decay)
+        self.optimizer = optimizer_of(self.network, settings)
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of a batch."""

@@ -168,8 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of train/CLASS/ and test/CLASS/")
     parser.add_argument("--budget", type=Budget.of, default=Budget(flops=2e14), help="600s, 8h or 1e14 (FLOPs)")
-    parser.add_argument("--lrs", type=numbers(float), default=[1e-3], help="learning rates of both")
+    parser.add_argument("--lrs", type=numbers(float), default=[5e-3], help="learning rates of both")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="of both")
     parser.add_argument("--average", type=float, default=0.0, help="decay of an average of the weights, 0 for none")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--patch-size", type=int, default=2)
@@ -200,7 +201,7 @@ def main() -> None:
     print(f"{len(train[1]):,} images to train on, {len(held[1]):,} held out, {len(test[1]):,} to test", flush=True)
 
     def entry(name: str, lr: float, seed: int) -> Entry:
-        options: dict[str, Any] = {"average": arguments.average, "device": arguments.device}
+        options: dict[str, Any] = {name: getattr(arguments, name) for name in ("average", "device", "optimizer")}
         settings = Settings(lr, arguments.batch, mixed=not arguments.float32, seed=seed, **options)
         return Entry(f"{name}, rate {lr:g}", makers[name], settings, ImageRun)
 

@@ -1,5 +1,6 @@
 """The tasks' plain functions, without Lightning: what they measure, that they learn, what they refuse."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -47,12 +48,12 @@ NAMES = ["digits-classify", "digits-diffuse", "digits-pixels", "python-bytes-dem
 SHORT = {"python-bytes-demo": ["--data.length=64", "--model.tokens_per_group=16", "--objective.preview_length=70"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_few_steps_lower_the_held_out_loss_of_a_memorised_batch(name):
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "adamw") for name in NAMES), ("digits-classify", "muon")])
+def test_a_few_steps_lower_the_held_out_loss_of_a_memorised_batch(name, optimizer):
     torch.manual_seed(0)
     recipe = recipe_of(name, *SHORT.get(name, []))
     task, network, batch = task_of(recipe), build_model(recipe, Shapes()), batch_of(recipe)
-    adamw, _ = optimizers.build(network, Optimizer(lr=3e-3, warmup_steps=0), 30)
+    stepped, _ = optimizers.build(network, Optimizer(optimizer, lr=3e-3, warmup_steps=0), 30)
 
     def held_out():
         with torch.no_grad():
@@ -63,9 +64,9 @@ def test_a_few_steps_lower_the_held_out_loss_of_a_memorised_batch(name):
     for _ in range(30):
         loss, metrics = task.loss(network.train(), batch, recipe)
         assert not any(value.requires_grad for value in metrics.values())
-        adamw.zero_grad()
+        stepped.zero_grad()
         loss.backward()
-        adamw.step()
+        stepped.step()
     assert held_out() < 0.9 * before
 
 
@@ -298,8 +299,9 @@ def test_a_classifier_refuses_to_be_measured_without_labels():
         classify.measure(build_model(recipe, Shapes()), batch, recipe)
 
 
-def test_only_matrices_decay():
-    network = FITDecoder.from_config(
+def small_decoder():
+    torch.manual_seed(0)
+    return FITDecoder.from_config(
         layers="(1)1(1)",
         num_groups=2,
         tokens_per_group=4,
@@ -310,6 +312,61 @@ def test_only_matrices_decay():
         heads=2,
         latent_heads=2,
     )
+
+
+def step_of(network, optimizer, seed=0):
+    """One step on gradients of random numbers."""
+    random = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+    optimizer.step()
+
+
+def test_muon_is_for_the_matrices_inside_and_adamw_for_all_else():
+    made = [small_decoder() for _ in "123"]
+    before, by_muon, by_adamw = (dict(network.named_parameters()) for network in made)
+    settings = {"lr": 0.01, "weight_decay": 0.0, "warmup_steps": 0}
+    for name, network in (("muon", made[1]), ("adamw", made[2])):
+        step_of(network, optimizers.optimizer_of(network, Optimizer(name, **settings)))
+    differing = {name for name in before if not torch.equal(by_muon[name], by_adamw[name])}
+    assert differing == {name for name in before if name.startswith("trunk.") and name.endswith(LINEARS)}
+    assert differing
+    for name in differing:
+        change = (before[name] - by_muon[name]).detach()
+        # All directions change about as much, in all about as much as by AdamW, which changes each number by `lr`.
+        assert torch.linalg.cond(change) < 3
+        assert 0.1 < float(change.square().mean().sqrt()) / settings["lr"] < 0.5
+
+
+LINEARS = tuple(f"{name}.weight" for name in ("query", "key", "value", "output", "inner", "outer"))
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
+    made = [small_decoder() for _ in "12"]
+    first, second = ([network, *optimizers.build(network, Optimizer("muon", warmup_steps=2), 9)] for network in made)
+    for seed in range(3):
+        step_of(first[0], first[1], seed)
+        first[2].step()
+    second[0].load_state_dict(first[0].state_dict())
+    for of, to in zip(first[1:], second[1:], strict=True):
+        to.load_state_dict(copy.deepcopy(of.state_dict()))
+    for network, optimizer, schedule in (first, second):
+        for seed in range(3, 5):
+            step_of(network, optimizer, seed)
+            schedule.step()
+    assert len(second[1].state) == len(list(made[1].parameters()))
+    assert all(map(torch.equal, made[0].parameters(), made[1].parameters()))
+
+
+def test_muon_without_a_matrix_to_learn_is_refused():
+    network = small_decoder()
+    network.trunk.requires_grad_(False)
+    with pytest.raises(InputError, match=r"optimizer\.name=adamw trains what is"):
+        optimizers.optimizer_of(network, Optimizer("muon"))
+
+
+def test_only_matrices_decay():
+    network = small_decoder()
     decayed, rest = optimizers.parameter_groups(network, 0.3)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(list(network.parameters()))

@@ -596,6 +596,18 @@ def test_a_run_measures_the_same_wherever_it_was_stopped(tmp_path, monkeypatch):
         assert measured(run_dir) == measured(tmp_path / "straight")
 
 
+def test_a_run_with_muon_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    more = ["--optimizer.name=muon"]
+    assert main(words("digits-classify", None, tmp_path / "straight", *more)) == 0
+    with monkeypatch.context() as patch:
+        patch_task(patch, classify, loss=at_call(8, raising(InputError("0.tif is broken")), classify.loss))
+        assert main(words("digits-classify", None, tmp_path / "stopped", *more)) == 2
+    assert main(words("digits-classify", None, tmp_path / "stopped", *more)) == 0
+    assert measured(tmp_path / "stopped") == measured(tmp_path / "straight")
+    of, to = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert all(torch.equal(of[name], to[name]) for name in of)
+
+
 def test_the_learning_rate_of_a_step_is_the_one_that_it_used(straight):
     rates = [line["train/lr"] for line in measured(straight) if "train/lr" in line]
     settings = Run.open(straight).recipe.optimizer

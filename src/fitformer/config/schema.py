@@ -41,15 +41,17 @@ from fitformer.errors import InputError
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with linear warm-up; norms, biases and positions have no weight decay.
+    """AdamW or Muon with linear warm-up; norms, biases and positions have no weight decay.
 
     Attributes:
+        name: `muon` (arXiv 2502.16982) has the matrices of attention and feed-forwards, AdamW all else.
         lr: peak learning rate. warmup_steps: steps of linear warm-up from 0. schedule: after the warm-up.
         lr_end: final learning rate of `cosine`, as a share of the peak.
-        betas, eps, weight_decay: of AdamW. clip: maximum global norm of the gradient, 0 for no clipping.
-        fused: use the fused kernel.
+        betas, eps: of AdamW. weight_decay: of matrices. clip: maximum global norm of the gradient, 0 for no clipping.
+        fused: use the fused kernel of AdamW.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8

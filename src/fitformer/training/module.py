@@ -123,9 +123,9 @@ class FITModule(pl.LightningModule):
             group["lr"] = settings.lr * share
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped with the optimizer."""
-        adamw, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
-        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """The optimizer and its schedule, stepped with it."""
+        optimizer, schedule = optimizers.build(self.network, self.recipe.optimizer, self.recipe.trainer.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class StepLoader(DataLoader):
