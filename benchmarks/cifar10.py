@@ -201,7 +201,7 @@ def main() -> None:
     print(f"{len(train[1]):,} images to train on, {len(held[1]):,} held out, {len(test[1]):,} to test", flush=True)
 
     def entry(name: str, lr: float, seed: int) -> Entry:
-        options: dict[str, Any] = {name: getattr(arguments, name) for name in ("average", "device", "optimizer")}
+        options: dict[str, Any] = {each: getattr(arguments, each) for each in ("average", "device", "optimizer")}
         settings = Settings(lr, arguments.batch, mixed=not arguments.float32, seed=seed, **options)
         return Entry(f"{name}, rate {lr:g}", makers[name], settings, ImageRun)
 
